@@ -29,6 +29,13 @@ class ConversionError(BknError, ValueError):
     exit_code = 2
 
 
+class StatisticsError(BknError, ValueError):
+    """A layer is asked to normalize by statistics that do not exist, such as the variance of a single value."""
+
+    code = "statistics"
+    exit_code = 2
+
+
 class InputError(BknError):
     """A file or folder that is read (data, run, checkpoint, model) is missing, damaged or unreadable."""
 

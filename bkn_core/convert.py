@@ -1,0 +1,356 @@
+"""Turn the batch normalization layers of a model into others, and back into a fixed affine map: one walker, new models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.errors import ConversionError
+from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.layers import (
+    BatchKalmanNorm,
+    BatchKalmanNorm1d,
+    BatchKalmanNorm2d,
+    BatchKalmanNorm3d,
+    check_gain,
+)
+from bkn_core.wiring.discover import discover
+from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
+from bkn_core.wiring.input_moments import (
+    input_modules,
+    measure_input,
+    remove_input_moments,
+    reserve_input_moments,
+)
+from bkn_core.wiring.messenger import Message, Messenger, Transition
+from bkn_core.wiring.program import Wiring
+
+Kind = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
+KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none")
+Model = TypeVar("Model", bound=nn.Module)
+
+_INITIAL_NOISE = 0.1  # its square is r
+_LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
+    nn.BatchNorm1d: BatchKalmanNorm1d,
+    nn.BatchNorm2d: BatchKalmanNorm2d,
+    nn.BatchNorm3d: BatchKalmanNorm3d,
+    nn.SyncBatchNorm: BatchKalmanNorm,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What a conversion did with one normalization layer.
+
+    Args:
+        name: its path in the model.
+        channels: C.
+        prior: what predicts its statistics, in words such as `relu(bn1) -> conv2`; None without a prior.
+        reason: why it has none; "" with one.
+    """
+
+    name: str
+    channels: int
+    prior: str | None
+    reason: str
+
+
+def convert(
+    model: Model,
+    example_input: Any,
+    *,
+    kind: Kind = "bkn",
+    transition: Transition = "network",
+    message: Message = "normalized",
+    statistics_batch_size: int | None = 2,
+    gain: float = 0.1,
+    learn_gain: bool = True,
+    correction: bool = True,
+    innovation: bool = True,
+    input_prior: Tensor | Iterable[Tensor] | None = None,
+    covariance: Literal["diagonal", "full"] = "diagonal",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Model:
+    """Return a copy of a model whose batch normalization layers are of another kind; the model itself is untouched.
+
+    Args:
+        model: any model with `nn.BatchNorm*` layers; what they learned is kept.
+        example_input: a tensor, or a tuple or dict of the forward's arguments, for one forward that finds the wiring.
+        kind: "bkn", or a baseline: "bn", "brn", "gn", "ln", "in", "fixed", "none".
+        transition: "network" predicts through the model's own layers, "learned" through trained matrices (the paper).
+        message: "normalized" predicts from (β, γ²), "raw" from the posterior of this forward.
+        statistics_batch_size: images per statistics group; None is the whole batch.
+        gain: initial Kalman gain; 1.0 with learn_gain=False is batch normalization exactly.
+        learn_gain: train the gain.
+        correction: a learned offset and scale of each network prior.
+        innovation: scale each network prior's variance by the moving ratio of observed to predicted.
+        input_prior: training images as the model sees them; gives the layers that read the input an exact prior.
+        covariance: "full" carries covariance matrices through learned transitions.
+        include: name patterns of the layers to convert.
+        exclude: name patterns of layers to leave as they are.
+
+    Returns:
+        The converted model. `conversion_report` says what each layer got.
+
+    Raises:
+        ConversionError: for arguments that do not exist or fit, or a model without batch normalization.
+    """
+    _check(kind, transition, message, gain, learn_gain)
+    chosen = _chosen(model, include, exclude)
+    if kind != "bkn":
+        return _replaced(model, chosen, lambda _, norm: _baseline(norm, kind, statistics_batch_size))
+    predicts = gain < 1 or learn_gain
+    wiring = discover(model, example_input) if predicts else Wiring((), {}, dict.fromkeys(chosen, "the gain is 1"))
+    wiring = _supported(wiring, chosen, has_input_prior=input_prior is not None)
+    features = _previous_features(wiring, model) if transition == "learned" else {}
+    network = transition == "network"
+
+    def build(name: str, norm: _BatchNorm) -> nn.Module:
+        has_prior = name in wiring.priors
+        return _kalman_layer(
+            norm,
+            has_prior,
+            statistics_batch_size=statistics_batch_size,
+            gain=gain if has_prior else 1.0,
+            learn_gain=learn_gain and has_prior,
+            correction=correction and has_prior and network,
+            innovation=innovation and has_prior and network,
+            previous_features=features.get(name),
+            covariance=covariance,
+            guarded=has_prior and not (network and message == "normalized"),
+        )
+
+    converted = _replaced(model, chosen, build)
+    noise = ""
+    if features:
+        owner = next(iter(features))
+        noise = f"{owner}.transition_noise"
+        layer = converted.get_submodule(owner)
+        layer.transition_noise = nn.Parameter(torch.full_like(layer.gain_factor, _INITIAL_NOISE))  # type: ignore[arg-type]
+    if input_prior is not None:
+        measure_input(converted, wiring, input_prior)
+    names = tuple(n for n, m in converted.named_modules() if isinstance(m, BatchKalmanNorm))
+    Messenger(wiring, transition, message, names, noise).attach(converted)
+    return converted
+
+
+def fold(model: Model) -> Model:
+    """Return a copy in which every layer with population statistics is a fixed per-channel affine map.
+
+        y = a x + c,   a = γ / sqrt(v + ε),   c = β - a m   (computed in float64)
+
+    Args:
+        model: a model with Batch Kalman, batch, renormalized or fixed normalization layers.
+
+    Returns:
+        The model in evaluation mode, without any of them and without the hooks of a conversion.
+
+    Raises:
+        ConversionError: for a layer that keeps no population statistics.
+    """
+    names = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    folded = _replaced(model, names, lambda name, norm: folded_affine(name, norm))
+    detach_messenger(folded)
+    return folded.eval()
+
+
+def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
+    """Return the affine map that a layer applies in evaluation mode.
+
+    Raises:
+        ConversionError: for a layer that keeps no population statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ConversionError(
+            f"{name} keeps no population statistics and cannot be folded", "Use track_running_stats=True."
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+    shift = -scale * norm.running_mean.double()
+    shift = shift if norm.bias is None else shift + norm.bias.detach().double()
+    return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
+
+
+def conversion_report(model: nn.Module) -> list[LayerReport]:
+    """Say for each normalization layer of a converted model what predicts it, or why nothing does.
+
+    Args:
+        model: a model that `convert` returned (or a wrapper around it).
+
+    Raises:
+        ConversionError: for a model that was not converted.
+    """
+    root, messenger = find_messenger(model)
+    wiring = messenger.wiring
+    reports = []
+    for name in [*wiring.priors, *wiring.reasons]:
+        channels = int(root.get_submodule(name).num_features)  # type: ignore[arg-type]
+        prior = wiring.words(wiring.priors[name]) if name in wiring.priors else None
+        reports.append(LayerReport(name, channels, prior, wiring.reasons.get(name, "")))
+    order = {name: i for i, (name, _) in enumerate(root.named_modules())}
+    return sorted(reports, key=lambda report: order[report.name])
+
+
+def find_messenger(model: nn.Module) -> tuple[nn.Module, Messenger]:
+    """Return the converted model inside `model` and the hook that hands out its priors.
+
+    Raises:
+        ConversionError: for a model that was not converted.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, Messenger):
+                return module, hook
+    raise ConversionError(
+        f"this {type(model).__name__} was not converted to Batch Kalman Normalization", "Call bkn.convert first."
+    )
+
+
+def detach_messenger(model: nn.Module) -> None:
+    """Remove, in place, what a conversion added to a model beside its layers."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if type(hook).__name__ in ("Messenger", "Farewell")]:
+                hooks.pop(key)
+                module._forward_hooks_always_called.pop(key, None)
+        remove_input_moments(module)
+
+
+def _check(kind: str, transition: str, message: str, gain: float, learn_gain: bool) -> None:
+    allowed = {
+        "kind": (kind, KINDS),
+        "transition": (transition, ("network", "learned")),
+        "message": (message, ("normalized", "raw")),
+    }
+    for name, (value, choices) in allowed.items():
+        if value not in choices:
+            raise ConversionError(f"{name} is {value!r}", f"Choose one of {', '.join(choices)}.")
+    check_gain(gain, learn_gain and kind == "bkn")
+
+
+def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        raise ConversionError(
+            f"{type(model).__name__} has no batch normalization layer to convert", "Build the model with nn.BatchNorm*."
+        )
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    chosen = {name for name in norms if matches(name, include) and not matches(name, exclude)}
+    if not chosen:
+        raise ConversionError(
+            f"include={tuple(include)} and exclude={tuple(exclude)} leave none of {len(norms)} layers",
+            f"Names look like {norms[0]!r}.",
+        )
+    return chosen
+
+
+def _replaced(model: Model, names: set[str], build: Callable[[str, _BatchNorm], nn.Module]) -> Model:
+    """Copy a model and put `build(name, norm)` in the place of each named layer, once for a layer used under two names."""
+    replica = copy.deepcopy(model)
+    built: dict[int, nn.Module] = {}
+    for name, module in list(replica.named_modules(remove_duplicate=False)):
+        if id(module) in built or (name in names and isinstance(module, _BatchNorm)):
+            new = built.get(id(module)) or _dressed(module, build(name, module))
+            built[id(module)] = new.train(module.training)
+            if not name:
+                return new  # type: ignore[return-value]
+            parent, _, child = name.rpartition(".")
+            setattr(replica.get_submodule(parent), child, new)
+    return replica
+
+
+def _dressed(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Keep the dropout and activation that a fused layer (timm's BatchNormAct2d) applies after its normalization."""
+    if "act" not in old._modules:
+        return new
+    return nn.Sequential(new, *(old._modules[n] for n in ("drop", "act") if old._modules.get(n) is not None))  # type: ignore[arg-type]
+
+
+def _supported(wiring: Wiring, chosen: set[str], *, has_input_prior: bool) -> Wiring:
+    """Keep the priors of the chosen layers, and of those only what can be computed."""
+    priors, reasons = {}, {name: reason for name, reason in wiring.reasons.items() if name in chosen}
+    for name, number in wiring.priors.items():
+        reads_input = any(wiring.lines[i].operation in ("patches", "measured") for i in wiring.needed([number]))
+        if name not in chosen:
+            continue
+        if reads_input and not has_input_prior:
+            reasons[name] = "reads the network input, whose moments were not given (input_prior)"
+        else:
+            priors[name] = number
+    return wiring.only(priors, reasons)
+
+
+def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
+    """Count the channels that feed each learned transition, by a trial run on zeros."""
+
+    def zeros(name: str) -> Gaussian:
+        count = int(model.get_submodule(name).num_features)  # type: ignore[arg-type]
+        return Gaussian(torch.zeros(1, count), torch.zeros(1, count))
+
+    replica = copy.deepcopy(model)
+    for name in input_modules(wiring):
+        reserve_input_moments(replica.get_submodule(name))
+    evaluation = Evaluation(wiring, replica, zeros, STRUCTURE)
+    return {name: evaluation.line(number).mean.shape[-1] for name, number in wiring.priors.items()}
+
+
+def _kalman_layer(norm: _BatchNorm, has_prior: bool, **options: Any) -> BatchKalmanNorm:
+    """Build the layer that takes a batch normalization layer's place, with all that it learned."""
+    wanted = next((layer for plain, layer in _LAYERS.items() if isinstance(norm, plain)), BatchKalmanNorm)
+    place = norm.weight if norm.weight is not None else norm.running_mean
+    layer = wanted(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        device=None if place is None else place.device,
+        dtype=None if place is None else place.dtype,
+        **options,
+    )
+    _inherit(norm, layer)
+    layer.expects_prior = has_prior
+    return layer
+
+
+def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
+    """Give a new layer the parameters and moving statistics of the old one, frozen where they were frozen."""
+    own = dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
+    with torch.no_grad():
+        for name, old in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
+            if own.get(name) is not None:
+                own[name].copy_(old)
+                own[name].requires_grad_(old.requires_grad)
+
+
+def _baseline(norm: _BatchNorm, kind: str, statistics_batch_size: int | None) -> nn.Module:
+    channels, eps = norm.num_features, norm.eps
+    if kind == "bn":
+        return _kalman_layer(norm, False, statistics_batch_size=statistics_batch_size, gain=1.0, learn_gain=False)
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "brn": lambda: BatchRenorm(channels, eps, norm.momentum or 0.1, statistics_batch_size=statistics_batch_size),
+        "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
+        "ln": lambda: nn.GroupNorm(1, channels, eps),
+        "in": lambda: nn.GroupNorm(channels, channels, eps),
+        "fixed": lambda: FixedNorm(channels, eps, norm.momentum, norm.affine),
+        "none": nn.Identity,
+    }
+    place = norm.weight if norm.weight is not None else norm.running_mean
+    layer = layers[kind]()
+    if place is not None:
+        layer = layer.to(place.device, place.dtype)
+    _inherit(norm, layer)
+    return layer

@@ -1,0 +1,178 @@
+"""The data room: labelled images by name, decoded into memory or read on demand."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bkn_core.engine.arrays import open_digits, open_npz
+from bkn_core.engine.folders import open_image_folder
+from bkn_core.engine.pictures import CHANNELS, Color
+from bkn_core.engine.preprocess import Preprocess, channel_statistics
+from bkn_core.engine.sources import Source, choose
+from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
+from bkn_core.errors import InputError, RecipeError
+
+__all__ = ["DataSplits", "ImageSet", "LazyImageSet", "Preprocess", "load_data", "prefetch"]
+
+OWN_NAMES = ("digits", "imagefolder", "npz")
+# A split that takes more bytes than this when decoded is decoded batch by batch.
+MEMORY_LIMIT = 2**32
+# The images that mean and std are taken from where a split is not held decoded.
+STATISTICS_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images held decoded: uint8 (N, C, H, W), labels int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images, uint8 (n, C, H, W), and the labels at these indices, int64 (n,)."""
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+
+@dataclass(frozen=True)
+class LazyImageSet:
+    """Images too many for memory: each batch is decoded by the threads of its source when it is asked for."""
+
+    source: Source
+    color: Color
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 (N,)."""
+        return self.source.labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each class."""
+        return self.source.classes
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images, uint8 (n, C, H, W), and the labels at these indices, int64 (n,).
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        return self.source.read(indices, self.color, self.image_size), self.labels.index_select(0, indices)
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Training and test images of one size and colour, and what makes them a model's input."""
+
+    train: ImageSet | LazyImageSet
+    test: ImageSet | LazyImageSet
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | Path,
+    image_size: int | tuple[int, int] | None,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    color: Color | None = None,
+    download: bool = False,
+) -> DataSplits:
+    """Load a data set; mean and std of its `preprocess` are those of the chosen training images.
+
+    Args:
+        name: `digits`, `imagefolder`, `npz`, or a classification data set of torchvision by its class name.
+        root: Folder, .zip or .npz file that the data lies in; not used by `digits`.
+        image_size: Height and width, or one number for both; None takes the size of the first training image.
+        train_images: How many training images, equally many of each class as far as they go; the choice is fixed
+            and made before anything is decoded. None takes all.
+        test_images: The same for test images.
+        color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
+        download: Let torchvision fetch what is missing.
+
+    Raises:
+        RecipeError: There is no such data set, or it has fewer images than asked for.
+        InputError: A file is missing, damaged or not safe to read.
+    """
+    train, test = _open(name, Path(root).expanduser(), download=download)
+    train = _subset(train, train_images, f"{name} has {{}} training images", "data.train_images")
+    test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
+    color = color or train.color()
+    if image_size is None:
+        image_size = train.size()
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    train_set = _image_set(train, color, size)
+    if isinstance(train_set, ImageSet):
+        sample = train_set.images
+    else:
+        sample = train_set.batch(choose(train.labels, min(STATISTICS_IMAGES, len(train_set)), proportional=True))[0]
+    preprocess = Preprocess(color, size, *channel_statistics(sample))
+    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes)
+
+
+def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batch at each of the given indices, decoding the next one while the caller works on this one."""
+    if isinstance(images, ImageSet):
+        yield from map(images.batch, batches)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        current = None
+        for indices in batches:
+            following = reader.submit(images.batch, indices)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
+
+
+def _open(name: str, root: Path, *, download: bool) -> tuple[Source, Source]:
+    if name == "digits":
+        return open_digits()
+    if name == "imagefolder":
+        return open_image_folder(root)
+    if name == "npz":
+        return open_npz(root)
+    if name in NAMES:
+        return open_torchvision(name, root, download=download)
+    known = {allowed.lower(): allowed for allowed in (*OWN_NAMES, *NAMES)}
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"Did you mean '{known[nearest[0]]}'?" if nearest else ""
+    raise RecipeError(f"data.name is '{name}'; choose one of {', '.join(known.values())}", hint)
+
+
+def _subset(source: Source, count: int | None, has: str, key: str) -> Source:
+    available = len(source.labels)
+    if not available:
+        raise InputError(has.format("no"))
+    if count is None or count == available:
+        return source
+    if not 1 <= count <= available:
+        raise RecipeError(
+            f"{key} is {count}, but {has.format(available)}", f"Choose 1 to {available}, or null for all."
+        )
+    return source.take(choose(source.labels, count))
+
+
+def _image_set(source: Source, color: Color, image_size: tuple[int, int]) -> ImageSet | LazyImageSet:
+    height, width = image_size
+    if len(source.labels) * CHANNELS[color] * height * width > MEMORY_LIMIT:
+        return LazyImageSet(source, color, image_size)
+    everything = torch.arange(len(source.labels))
+    return ImageSet(source.read(everything, color, image_size), source.labels, source.classes)

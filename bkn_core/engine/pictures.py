@@ -1,0 +1,106 @@
+"""From the bytes of a picture to a uint8 tensor: opened with suspicion, coloured and resized the one way."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from bkn_core.errors import InputError
+
+Color = Literal["RGB", "L"]
+CHANNELS: dict[Color, int] = {"L": 1, "RGB": 3}
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"})
+# Only these decoders are tried, whatever the suffix says: EPS would start a program, TIFF writes to stderr by itself.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
+BYTE_LIMIT = 2**27
+PIXEL_LIMIT = 2**26
+
+GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
+# What Pillow's decoders raise on damaged bytes; the bomb warning is an error where warnings are.
+PICTURE_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """Read the header of an encoded picture; its pixels stay undecoded.
+
+    Raises:
+        InputError: The bytes are no picture, or one of more than `PIXEL_LIMIT` pixels.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except PICTURE_FAULTS as error:
+        raise _unreadable(name, error) from error
+    width, height = picture.size
+    if width * height > PIXEL_LIMIT:
+        raise InputError(f"{name} claims {width} x {height} pixels; at most {PIXEL_LIMIT} are decoded", "Remove it.")
+    return picture
+
+
+def decode(picture: Image.Image, color: Color, name: str) -> Tensor:
+    """Decode a picture into uint8 (C, H, W).
+
+    Raises:
+        InputError: The picture is truncated, damaged or of more than 16 bits a channel.
+    """
+    try:
+        pixels = np.array(_to_eight_bits(picture).convert(color))
+    except PICTURE_FAULTS as error:
+        raise _unreadable(name, error) from error
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+def is_grey(picture: Image.Image) -> bool:
+    """Whether a picture has one channel of grey, from its header alone."""
+    return picture.mode in GREY_MODES
+
+
+def recolor(images: Tensor, color: Color) -> Tensor:
+    """Turn uint8 images (N, C, H, W) grey or RGB, bit for bit as Pillow's `convert` does."""
+    if images.shape[1] == CHANNELS[color]:
+        return images
+    if color == "RGB":
+        return images.expand(-1, 3, -1, -1)
+    red, green, blue = images.to(torch.int32).unbind(1)
+    luma = red * 19595 + green * 38470 + blue * 7471 + 0x8000  # ITU-R 601 in 16-bit fixed point
+    return (luma >> 16).to(torch.uint8).unsqueeze(1)
+
+
+def resize(images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Resize uint8 images (N, C, H, W), bilinear and antialiased; a batch gives what its images give one by one."""
+    resized: Tensor = functional.resize(images, list(image_size), antialias=True)
+    return resized
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling.
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} has more than 16 bits a channel")
+    # Pillow warns when it drops a palette's transparency on the way to RGB, but not on the way to RGBA.
+    return picture.convert("RGBA") if picture.mode == "P" and "transparency" in picture.info else picture
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    # Pillow's own words for this name a memory address.
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = f"it is none of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+    return InputError(f"{name} cannot be decoded: {reason}", "Restore the file or remove it.")

@@ -1,0 +1,310 @@
+"""Batch Kalman Normalization as layers: drop-in for `nn.BatchNorm1d/2d/3d`, plus a prior handed in from outside."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.errors import ConversionError, StatisticsError
+from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
+from bkn_core.norm.kalman import (
+    Gaussian,
+    Moments,
+    diagonal,
+    guard,
+    moments,
+    normalize,
+    predict,
+    spread_over_images,
+    update,
+)
+
+Statistics = Literal["batch", "population"]
+INNOVATION_MOMENTUM = 0.02
+INNOVATION_LIMIT = 2.0
+GUARD_LIMIT = 100.0
+
+
+class Relay(Protocol):
+    """Where a layer asks for its prior and leaves its posterior when messages depend on the forward."""
+
+    def prior(self) -> Gaussian | None:
+        """Return the refined prior of the layer, from the posteriors that have arrived."""
+
+    def publish(self, posterior: Gaussian) -> None:
+        """Take the posterior of the layer for those that follow."""
+
+
+class BatchKalmanNorm(_BatchNorm):
+    """Normalize by a Kalman blend of the observed statistics and of those that the preceding layers predict.
+
+        µ̂ = µ' + q (x̄ - µ'),   v̂ = (1-q) v' + q S + q(1-q)(x̄ - µ')²,   y = γ (x - µ̂) / sqrt(v̂ + ε) + β
+
+    In training every group of `statistics_batch_size` consecutive images has its own x̄ and S. The moving statistics
+    average the posterior and normalize in evaluation. Without a prior the layer is batch normalization.
+
+    Args:
+        num_features: C.
+        eps: ε.
+        momentum: weight α of the newest posterior in the moving statistics; None is the cumulative average.
+        affine: whether γ and β are learned.
+        track_running_stats: whether moving statistics are kept.
+        device: where the parameters live.
+        dtype: their type.
+        statistics_batch_size: images per group; None is the whole batch.
+        gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
+        learn_gain: train q (through a sigmoid).
+        correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
+        innovation: multiply v' by the moving average of observed over predicted variance.
+        previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
+        covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
+        guarded: drop a prior whose variance is 100 times the observed one.
+
+    Shape:
+        x (N, C, *spatial) -> the same.
+
+    Raises:
+        ConversionError: for a gain or covariance outside what is allowed.
+        StatisticsError: in the forward, where a group has one value per channel and the layer no prior.
+
+    Reference:
+        arXiv 1802.03133, eq. 7.
+    """
+
+    dimensions: tuple[int, ...] = ()
+    gain_factor: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        statistics_batch_size: int | None = None,
+        gain: float = 0.1,
+        learn_gain: bool = True,
+        correction: bool = False,
+        innovation: bool = False,
+        previous_features: int | None = None,
+        covariance: Literal["diagonal", "full"] = "diagonal",
+        guarded: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        check_gain(gain, learn_gain)
+        if covariance not in ("diagonal", "full"):
+            raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
+        if statistics_batch_size is not None and statistics_batch_size < 1:
+            raise ConversionError(
+                f"statistics_batch_size is {statistics_batch_size}", "It must be at least 1, or None."
+            )
+        self.statistics_batch_size = statistics_batch_size
+        self.covariance, self.guarded = covariance, guarded
+        self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
+        self.expects_prior = False
+        self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
+        self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
+        self.prior_is_live = False
+        wide = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        start = torch.tensor(gain, **wide)  # type: ignore[arg-type]
+        if learn_gain:
+            self.gain_logit = nn.Parameter(torch.logit(start))
+        else:
+            self.register_buffer("fixed_gain", start)
+        self.register_buffer("gain_factor", torch.ones_like(start))
+        self.prior_offset = nn.Parameter(torch.zeros(num_features, **wide)) if correction else None  # type: ignore[arg-type]
+        self.prior_log_scale = nn.Parameter(torch.zeros(num_features, **wide)) if correction else None  # type: ignore[arg-type]
+        self.register_buffer("innovation", torch.zeros(num_features, **wide) if innovation else None)  # type: ignore[arg-type]
+        self.transition = None
+        if previous_features is not None:
+            diagonal_ones = torch.arange(num_features)[:, None] % previous_features == torch.arange(previous_features)
+            self.transition = nn.Parameter(diagonal_ones.to(**wide))  # type: ignore[call-overload]
+
+    @property
+    def gain(self) -> Tensor:
+        """The Kalman gain q of this moment, between 0 and 1, schedule included."""
+        gain = self.gain_logit.sigmoid() if "gain_logit" in self._parameters else self.fixed_gain
+        return gain * self.gain_factor
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether the next forward observes its batch (and so wants its prior)."""
+        if self.statistics is not None:
+            return self.statistics[0] == "batch"
+        return self.training or self.running_mean is None
+
+    def predict(self, previous: Gaussian, noise: Tensor) -> Gaussian:
+        """Predict this layer's statistics through its learned transition A and the shared noise r."""
+        assert self.transition is not None
+        return predict(previous, self.transition, noise)
+
+    def refine(self, prior: Gaussian) -> Gaussian:
+        """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
+        mean, variance = prior
+        if self.prior_offset is not None and self.prior_log_scale is not None:
+            mean = mean + self.prior_offset * (variance + self.eps).sqrt()
+            scale = self.prior_log_scale if self.innovation is None else self.prior_log_scale + self.innovation
+            return Gaussian(mean, variance * scale.exp())
+        return Gaussian(mean, variance if self.innovation is None else variance * self.innovation.exp())
+
+    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:  # type: ignore[override]
+        """Normalize; `prior` overrides the one that a converted model hands to its layers."""
+        return self.filter(x, prior)[0]
+
+    def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
+        """Normalize and return the posterior beside the result (None where population statistics were used)."""
+        self._check_input_dim(x)
+        if not self.uses_batch_statistics:
+            return self._by_population(x), None
+        prior = self._handed_prior() if prior is None else self.refine(prior)
+        size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
+        if prior is None:
+            self._check_values(x, size)
+        y, posterior, observed = self._by_batch(x, prior, size)
+        if self.training and not _is_recomputation():
+            self._track(x, prior, posterior, observed, size)
+        if self.relay is not None and self.prior_is_live:
+            self.relay.publish(posterior)
+        return y, posterior
+
+    def _by_population(self, x: Tensor) -> Tensor:
+        if self.running_mean is None:
+            raise StatisticsError("this layer keeps no population statistics", "Use track_running_stats=True.")
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _by_batch(self, x: Tensor, prior: Gaussian | None, size: int | None) -> tuple[Tensor, Gaussian, Moments]:
+        weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
+        bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
+        limit = GUARD_LIMIT if self.guarded else math.inf
+        if self.covariance == "diagonal" and not torch.onnx.is_in_onnx_export():
+            return kalman_normalize(x, prior, self.gain, weight, bias, FilterSettings(self.eps, size, limit))
+        observed = moments(x, size, covariance=self.covariance == "full")
+        posterior = Gaussian(observed.mean, observed.variance)
+        if prior is not None:
+            gain = self.gain
+            if self.guarded:
+                gain = guard(diagonal(prior).variance, diagonal(posterior).variance, gain, limit)
+            posterior = update(_like(prior, observed), observed, gain)
+        rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
+        return normalize(x, rows, weight, bias, self.eps), posterior, observed
+
+    def _handed_prior(self) -> Gaussian | None:
+        if not self.expects_prior:
+            return None
+        if self.prior_is_live or _is_recomputation():
+            prior = self.prior if self.relay is None else self.relay.prior()
+            if prior is not None:
+                return prior
+        warnings.warn(
+            f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
+            "it normalizes by its batch alone",
+            stacklevel=4,
+        )
+        return None
+
+    def _check_values(self, x: Tensor, size: int | None) -> None:
+        images = len(x) if size is None else min(size, len(x))
+        smallest = (len(x) % images or images) * x.shape[2:].numel()
+        if smallest == 1:
+            raise StatisticsError(
+                f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
+                "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
+            )
+
+    @torch.no_grad()
+    def _track(
+        self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
+    ) -> None:
+        posterior, seen = diagonal(posterior), diagonal(Gaussian(observed.mean, observed.variance))
+        share = images_per_group(len(x), size, seen.mean) / len(x)
+        if self.innovation is not None and prior is not None:
+            spread = (share * (seen.variance + (seen.mean - prior.mean).square())).sum(0)
+            predicted = (share * prior.variance).sum(0) if prior.variance.dim() == 2 else prior.variance
+            ratio = torch.log((spread + self.eps) / (predicted + self.eps)) + self.innovation
+            self.innovation.lerp_(ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT), INNOVATION_MOMENTUM)
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        factor = (
+            self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+        )
+        unbiased = self._weight_of_observation(prior, seen) * seen.variance / (observed.count[:, None] - 1).clamp_min(1)
+        unbiased = unbiased * (observed.count[:, None] > 1)
+        self.running_mean.lerp_((share * posterior.mean).sum(0).to(self.running_mean.dtype), factor)
+        self.running_var.lerp_((share * (posterior.variance + unbiased)).sum(0).to(self.running_var.dtype), factor)
+
+    def _weight_of_observation(self, prior: Gaussian | None, seen: Gaussian) -> Tensor | float:
+        if prior is None:
+            return 1.0
+        return guard(diagonal(prior).variance, seen.variance, self.gain, GUARD_LIMIT) if self.guarded else self.gain
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.dimensions and input.dim() not in self.dimensions:
+            wanted = " or ".join(f"{n}-D" for n in self.dimensions)
+            raise ValueError(f"expected {wanted} input (got {input.dim()}-D input)")
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels (got input of shape {tuple(input.shape)})")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the prior of the last forward: it belongs to that forward's graph, not to the layer."""
+        return {**super().__getstate__(), "prior": None, "relay": None, "prior_is_live": False}  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""
+        with torch.no_grad():
+            gain = f"{float(self.gain):.3g}" if self.gain.device.type != "meta" else "?"
+        prior = "prior" if self.expects_prior else "no prior"
+        return f"{super().extra_repr()}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
+
+
+class BatchKalmanNorm1d(BatchKalmanNorm):
+    """`BatchKalmanNorm` over (N, C) or (N, C, L)."""
+
+    dimensions = (2, 3)
+
+
+class BatchKalmanNorm2d(BatchKalmanNorm):
+    """`BatchKalmanNorm` over (N, C, H, W)."""
+
+    dimensions = (4,)
+
+
+class BatchKalmanNorm3d(BatchKalmanNorm):
+    """`BatchKalmanNorm` over (N, C, D, H, W)."""
+
+    dimensions = (5,)
+
+
+def check_gain(gain: float, learn_gain: bool) -> None:
+    """Refuse a gain that a filter cannot have.
+
+    Raises:
+        ConversionError: a learned gain outside (0, 1) or a fixed one outside [0, 1].
+    """
+    inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
+    if not inside:
+        allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"
+        raise ConversionError(f"gain is {gain}", f"The gain must be {allowed}; learn_gain=False allows 0 and 1.")
+
+
+def _like(prior: Gaussian, observed: Moments) -> Gaussian:
+    """Give a diagonal prior the matrix form where the observation has it."""
+    if observed.variance.dim() == observed.mean.dim() or prior.variance.dim() > prior.mean.dim():
+        return prior
+    return Gaussian(prior.mean, torch.diag_embed(prior.variance))
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing makes it."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]

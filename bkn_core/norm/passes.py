@@ -1,0 +1,103 @@
+"""The passes over an activation that normalization needs, one vectorized pass each for any number of groups.
+
+Every pass works on one row of coefficients per image, (N, C), and runs on the CPU and on CUDA (not run on a GPU).
+Two memory layouts are served without a copy: channels first, as (N, C, L), and channels last, as (N, L/k, k·C):
+folding k neighbouring positions into one row makes the inner loop long even where a layer has few channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ROW = 512  # values per row of the channels-last form: long enough to vectorize, short enough to stay in cache
+
+
+class Rows(NamedTuple):
+    """A view of an activation in which a reduction over one dimension gives per-image, per-channel sums."""
+
+    values: Tensor
+    channels: int
+    fold: int  # positions per row in channels last; 0 means channels first
+
+    @property
+    def positions(self) -> int:
+        """Values per image and channel."""
+        return self.values.shape[2] if not self.fold else self.values.shape[1] * self.fold
+
+    def expand(self, coefficients: Tensor) -> Tensor:
+        """Lay (N, C) or (1, C) coefficients out so that they broadcast against the values."""
+        if not self.fold:
+            return coefficients.unsqueeze(2)
+        return (coefficients if self.fold == 1 else coefficients.repeat(1, self.fold)).unsqueeze(1)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the positions: (N, C)."""
+        wide = torch.promote_types(values.dtype, torch.float32)
+        if not self.fold:
+            return values.sum(2, dtype=wide)
+        sums = values.sum(1, dtype=wide)
+        return sums.view(len(sums), self.fold, self.channels).sum(1) if self.fold > 1 else sums
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return False
+
+
+def rows(x: Tensor, like: Tensor | None = None) -> Rows:
+    """View an activation (N, C, *spatial) as rows in the layout of `like` (default: its own).
+
+    Copies only where its memory is in another layout.
+    """
+    like = x if like is None else like
+    images, channels = x.shape[:2]
+    if x.dim() == 2:
+        return Rows(x.unsqueeze(1), channels, 1)
+    if not _is_channels_last(like):
+        return Rows(x.contiguous().view(images, channels, -1), channels, 0)
+    flat = x.movedim(1, -1).contiguous().view(images, -1, channels)
+    fold = 1
+    while fold * channels < _ROW and flat.shape[1] % (2 * fold) == 0:
+        fold *= 2
+    return Rows(flat.view(images, -1, fold * channels), channels, fold)
+
+
+def unrows(values: Tensor, like: Tensor) -> Tensor:
+    """Give values computed on `rows(like)` the shape and the layout of `like`, without a copy."""
+    if like.dim() == 2 or not _is_channels_last(like):
+        return values.view(like.shape)
+    spatial = like.shape[2:]
+    return values.view(len(like), *spatial, like.shape[1]).movedim(-1, 1)
+
+
+def image_moments(x: Rows) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each image and channel, (N, C), by two passes about the mean."""
+    mean = x.total(x.values) / x.positions
+    centred = x.values - x.expand(mean)
+    return mean, x.total(centred.square_()) / x.positions
+
+
+def affine(x: Rows, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return scale · x + shift."""
+    if x.fold:
+        return torch.addcmul(x.expand(shift), x.values, x.expand(scale))
+    # One constant per inner loop keeps the channels-first loops vectorized on the CPU; two do not.
+    return (x.values * x.expand(scale)).add_(x.expand(shift))
+
+
+def weighted_sums(gradient: Rows, x: Rows, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ dy and Σ dy (x - centre) of each image and channel, (N, C)."""
+    centred = x.values - x.expand(centre)
+    return gradient.total(gradient.values), gradient.total(centred.mul_(gradient.values))
+
+
+def affine_pair(gradient: Rows, x: Rows, coefficients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return a · dy + b · x + c."""
+    a, b, c = coefficients
+    return affine(x, b, c).addcmul_(gradient.values, x.expand(a))

@@ -1,0 +1,225 @@
+"""Moments of a Gaussian per channel, pushed through the operations that stand between two normalization layers.
+
+Each function takes and returns a `Gaussian` of shape (..., C). Channels are taken as independent, and so are the taps of
+a convolution; what that ignores is absorbed by the layer's correction and innovation (`layers.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkn_core.norm.kalman import Gaussian
+
+_VARIANCE_FLOOR = 1e-12  # under the square roots: a layer with γ = 0 predicts variance 0 and must keep finite gradients
+_NODES = 32
+
+
+def convolution(message: Gaussian, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Gaussian:
+    """Moments after a convolution or a linear map.
+
+        mean_o = b_o + Σ_i m_i Σ_t W[o,i,t],   var_o = Σ_i v_i Σ_t W[o,i,t]²
+
+    Stride and dilation do not matter; zero padding is ignored.
+
+    Args:
+        message: m, v of the input channels.
+        weight: W.
+        bias: b or None.
+        groups: groups of the convolution.
+
+    Shape:
+        message (..., I), weight (O, I / groups, *taps), bias (O,) -> (..., O).
+    """
+    mean, variance = _Convolution.apply(message.mean, message.variance, weight, groups)
+    return Gaussian(mean if bias is None else mean + bias, variance)
+
+
+class _Convolution(torch.autograd.Function):
+    """One node that reads W once forward and once backward instead of keeping W-sized temporaries."""
+
+    @staticmethod
+    def forward(mean: Tensor, variance: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        sums, squares = taps.sum(2), taps.square().sum(2)
+        return _matrix(mean, sums, groups), _matrix(variance, squares, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        mean, variance, weight, ctx.groups = inputs
+        ctx.save_for_backward(mean, variance, weight)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_mean: Tensor, grad_variance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        mean, variance, weight = ctx.saved_tensors
+        taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        to_sums = _outer(grad_mean, mean, ctx.groups).unsqueeze(2)
+        to_squares = _outer(grad_variance, variance, ctx.groups).unsqueeze(2)
+        to_weight = torch.addcmul(to_sums, taps, to_squares, value=2).view(weight.shape)
+        to_mean = _matrix_transposed(grad_mean, taps.sum(2), ctx.groups)
+        return to_mean, _matrix_transposed(grad_variance, taps.square().sum(2), ctx.groups), to_weight, None
+
+
+def _matrix(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return vector @ matrix.T
+    blocks = matrix.view(groups, -1, matrix.shape[1])
+    return torch.einsum("...gi,goi->...go", vector.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+
+
+def _matrix_transposed(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return vector @ matrix
+    blocks = matrix.view(groups, -1, matrix.shape[1])
+    return torch.einsum("...go,goi->...gi", vector.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+
+
+def _outer(rows: Tensor, columns: Tensor, groups: int) -> Tensor:
+    rows = rows.reshape(-1, groups, rows.shape[-1] // groups)
+    columns = columns.reshape(-1, groups, columns.shape[-1] // groups)
+    return torch.einsum("bgo,bgi->goi", rows, columns).flatten(0, 1)
+
+
+def relu(message: Gaussian) -> Gaussian:
+    """Moments of max(X, 0).
+
+        E = √v e(a),   var = v (Φ(a) - e(a) e(-a)),   a = m / √v,   e(a) = a Φ(a) + φ(a)
+
+    This form of the variance subtracts no large numbers, so float32 is enough.
+    """
+    return Gaussian(*_ReLU.apply(message.mean, message.variance))
+
+
+class _ReLU(torch.autograd.Function):
+    """∂E/∂m = Φ, ∂E/∂v = φ / 2√v, ∂var/∂m = 2 E (1-Φ), ∂var/∂v = Φ - e φ."""
+
+    @staticmethod
+    def forward(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        variance = variance.clamp_min(_VARIANCE_FLOOR)
+        deviation = variance.sqrt()
+        a = mean / deviation
+        cdf, pdf = torch.special.ndtr(a), _pdf(a)
+        above, below = a * cdf + pdf, pdf - a * torch.special.ndtr(-a)
+        return deviation * above, (variance * (cdf - above * below)).clamp_min_(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mean, variance = ctx.saved_tensors
+        floored = variance.clamp_min(_VARIANCE_FLOOR)
+        deviation = floored.sqrt()
+        a = mean / deviation
+        cdf, pdf = torch.special.ndtr(a), _pdf(a)
+        above = a * cdf + pdf
+        to_mean = grad_mean * cdf + 2 * grad_variance * deviation * above * torch.special.ndtr(-a)
+        to_variance = grad_mean * pdf / (2 * deviation) + grad_variance * (cdf - above * pdf)
+        return to_mean, to_variance * (variance >= _VARIANCE_FLOOR)
+
+
+def _pdf(a: Tensor) -> Tensor:
+    return torch.exp(-0.5 * a.square()) * (1 / math.sqrt(2 * math.pi))
+
+
+def leaky_relu(message: Gaussian, slope: float | Tensor) -> Gaussian:
+    """Moments of max(X, 0) + s min(X, 0) = s X + (1-s) max(X, 0), with cov(X, max(X, 0)) = v Φ(a)."""
+    variance = message.variance.clamp_min(_VARIANCE_FLOOR)
+    positive = relu(message)
+    shared = variance * torch.special.ndtr(message.mean / variance.sqrt())
+    rest = 1 - slope
+    mean = slope * message.mean + rest * positive.mean
+    return Gaussian(mean, slope * slope * variance + rest * rest * positive.variance + 2 * slope * rest * shared)
+
+
+def clipped(message: Gaussian, low: float, high: float) -> Gaussian:
+    """Moments of min(max(X, low), high), taken about m so that nothing large cancels.
+
+    E - m = l Φ(α) + h (1-Φ(β)) + √v (φ(α) - φ(β)),   E2 = l² Φ(α) + h² (1-Φ(β)) + v (Φ(β)-Φ(α)) + √v (l φ(α) - h φ(β))
+    with l = low - m, h = high - m, α = l / √v, β = h / √v.
+    """
+    mean, variance = message.mean, message.variance.clamp_min(_VARIANCE_FLOOR)
+    deviation = variance.sqrt()
+    lower, upper = low - mean, high - mean
+    alpha, beta = lower / deviation, upper / deviation
+    below, above = torch.special.ndtr(alpha), torch.special.ndtr(-beta)
+    first = lower * below + upper * above + deviation * (_pdf(alpha) - _pdf(beta))
+    second = lower.square() * below + upper.square() * above + variance * (1 - below - above)
+    second = second + deviation * (lower * _pdf(alpha) - upper * _pdf(beta))
+    return Gaussian(mean + first, (second - first.square()).clamp_min(0))
+
+
+def elementwise(message: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
+    """Moments of f(X) by Gauss-Hermite quadrature: f is called once on 32 points per channel.
+
+    Exact for polynomials of degree 31 in the mean; a few per cent where f has a kink.
+    """
+    nodes, weights = _hermite()
+    shape = (-1, *([1] * message.mean.dim()))
+    points = torch.tensor(nodes, dtype=message.mean.dtype, device=message.mean.device).view(shape)
+    mass = torch.tensor(weights, dtype=message.mean.dtype, device=message.mean.device).view(shape)
+    values = function(message.mean + message.variance.clamp_min(_VARIANCE_FLOOR).sqrt() * points)
+    mean = (mass * values).sum(0)
+    return Gaussian(mean, (mass * (values - mean).square()).sum(0))
+
+
+@functools.cache
+def _hermite() -> tuple[list[float], list[float]]:
+    from numpy.polynomial.hermite_e import hermegauss
+
+    nodes, weights = hermegauss(_NODES)
+    return nodes.tolist(), (weights / weights.sum()).tolist()
+
+
+def add(first: Gaussian, second: Gaussian) -> Gaussian:
+    """Moments of X + Y, taken as independent: means add, variances add."""
+    return Gaussian(first.mean + second.mean, first.variance + second.variance)
+
+
+def multiply(first: Gaussian, second: Gaussian) -> Gaussian:
+    """Moments of X Y, taken as independent: var = v w + v n² + w m²."""
+    variance = first.variance * second.variance
+    variance = variance + first.variance * second.mean.square() + second.variance * first.mean.square()
+    return Gaussian(first.mean * second.mean, variance)
+
+
+def affine(message: Gaussian, scale: float | Tensor, shift: float | Tensor) -> Gaussian:
+    """Moments of a X + c."""
+    return Gaussian(message.mean * scale + shift, message.variance * (scale * scale))
+
+
+def concatenate(messages: Sequence[Gaussian]) -> Gaussian:
+    """Moments of channels laid side by side; a message without a group dimension serves every group."""
+    leading = torch.broadcast_shapes(*(message.mean.shape[:-1] for message in messages))
+    parts = [[t.expand(*leading, t.shape[-1]) for t in message] for message in messages]
+    return Gaussian(torch.cat([mean for mean, _ in parts], -1), torch.cat([variance for _, variance in parts], -1))
+
+
+def gather(message: Gaussian, index: Tensor) -> Gaussian:
+    """Moments of channels picked, repeated or reordered."""
+    return Gaussian(message.mean[..., index], message.variance[..., index])
+
+
+def patches(weight: Tensor, bias: Tensor | None, mean: Tensor, covariance: Tensor) -> Gaussian:
+    """Moments of a convolution whose input patches have known mean p and covariance P: exact for every W.
+
+        mean = W p + b,   var = rowsum((W P) ∘ W)
+
+    Shape:
+        weight (O, I, *taps), mean (d,), covariance (d, d), or (d,) where only variances are known; d = I · taps -> (O,).
+    """
+    matrix = weight.flatten(1)
+    if covariance.dim() == 1:
+        variance = matrix.square() @ covariance
+    else:
+        variance = ((matrix @ covariance) * matrix).sum(1)
+    expected = matrix @ mean
+    return Gaussian(expected if bias is None else expected + bias, variance.clamp_min(0))

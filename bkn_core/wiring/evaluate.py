@@ -1,0 +1,181 @@
+"""Run a wiring: push messages from the normalization layers to the inputs of those that follow, line by line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bkn_core.norm import propagate
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.wiring.program import Line, Wiring
+
+Leaf = Callable[[str], Gaussian]
+Rule = Callable[[Line, list[Gaussian], nn.Module], Gaussian]
+
+# The attributes in which a module keeps the moments of what it reads from the network input (see `convert.measure_input`).
+INPUT_MEAN, INPUT_COVARIANCE = "input_mean", "input_covariance"
+
+
+def parameter(model: nn.Module, path: str) -> Tensor:
+    """Return a parameter, buffer or parametrized weight by its path, in float32 or wider."""
+    tensor: Tensor = functools.reduce(getattr, path.split("."), model)  # type: ignore[assignment,arg-type]
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _convolution(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    bias, groups = line.options
+    return propagate.convolution(
+        inputs[0], parameter(model, line.name), parameter(model, bias) if bias else None, groups
+    )
+
+
+def _patches(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    bias, module = line.options
+    path = f"{module}." if module else ""
+    mean, covariance = parameter(model, path + INPUT_MEAN), parameter(model, path + INPUT_COVARIANCE)
+    weight = parameter(model, line.name)
+    return propagate.patches(weight, parameter(model, bias) if bias else None, mean, covariance)
+
+
+def _measured(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    covariance = parameter(model, f"{line.name}.{INPUT_COVARIANCE}")
+    variance = covariance.diagonal() if covariance.dim() == 2 else covariance
+    return Gaussian(parameter(model, f"{line.name}.{INPUT_MEAN}"), variance)
+
+
+def _hardtanh(message: Gaussian, low: float = -1.0, high: float = 1.0, **_: Any) -> Gaussian:
+    return propagate.clipped(message, low, high)
+
+
+def _leaky_relu(message: Gaussian, negative_slope: float = 0.01, **_: Any) -> Gaussian:
+    return propagate.leaky_relu(message, negative_slope)
+
+
+# Activations with a closed form; every other elementwise function goes through quadrature.
+CLOSED_FORMS: dict[str, Callable[..., Gaussian]] = {
+    "relu": lambda message, **_: propagate.relu(message),
+    "relu6": lambda message, **_: propagate.clipped(message, 0.0, 6.0),
+    "hardtanh": lambda message, *a, **k: _hardtanh(message, *a[:2], **_renamed(k)),
+    "leaky_relu": lambda message, *a, **k: _leaky_relu(message, *a[:1], **k),
+}
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    names = {"min_val": "low", "max_val": "high"}
+    return {names.get(key, key): value for key, value in options.items()}
+
+
+def _function(name: str) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = getattr(F, name, None) or getattr(torch, name)
+    return found
+
+
+def _elementwise(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    name, args, pairs = line.options
+    options = dict(pairs)
+    if name in CLOSED_FORMS:
+        return CLOSED_FORMS[name](inputs[0], *args, **options)
+    return propagate.elementwise(inputs[0], lambda x: _function(name)(x, *args, **options))
+
+
+def _fused(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.elementwise(inputs[0], lambda x: _expression(line.options[0], x))
+
+
+def _expression(expression: Any, x: Tensor) -> Any:
+    """Evaluate a nested (name, arguments, options) on the points x; "x" stands for them."""
+    if isinstance(expression, str):
+        return x
+    if not isinstance(expression, tuple):
+        return expression
+    name, args, pairs = expression
+    return _function(name)(*(_expression(a, x) for a in args), **dict(pairs))
+
+
+def _gather(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.gather(inputs[0], torch.tensor(line.options[0], device=inputs[0].mean.device))
+
+
+def _prelu(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.leaky_relu(inputs[0], parameter(model, line.name))
+
+
+RULES: dict[str, Rule] = {
+    "convolution": _convolution,
+    "patches": _patches,
+    "measured": _measured,
+    "elementwise": _elementwise,
+    "fused": _fused,
+    "prelu": _prelu,
+    "gather": _gather,
+    "affine": lambda line, inputs, _: propagate.affine(inputs[0], *line.options),
+    "add": lambda _, inputs, __: propagate.add(*inputs),
+    "multiply": lambda _, inputs, __: propagate.multiply(*inputs),
+    "concatenate": lambda _, inputs, __: propagate.concatenate(inputs),
+}
+
+
+def _joined(_: Line, inputs: list[Gaussian], __: nn.Module) -> Gaussian:
+    first, second = inputs
+    if first.mean.shape[-1] == second.mean.shape[-1] and first.variance.dim() == second.variance.dim():
+        return propagate.add(first, second)
+    return first if first.mean.shape[-1] > 1 else second
+
+
+# The learned transition stands for all that lies between two layers, so only branches are combined.
+STRUCTURE: dict[str, Rule] = {
+    **dict.fromkeys(RULES, lambda _, inputs, __: inputs[0]),
+    "patches": _patches,
+    "measured": _measured,
+    "add": _joined,
+    "concatenate": lambda _, inputs, __: _side_by_side(inputs),
+}
+
+
+def _side_by_side(inputs: list[Gaussian]) -> Gaussian:
+    if all(message.variance.dim() == message.mean.dim() for message in inputs):
+        return propagate.concatenate(inputs)
+    groups = max(len(message.mean) for message in inputs)
+    blocks = [message.variance.expand(groups, -1, -1).unbind() for message in inputs]
+    variance = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
+    return Gaussian(torch.cat([message.mean.expand(groups, -1) for message in inputs], -1), variance)
+
+
+class Evaluation:
+    """The values of a program's lines, each computed once, when it is first asked for.
+
+    Args:
+        wiring: the program.
+        model: the model whose parameters the rules read.
+        leaf: the message of a normalization layer, by name.
+        rules: `RULES`, or `STRUCTURE` for learned transitions.
+    """
+
+    def __init__(self, wiring: Wiring, model: nn.Module, leaf: Leaf, rules: dict[str, Rule] = RULES) -> None:
+        self.wiring, self.model, self.leaf, self.rules = wiring, model, leaf, rules
+        self.results: dict[int, Gaussian] = {}
+
+    def line(self, number: int) -> Gaussian:
+        """Return the value of a line; iterative, since residual streams are deeper than Python's stack."""
+        waiting = [number]
+        while waiting:
+            current = waiting[-1]
+            line = self.wiring.lines[current]
+            missing = [i for i in line.inputs if i not in self.results]
+            if current in self.results or not missing:
+                waiting.pop()
+                if current not in self.results:
+                    self.results[current] = self._evaluated(line)
+            else:
+                waiting.extend(missing)
+        return self.results[number]
+
+    def _evaluated(self, line: Line) -> Gaussian:
+        if line.operation == "norm":
+            return self.leaf(line.name)
+        return self.rules[line.operation](line, [self.results[i] for i in line.inputs], self.model)

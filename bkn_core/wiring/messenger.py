@@ -1,0 +1,171 @@
+"""Hand every normalization layer of a model its prior at each forward: a root hook that holds names, no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.errors import ConversionError
+from bkn_core.norm.kalman import Gaussian, diagonal
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation
+from bkn_core.wiring.program import Wiring
+
+Transition = Literal["learned", "network"]
+Message = Literal["normalized", "raw"]
+
+
+@dataclasses.dataclass
+class Messenger:
+    """The forward hooks of a converted model.
+
+    With normalized messages a prior depends on parameters only: all are computed once, before the forward. With raw
+    messages and learned transitions a layer's prior depends on this forward's posteriors, so it is computed when the
+    layer runs, from the posteriors of those that ran before it.
+
+    Args:
+        wiring: which layers feed which.
+        transition: "network" or "learned".
+        message: "normalized" or "raw"; learned transitions always send the raw posterior.
+        noise: path of the parameter of r, shared by all learned transitions; "" without any.
+        names: the Batch Kalman Normalization layers, in forward order.
+    """
+
+    wiring: Wiring
+    transition: Transition
+    message: Message
+    names: tuple[str, ...]
+    noise: str = ""
+
+    def attach(self, model: nn.Module) -> None:
+        """Register the hooks on the model."""
+        model.register_forward_pre_hook(self)
+        model.register_forward_hook(Farewell(self), always_call=True)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether priors depend on parameters only."""
+        return self.transition == "network" and self.message == "normalized"
+
+    def __call__(self, model: nn.Module, arguments: Any = None) -> None:
+        """Hand out the priors of the forward that begins."""
+        layers = {name: layer_of(model, name) for name in self.names}
+        if not any(layer.uses_batch_statistics for layer in layers.values()):
+            return
+        if self.is_static:
+            for name, prior in self.priors(model).items():
+                layers[name].prior, layers[name].prior_is_live = prior, True
+        else:
+            post = _Post(self, model)
+            for name, layer in layers.items():
+                layer.relay, layer.prior_is_live = _Relay(post, name), True
+
+    def priors(self, model: nn.Module) -> dict[str, Gaussian]:
+        """Compute the refined priors of all layers from the model's parameters, each line once."""
+        with _no_autocast(model):
+            evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
+            return {
+                name: layer_of(model, name).refine(evaluation.line(number))
+                for name, number in self.wiring.priors.items()
+            }
+
+
+class Farewell:
+    """Mark the end of a forward, so that a layer called on its own afterwards does not use that forward's prior."""
+
+    def __init__(self, messenger: Messenger) -> None:
+        self.messenger = messenger
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        """Close the priors; they stay readable for recomputation in the backward pass."""
+        for name in self.messenger.names:
+            layer_of(model, name).prior_is_live = False
+
+
+class _Post:
+    """The posteriors of one forward, and what they predict."""
+
+    def __init__(self, messenger: Messenger, model: nn.Module) -> None:
+        self.messenger, self.model = messenger, model
+        self.posteriors: dict[str, Gaussian] = {}
+        # Squared, so that r >= 0.
+        self.noise: Tensor | None = model.get_parameter(messenger.noise).square() if messenger.noise else None
+        rules = STRUCTURE if messenger.transition == "learned" else RULES
+        self.evaluation = Evaluation(messenger.wiring, model, self._message, rules)
+
+    def _message(self, name: str) -> Gaussian:
+        posterior = self.posteriors.get(name)
+        if posterior is None:  # a layer that normalizes by its population statistics, such as a frozen one
+            norm = norm_of(self.model, name)
+            assert norm.running_mean is not None and norm.running_var is not None
+            posterior = Gaussian(norm.running_mean[None].float(), norm.running_var[None].float())
+        return posterior if self.messenger.transition == "learned" else diagonal(posterior)
+
+
+class _Relay:
+    """One layer's access to the post."""
+
+    def __init__(self, post: _Post, name: str) -> None:
+        self.post, self.name = post, name
+
+    def prior(self) -> Gaussian | None:
+        """Return the refined prior of the layer, from the posteriors that have arrived."""
+        number = self.post.messenger.wiring.priors.get(self.name)
+        if number is None:
+            return None
+        layer = layer_of(self.post.model, self.name)
+        with _no_autocast(self.post.model):
+            value = self.post.evaluation.line(number)
+            if self.post.messenger.transition == "learned":
+                assert self.post.noise is not None
+                value = layer.predict(value, self.post.noise)
+            return layer.refine(value)
+
+    def publish(self, posterior: Gaussian) -> None:
+        """Take the posterior of the layer for those that follow."""
+        self.post.posteriors[self.name] = posterior
+
+
+def _no_autocast(model: nn.Module) -> torch.autocast:
+    """Keep statistics out of mixed precision."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
+def normalized_message(norm: _BatchNorm) -> Gaussian:
+    """Return mean and variance of a layer's output under its own posterior: (β, γ²)."""
+    if norm.weight is None or norm.bias is None:
+        like = norm.running_mean if norm.running_mean is not None else torch.empty(norm.num_features)
+        return Gaussian(torch.zeros_like(like), torch.ones_like(like))
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    return Gaussian(norm.bias.to(wide), norm.weight.to(wide).square())
+
+
+def norm_of(model: nn.Module, name: str) -> _BatchNorm:
+    """Return a normalization layer by name.
+
+    Raises:
+        ConversionError: if the model was changed after its conversion.
+    """
+    norm = model.get_submodule(name)
+    if not isinstance(norm, _BatchNorm):
+        raise ConversionError(
+            f"{name} was a normalization layer at conversion and is a {type(norm).__name__} now",
+            "Change the model first, then convert it again.",
+        )
+    return norm
+
+
+def layer_of(model: nn.Module, name: str) -> BatchKalmanNorm:
+    """Return a Batch Kalman Normalization layer by name.
+
+    Raises:
+        ConversionError: if the model was changed after its conversion.
+    """
+    layer = norm_of(model, name)
+    if not isinstance(layer, BatchKalmanNorm):
+        raise ConversionError(f"{name} is a {type(layer).__name__} since the conversion", "Convert the model again.")
+    return layer
