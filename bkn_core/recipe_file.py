@@ -247,7 +247,7 @@ class RecipeReader:
             self.faults.append(f"{entry.place}: extends is {shown(entry.value)}; give the path of one YAML file")
             return None, ""
         parent = chain[-1].parent / entry.value
-        circle = parent.resolve() in [path.resolve() for path in chain]
+        circle = os.path.realpath(parent) in map(os.path.realpath, chain)
         if circle or len(chain) >= LONGEST_CHAIN:
             names = " -> ".join(printable(path.name) for path in [*chain, parent])
             what = "in a circle" if circle else f"through more than {LONGEST_CHAIN} files"
@@ -265,7 +265,7 @@ def _read(path: Path, told: str) -> str:
             raise InputError(f"{name} {problem}", "Give the path of a YAML file or the bare name of a shipped recipe.")
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"{name} cannot be read: {printable(str(error))}") from error
     if len(data) > LARGEST_FILE:
         raise RecipeError(f"{name} is larger than {LARGEST_FILE} bytes; a recipe has a few thousand")

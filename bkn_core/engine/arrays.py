@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from bkn_core.errors import InputError
 DIGITS_TEST_IMAGES = 360
 DIGITS_MAXIMUM = 16
 ARRAY_LIMIT = 2**32
+# NumPy reads the header of an array as Python text.
+ARRAY_FAULTS = (*ARCHIVE_FAULTS, OverflowError, SyntaxError, TypeError, tokenize.TokenError)
 LAYOUT = (
     "Expected arrays train_images, train_labels, test_images, test_labels (images uint8 (N, H, W) or (N, H, W, C), "
     "labels integers (N,)) and, if wanted, classes (names)."
@@ -110,6 +113,6 @@ def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[np.generic]:
     try:
         with archive.open(entry) as file:
             array: npt.NDArray[np.generic] = np.lib.format.read_array(file, allow_pickle=False)
-    except ARCHIVE_FAULTS as error:
+    except ARRAY_FAULTS as error:
         raise InputError(f"{archive.filename}: {name} is damaged: {error}", "Write the file again.") from error
     return array

@@ -29,9 +29,11 @@ def normalize(
     """
     mean = _per_channel(preprocess.mean, images.device)
     std = _per_channel(preprocess.std, images.device)
-    # The layout is changed while a pixel is one byte.
-    scaled = images.contiguous(memory_format=memory_format).to(torch.float32).div(preprocess.scale)
-    return scaled.sub_(mean).div_(std)
+    inputs = images.contiguous().to(torch.float32).div(preprocess.scale).sub_(mean).div_(std)
+    if memory_format != torch.channels_last:
+        return inputs.contiguous(memory_format=memory_format)
+    # For three channels this is several times faster than `contiguous`, and so is arithmetic before it, not after.
+    return torch.stack(inputs.unbind(1), -1).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:

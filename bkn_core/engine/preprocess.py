@@ -78,7 +78,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 def _faults(values: Mapping[str, Any]) -> dict[str, str]:
     """What is allowed, for each key whose value is not."""
-    if values["color"] not in CHANNELS:
+    if values["color"] not in tuple(CHANNELS):  # a tuple can be asked about any JSON value
         return {"color": " or ".join(CHANNELS)}
     channels = CHANNELS[values["color"]]
     size, mean, std = values["image_size"], values["mean"], values["std"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -114,6 +115,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
         self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
         self.prior_is_live = False
+        self.on_posterior: Callable[[Gaussian, Tensor, int], None] | None = None  # see `population`
         wide = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         start = torch.tensor(gain, **wide)  # type: ignore[arg-type]
         if learn_gain:
@@ -172,6 +174,9 @@ class BatchKalmanNorm(_BatchNorm):
         y, posterior, observed = self._by_batch(x, prior, size)
         if self.training and not _is_recomputation():
             self._track(x, prior, posterior, observed, size)
+        if self.on_posterior is not None:
+            share = images_per_group(len(x), size, observed.mean) / len(x)
+            self.on_posterior(self._unbiased(prior, posterior, observed), share, len(x))
         if self.relay is not None and self.prior_is_live:
             self.relay.publish(posterior)
         return y, posterior
@@ -224,7 +229,7 @@ class BatchKalmanNorm(_BatchNorm):
     def _track(
         self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
     ) -> None:
-        posterior, seen = diagonal(posterior), diagonal(Gaussian(observed.mean, observed.variance))
+        seen = diagonal(Gaussian(observed.mean, observed.variance))
         share = images_per_group(len(x), size, seen.mean) / len(x)
         if self.innovation is not None and prior is not None:
             spread = (share * (seen.variance + (seen.mean - prior.mean).square())).sum(0)
@@ -234,18 +239,21 @@ class BatchKalmanNorm(_BatchNorm):
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
-        factor = (
-            self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(self.running_mean.dtype)
-        )
-        unbiased = self._weight_of_observation(prior, seen) * seen.variance / (observed.count[:, None] - 1).clamp_min(1)
-        unbiased = unbiased * (observed.count[:, None] > 1)
-        self.running_mean.lerp_((share * posterior.mean).sum(0).to(self.running_mean.dtype), factor)
-        self.running_var.lerp_((share * (posterior.variance + unbiased)).sum(0).to(self.running_var.dtype), factor)
+        kept = self.running_mean.dtype
+        factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
+        mean, variance = self._unbiased(prior, posterior, observed)
+        self.running_mean.lerp_((share * mean).sum(0).to(kept), factor)
+        self.running_var.lerp_((share * variance).sum(0).to(kept), factor)
 
-    def _weight_of_observation(self, prior: Gaussian | None, seen: Gaussian) -> Tensor | float:
-        if prior is None:
-            return 1.0
-        return guard(diagonal(prior).variance, seen.variance, self.gain, GUARD_LIMIT) if self.guarded else self.gain
+    def _unbiased(self, prior: Gaussian | None, posterior: Gaussian, observed: Moments) -> Gaussian:
+        """Return the diagonal posterior with S n / (n-1) in the place of S, as the moving variance wants it."""
+        seen = diagonal(Gaussian(observed.mean, observed.variance))
+        posterior, gain = diagonal(posterior), self.gain if prior is not None else 1.0
+        if prior is not None and self.guarded:
+            gain = guard(diagonal(prior).variance, seen.variance, self.gain, GUARD_LIMIT)
+        count = observed.count[:, None]
+        extra = torch.where(count > 1, gain * seen.variance / (count - 1).clamp_min(1), torch.zeros_like(seen.variance))
+        return Gaussian(posterior.mean, posterior.variance + extra)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.dimensions and input.dim() not in self.dimensions:

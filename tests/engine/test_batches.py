@@ -1,9 +1,9 @@
 """The place of a batch in the epoch, augmentation and normalization."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
@@ -26,11 +26,13 @@ def test_normalize_is_the_formula_in_float64() -> None:
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_normalize_gives_the_layout_asked_for() -> None:
-    images = drawn_images()
-    result = normalize(images, COLOUR, memory_format=torch.channels_last)
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(result, normalize(images, COLOUR))
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("wanted", [torch.contiguous_format, torch.channels_last])
+def test_normalize_gives_the_layout_asked_for(given: torch.memory_format, wanted: torch.memory_format) -> None:
+    images = drawn_images().contiguous(memory_format=given)
+    result = normalize(images, COLOUR, memory_format=wanted)
+    assert result.is_contiguous(memory_format=wanted)
+    assert torch.equal(result, normalize(drawn_images(), COLOUR))
 
 
 def test_normalize_leaves_float_images_as_they_were() -> None:
@@ -115,12 +117,12 @@ def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
     assert order.tolist() != epoch_order(100, 2, 2).tolist()
 
 
-@given(images=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 1000))
+@hypothesis.given(images=st.integers(1, 200), seed=st.integers(0, 2**32), epoch=st.integers(0, 1000))
 def test_epoch_order_is_a_permutation(images: int, seed: int, epoch: int) -> None:
     assert sorted(epoch_order(images, seed, epoch).tolist()) == list(range(images))
 
 
-@given(images=st.integers(1, 200), per_device=st.integers(1, 40), world_size=st.integers(1, 5))
+@hypothesis.given(images=st.integers(1, 200), per_device=st.integers(1, 40), world_size=st.integers(1, 5))
 def test_processes_together_see_what_one_with_the_joint_batch_sees(
     images: int, per_device: int, world_size: int
 ) -> None:

@@ -1,0 +1,90 @@
+"""From a recipe to a model: the network by name, then its normalization layers converted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bkn_core.convert import convert
+from bkn_core.engine.batches import normalize
+from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
+from bkn_core.engine.models import build_network, example_images, is_builtin
+from bkn_core.engine.preprocess import Preprocess
+from bkn_core.engine.sources import choose
+from bkn_core.recipe import Recipe
+
+_PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
+_PRIOR_BATCH = 250
+
+
+def load_splits(recipe: Recipe) -> DataSplits:
+    """Load the recipe's data in the colour that its model takes.
+
+    Raises:
+        InputError, RecipeError: see `load_data`.
+    """
+    data = recipe.data
+    return load_data(
+        data.name,
+        root=data.root,
+        image_size=data.image_size,
+        train_images=data.train_images,
+        test_images=data.test_images,
+        color=None if is_builtin(recipe.model.name) else "RGB",
+        download=data.download,
+    )
+
+
+def build_model(
+    recipe: Recipe, preprocess: Preprocess, classes: int, *, images: ImageSet | LazyImageSet | None = None
+) -> nn.Module:
+    """Build the recipe's model on the CPU.
+
+    Args:
+        recipe: model and normalization.
+        preprocess: colours and size of its images.
+        classes: number of logits.
+        images: training images for the input prior; without them it holds placeholders for a checkpoint to fill.
+
+    Raises:
+        RecipeError, ConversionError: the recipe's model or normalization cannot be built.
+    """
+    channels = 1 if preprocess.color == "L" else 3
+    network = build_network(
+        recipe.model.name,
+        classes=classes,
+        channels=channels,
+        pretrained=recipe.model.pretrained and images is not None,
+        arguments=dict(recipe.model.args),
+    )
+    example = example_images(channels, preprocess.image_size)
+    return convert(network, example, **_norm_options(recipe, preprocess, images, example))
+
+
+def _norm_options(
+    recipe: Recipe, preprocess: Preprocess, images: ImageSet | LazyImageSet | None, example: Tensor
+) -> dict[str, Any]:
+    norm = recipe.norm
+    options: dict[str, Any] = {"kind": norm.kind, "statistics_batch_size": recipe.batch.statistics}
+    if norm.kind != "bkn":
+        return options
+    seen: Any = None
+    if norm.input_prior:
+        seen = [example] if images is None else _prior_batches(images, preprocess)
+    return options | {
+        "transition": norm.transition,
+        "message": norm.message,
+        "covariance": norm.covariance,
+        "gain": recipe.resolved_gain,
+        "learn_gain": norm.learn_gain,
+        "correction": norm.correction,
+        "innovation": norm.innovation,
+        "input_prior": seen,
+    }
+
+
+def _prior_batches(images: ImageSet | LazyImageSet, preprocess: Preprocess) -> list[Tensor]:
+    chosen = choose(images.labels, min(_PRIOR_IMAGES, len(images)))
+    return [normalize(images.batch(part)[0], preprocess) for part in torch.split(chosen, _PRIOR_BATCH)]

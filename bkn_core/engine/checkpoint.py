@@ -1,0 +1,212 @@
+"""Checkpoints: weights as safetensors that describe themselves, and the whole state of a run as plain tensors.
+
+Each file carries a digest of all that it holds, so a damaged one is refused instead of giving a silently wrong model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from bkn_core.engine.build import build_model
+from bkn_core.engine.files import replacing, write_with
+from bkn_core.engine.preprocess import Preprocess
+from bkn_core.errors import InputError
+from bkn_core.recipe import Recipe, dump_recipe
+
+_SCHEMA = "bkn.weights/1"
+_KEYS = ("schema", "recipe", "classes", "preprocess", "digest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A weights file: tensors, and what rebuilds the model around them."""
+
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    digest: str
+
+    def model(self) -> nn.Module:
+        """Build the model and load the tensors, all of them.
+
+        Raises:
+            InputError: names or shapes do not fit the recipe's model.
+        """
+        model = build_model(self.recipe, self.preprocess, len(self.classes))
+        load_strictly_(model, self.tensors)
+        return model.eval()
+
+
+def save_weights(
+    path: Path, model: nn.Module, recipe: Recipe, classes: tuple[str, ...], preprocess: Preprocess
+) -> None:
+    """Write a model's tensors and description.
+
+    Raises:
+        OutputError: the file could not be written; an older one is untouched.
+    """
+    from safetensors.torch import save_file
+
+    tensors = _own_tensors(model.state_dict())
+    metadata = {
+        "schema": _SCHEMA,
+        "recipe": dump_recipe(recipe),
+        "classes": json.dumps(list(classes)),
+        "preprocess": json.dumps(preprocess.to_dict()),
+    }
+    metadata["digest"] = digest(tensors, sorted(metadata.items()))
+    with replacing(path) as aside:
+        save_file(tensors, str(aside), metadata)
+
+
+def load_weights(path: Path) -> Weights:
+    """Read a weights file.
+
+    Raises:
+        InputError: the file is missing, damaged or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path} is not a file", "Give a run folder or a checkpoint that `bkn train` wrote.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file: {error}", "Use another checkpoint.") from error
+    if metadata.get("schema") != _SCHEMA or not all(key in metadata for key in _KEYS):
+        raise InputError(f"{path} was not written by `bkn train`", "Give a checkpoint that `bkn train` wrote.")
+    described = sorted((k, v) for k, v in metadata.items() if k != "digest")
+    if digest(tensors, described) != metadata["digest"]:
+        raise InputError(f"{path} is damaged: its content does not have the digest it was saved with", "Use another.")
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(metadata["recipe"]))
+        preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
+    except ValueError as error:
+        raise InputError(f"{path} has a description of another version: {error}", "Train again.") from error
+    return Weights(tensors, recipe, tuple(json.loads(metadata["classes"])), preprocess, metadata["digest"])
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the whole state of a run: nested dicts, lists, numbers, texts and tensors.
+
+    Raises:
+        OutputError: the file could not be written; an older one is untouched.
+    """
+    signed = {**state, "digest": _state_digest(state)}
+    write_with(path, lambda file: torch.save(signed, file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote; nothing in it can run code.
+
+    Raises:
+        InputError: the file is missing, damaged or not one of ours.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not there", "Resume a run that has saved a checkpoint.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged zip or pickle leads it to
+        raise InputError(f"{path} is damaged: {error}", "Resume from another run.") from error
+    if not isinstance(state, dict) or state.pop("digest", None) != _state_digest(state):
+        raise InputError(f"{path} is damaged: its content does not have the digest it was saved with", "")
+    return state
+
+
+def load_strictly_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load tensors into a model, in place, refusing any that is missing, unknown or of another shape.
+
+    Raises:
+        InputError: listing all faults.
+    """
+    try:
+        missing, unknown = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"the checkpoint does not fit the recipe's model: {error}", "Was the recipe changed?"
+        ) from error
+    if missing or unknown:
+        raise InputError(
+            f"the checkpoint does not fit the recipe's model: missing {missing}, unknown {unknown}",
+            "Was it written by another version?",
+        )
+
+
+def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes, in the order of names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for key, text in texts:
+        total.update(f"{key}|{text}|".encode())
+    return total.hexdigest()
+
+
+def _state_digest(state: Any) -> str:
+    tensors: dict[str, Tensor] = {}
+    texts: list[tuple[str, str]] = []
+
+    def visit(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[path] = value.reshape(-1) if value.dim() == 0 else value
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                visit(f"{path}.{key}", value[key])
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                visit(f"{path}.{i}", item)
+        else:
+            texts.append((path, repr(value)))
+
+    visit("", state)
+    return digest(tensors, texts)
+
+
+def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every name a contiguous tensor of its own: safetensors stores no shared memory."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def weights_path(target: Path) -> Path:
+    """Return the weights file of a run folder (the best one, else the last), or the file itself.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not target.exists():
+        raise InputError(f"{target} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
+    if target.is_file():
+        return target
+    for name in ("best", "last"):
+        path = target / "checkpoints" / f"{name}.safetensors"
+        if path.is_file():
+            return path
+    raise InputError(f"{target} holds no checkpoint", "Give a run folder of `bkn train`.")
+
+
+def load_run(path: str | Path) -> nn.Module:
+    """Return the trained model of a run folder or checkpoint, in evaluation mode.
+
+    Args:
+        path: a run folder (its best weights) or a .safetensors file of one.
+
+    Raises:
+        InputError: it is missing, damaged or does not fit.
+    """
+    return load_weights(weights_path(Path(path))).model()

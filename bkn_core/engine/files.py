@@ -1,0 +1,74 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from bkn_core.errors import OutputError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a file to write aside; on leaving it is flushed to the disk and renamed, on an error removed.
+
+    Raises:
+        OutputError: the file could not be written; what stood at `path` is untouched.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}", "Free some space or choose another folder."
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_with(path, lambda file: file.write(text.encode()))
+
+
+def write_with(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a binary file whole through a function that is given the open file."""
+    with replacing(path) as aside, open(aside, "wb") as file:
+        write(file)
+        file.flush()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole, with null in the place of numbers that are not finite."""
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a value of dicts, lists and numbers with None for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,63 @@
+"""Pictures and logs of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bkn_core.engine.files import replacing
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import RecipeError
+
+
+def plot_curves(folder: RunFolder) -> None:
+    """Draw loss, top-1 and gain over the steps into plots/curves.png.
+
+    Raises:
+        OutputError: the file could not be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = folder.records()
+    steps = [row for row in rows if row["kind"] == "step"]
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    has_gain = any(row.get("gain") is not None for row in steps)
+    figure = Figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
+    axes = figure.subplots(1, 3 if has_gain else 2)
+    _line(axes[0], steps, "loss", "training loss", alpha=0.5)
+    for kind in ("population", "batch"):
+        _line(axes[0], epochs, f"{kind}_loss", f"test loss, {kind} statistics", marker="o")
+        _line(axes[1], epochs, f"{kind}_top1", f"test, {kind} statistics", marker="o", factor=100)
+    axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
+    axes[1].set(xlabel="step", ylabel="top-1 in %", title="Accuracy")
+    if has_gain:
+        _line(axes[2], steps, "gain", "mean Kalman gain")
+        axes[2].set(xlabel="step", ylabel="gain q", title="Weight of the observation", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(folder.path.name, fontsize=10)
+    with replacing(folder.path / "plots" / "curves.png") as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def _line(axis: Any, rows: list[dict[str, Any]], key: str, label: str, *, factor: float = 1, **style: Any) -> None:
+    points = [(row["step"], factor * row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def write_tensorboard(folder: RunFolder) -> None:
+    """Write all metrics as TensorBoard scalars into tensorboard/.
+
+    Raises:
+        RecipeError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RecipeError("log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard") from error
+    with SummaryWriter(str(folder.path / "tensorboard")) as writer:  # type: ignore[no-untyped-call]
+        for row in folder.records():
+            for key, value in row.items():
+                if key not in ("kind", "step", "epoch") and isinstance(value, (int, float)):
+                    writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])  # type: ignore[no-untyped-call]

@@ -1,0 +1,202 @@
+"""The folder of a run: its name, its files, and what is written while it goes on."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bkn_core.engine.files import finite, write_json, write_text
+from bkn_core.errors import InputError, OutputError
+from bkn_core.recipe import Recipe, dump_recipe, load_recipe
+
+_PACKAGES = ("bkn", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this package and the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run_name(recipe: Recipe) -> str:
+    """Return the name of a recipe's run: `<recipe>-<norm>-g<g>-s<s>-seed<seed>`."""
+    batch = recipe.batch
+    return f"{recipe.name}-{recipe.norm.kind}-g{batch.gradient}-s{batch.statistics}-seed{recipe.train.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, recipe: Recipe, out: Path | None) -> RunFolder:
+        """Make the folder of a new run: `out`, or a fresh name under `runs/`.
+
+        Raises:
+            InputError: `out` holds a run already.
+            OutputError: the folder cannot be made.
+        """
+        try:
+            if out is not None:
+                if (out / "config.yaml").exists():
+                    raise InputError(
+                        f"{out} holds a run already", f"Continue it with `bkn train --resume {out}`, or name another --out."
+                    )
+                out.mkdir(parents=True, exist_ok=True)
+                path = out
+            else:
+                path = _fresh(Path("runs") / run_name(recipe))
+        except OSError as error:
+            raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
+        folder = cls(path)
+        write_text(path / "config.yaml", dump_recipe(recipe))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path} is no run folder: it has no config.yaml", "Give a folder that `bkn train` made.")
+        return cls(path)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return load_recipe(self.path / "config.yaml")
+
+    @property
+    def weights(self) -> Path:
+        """The weights of the last finished step that was saved."""
+        return self.path / "checkpoints" / "last.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best epoch."""
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """All that resuming needs."""
+        return self.path / "checkpoints" / "last.state.pt"
+
+    def write_environment(self, device: torch.device) -> None:
+        """Write env.json: versions, device and threads."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+        environment = {"versions": versions(), "platform": platform.platform(), "device": str(device)}
+        write_json(
+            self.path / "env.json",
+            {**environment, "device_name": name, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
+        )
+
+    def write_summary(self, status: str, **values: Any) -> None:
+        """Write summary.json: status is running, finished, interrupted or failed."""
+        write_json(self.path / "summary.json", {"schema": "bkn.run/1", "status": status, **values})
+
+    def summary(self) -> dict[str, Any]:
+        """Read summary.json.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        path = self.path / "summary.json"
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{path} holds no summary", "Give a folder that `bkn train` made.")
+        return value
+
+    def log(self, text: str) -> None:
+        """Append a line with its time to train.log."""
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._append("train.log", f"{now} {text}\n")
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        self._append("metrics.jsonl", json.dumps(finite(row)) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise OutputError(f"{self.path / name} could not be written: {error}", "Free some space.") from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl, leaving out a last line that a crash cut short."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records after a step: a resumed run writes them again."""
+        kept = [row for row in self.records() if row["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_table(self) -> None:
+        """Write metrics.csv: one row an epoch."""
+        rows = [row for row in self.records() if row["kind"] == "epoch"]
+        columns = list(dict.fromkeys(key for row in rows for key in row if key != "kind"))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "metrics.csv", text.getvalue())
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """Return the finished run under `runs/` that ended last.
+
+    Raises:
+        InputError: there is none.
+    """
+    finished = []
+    for summary in root.glob("**/summary.json"):
+        try:
+            if json.loads(summary.read_text()).get("status") == "finished":
+                finished.append((summary.stat().st_mtime, summary.parent))
+        except (OSError, ValueError, AttributeError):
+            continue
+    if not finished:
+        raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")
+    return max(finished)[1]
+
+
+def _fresh(path: Path) -> Path:
+    """Make a folder that was not there, with a number behind its name where that is taken."""
+    number = 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+
+

@@ -1,0 +1,100 @@
+"""One picture from bytes to tensor."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bkn_core.engine import pictures
+from bkn_core.engine.pictures import decode, is_grey, open_picture, recolor, resize
+from bkn_core.errors import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+WRITABLE = {"PNG": "RGB RGBA L LA P 1", "JPEG": "RGB L CMYK", "BMP": "RGB L P 1", "WEBP": "RGB RGBA", "PPM": "RGB L 1"}
+MODES = [(kind, mode) for kind, modes in WRITABLE.items() for mode in modes.split()]
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def as_pixels(images: torch.Tensor) -> np.ndarray:
+    return images.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+@pytest.mark.parametrize("color", ["RGB", "L"])
+@pytest.mark.parametrize(("kind", "mode"), MODES)
+def test_every_mode_and_format_decodes_as_pillow_converts_it(kind: str, mode: str, color: str) -> None:
+    source = encode(Image.fromarray(PIXELS).convert(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(source)).convert(color))
+    np.testing.assert_array_equal(as_pixels(decode(open_picture(source, "a"), color, "a")), expected)
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
+    greys = np.linspace(0, 65535, 120).astype(np.uint16).reshape(12, 10)
+    picture = open_picture(encode(Image.fromarray(greys)), "a")
+    assert is_grey(picture)
+    np.testing.assert_array_equal(as_pixels(decode(picture, "L", "a")), greys // 256)
+
+
+def test_transparent_palette_decodes_without_a_warning() -> None:
+    palette = Image.fromarray(PIXELS).quantize(8)
+    source = encode(palette, transparency=bytes(range(8)))
+    np.testing.assert_array_equal(as_pixels(decode(open_picture(source, "a"), "RGB", "a")), palette.convert("RGB"))
+
+
+@pytest.mark.parametrize(("mode", "grey"), [("L", True), ("LA", True), ("1", True), ("RGB", False), ("P", False)])
+def test_grey_is_known_from_the_header(mode: str, grey: bool) -> None:
+    assert is_grey(open_picture(encode(Image.fromarray(PIXELS).convert(mode)), "a")) is grey
+
+
+@pytest.mark.parametrize("kind", pictures.FORMATS)
+def test_truncated_picture_is_refused_by_name(kind: str) -> None:
+    whole = encode(Image.fromarray(np.tile(PIXELS, (8, 8, 1))), kind)
+    for length in (0, 1, 10, len(whole) // 3, len(whole) * 2 // 3):
+        with pytest.raises(InputError, match=r"cat/7.x cannot be decoded"):
+            decode(open_picture(whole[:length], "cat/7.x"), "RGB", "cat/7.x")
+
+
+def test_other_formats_are_not_even_tried() -> None:
+    for kind in ("EPS", "GIF", "TIFF", "PDF"):
+        with pytest.raises(InputError, match="it is none of PNG, JPEG"):
+            open_picture(encode(Image.fromarray(PIXELS), kind), "a.png")
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (12_000, 12_000), (60_000, 60_000)])
+def test_claimed_size_beyond_the_limit_is_refused_before_decoding(size: tuple[int, int]) -> None:
+    header = f"P6 {size[0]} {size[1]} 255\n".encode()
+    with pytest.raises(InputError, match=r"^bomb\.ppm "):
+        open_picture(header, "bomb.ppm")
+
+
+def test_more_than_sixteen_bits_a_channel_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a.png cannot be decoded: mode I has more than 16 bits"):
+        decode(Image.fromarray(np.zeros((4, 4), np.int32)), "L", "a.png")
+
+
+@pytest.mark.parametrize(("before", "after"), [("RGB", "L"), ("L", "RGB"), ("RGB", "RGB"), ("L", "L")])
+def test_recolor_agrees_with_pillow_to_the_bit(before: str, after: str) -> None:
+    picture = Image.fromarray(PIXELS).convert(before)
+    images = decode(picture, before, "a").unsqueeze(0)
+    np.testing.assert_array_equal(as_pixels(recolor(images, after)[0]), picture.convert(after))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(5, 7), (16, 16), (12, 10)])
+def test_resize_of_a_batch_is_that_of_its_images(channels: int, size: tuple[int, int]) -> None:
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (33, channels, 12, 10), dtype=np.uint8))
+    expected = torch.cat([resize(image.unsqueeze(0), size) for image in images])
+    assert torch.equal(resize(images, size), expected)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (16, 16), (12, 10)])
+def test_resize_is_pillows_bilinear_up_to_rounding(size: tuple[int, int]) -> None:
+    resized = as_pixels(resize(torch.from_numpy(PIXELS).permute(2, 0, 1).unsqueeze(0), size)[0])
+    expected = np.asarray(Image.fromarray(PIXELS).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    assert np.abs(resized.astype(int) - expected).max() <= 1

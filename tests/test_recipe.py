@@ -1,0 +1,296 @@
+"""The recipe: defaults, precedence, what is refused, and the words it is refused with."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from bkn_core.errors import InputError, RecipeError
+from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def _write(text: str | bytes, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return _write
+
+
+def faults(source: str | Path | None, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source, overrides)
+    return caught.value.message
+
+
+# Written out from the specification by hand, not read from the code.
+SPECIFIED = """
+model: {name: cifar_resnet8, pretrained: false, args: {}}
+norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
+       gain_schedule: anneal, correction: true, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
+batch: {gradient: 128, statistics: 2, per_device: 128}
+data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, augment: none, download: false}
+train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
+        deterministic: false, nonfinite: stop}
+optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
+        gain_lr_scale: 1.0, schedule: onecycle, warmup: 0.2, milestones: [0.5, 0.75], gamma: 0.1}
+eval: {batch_size: 250, stats: auto, topk: [1, 5]}
+log: {every: 20, tensorboard: false, plots: true}
+"""
+
+
+def test_defaults_are_the_specified_ones(write: Any) -> None:
+    recipe = load_recipe(write("version: 1\n"))
+    expected = {"version": 1, "name": "mine", **yaml.safe_load(SPECIFIED)}
+    assert yaml.safe_load(dump_recipe(recipe)) == expected
+
+
+def test_no_source_is_the_shipped_digits_micro() -> None:
+    assert load_recipe() == load_recipe("digits_micro")
+    assert load_recipe().name == "digits_micro"
+
+
+def test_parent_gives_way_to_recipe_and_recipe_to_words(write: Any) -> None:
+    write("train: {epochs: 2, seed: 2, ema: 0.2}\nname: parent\n", "base.yaml")
+    recipe = load_recipe(write("extends: base.yaml\ntrain: {seed: 3, ema: 0.3}\n"), ["train.ema=0.4", "train.ema=0.5"])
+    assert (recipe.train.epochs, recipe.train.seed, recipe.train.ema, recipe.name) == (2, 3, 0.5, "mine")
+
+
+def test_arguments_of_the_model_are_replaced_as_a_whole_by_a_file_and_one_by_one_by_a_word(write: Any) -> None:
+    write("model: {args: {width: 16, depth: 3}}\n", "base.yaml")
+    child = write("extends: base.yaml\nmodel: {args: {width: 8}}\n")
+    assert load_recipe(child).model.args == {"width": 8}
+    assert load_recipe(child, ["model.args.depth=2"]).model.args == {"width": 8, "depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("word", "section", "key", "value"),
+    [
+        ("norm.gain=0.05", "norm", "gain", 0.05),
+        ("norm.eps=1e-3", "norm", "eps", 1e-3),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        ("eval.topk=[1,3]", "eval", "topk", (1, 3)),
+        ("data.train_images=null", "data", "train_images", None),
+        ("data.root=~/images:1/x.zip", "data", "root", "~/images:1/x.zip"),
+        ("data.image_size=[16, 24]", "data", "image_size", (16, 24)),
+        ("norm={kind: in, eps: 1e-3}", "norm", "kind", "in"),
+        ("train.device=cuda:1", "train", "device", "cuda:1"),
+        ("train.amp=false", "train", "amp", False),
+    ],
+)
+def test_word_is_read_as_yaml(word: str, section: str, key: str, value: object) -> None:
+    read = getattr(getattr(load_recipe(None, [word]), section), key)
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "statistics", "expected"),
+    [(128, 2, 128), (32, 2, 32), (512, 2, 128), (96, 3, 96), (129, 3, 3), (192, 2, 96), (256, 256, 256), (1, 1, 1)],
+)
+def test_per_device_is_the_largest_whole_size_up_to_128(gradient: int, statistics: int, expected: int) -> None:
+    words = [f"batch.gradient={gradient}", f"batch.statistics={statistics}"]
+    sizes = [n for n in range(1, 129) if n % statistics == 0 and gradient % n == 0]
+    assert load_recipe(None, words).batch.per_device == expected == max(sizes, default=statistics)
+
+
+def test_digits_are_enlarged_unless_told_otherwise() -> None:
+    assert load_recipe().data.image_size == 16
+    assert load_recipe(None, ["data.image_size=null"]).data.image_size is None
+    assert load_recipe(None, ["data.name=CIFAR10"]).data.image_size is None
+
+
+def test_automatic_gain_and_evaluation_follow_the_statistics_batch_size() -> None:
+    single = load_recipe(None, ["batch.statistics=1"])
+    assert (single.resolved_gain, single.eval_stats) == (0.02, "batch")
+    assert (load_recipe().resolved_gain, load_recipe().eval_stats) == (0.1, "population")
+    told = load_recipe(None, ["batch.statistics=1", "norm.gain=0.3", "eval.stats=both"])
+    assert (told.resolved_gain, told.eval_stats) == (0.3, "both")
+    assert load_recipe(None, ["norm.kind=bn"]).resolved_gain == 1.0
+
+
+def test_recipe_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe().norm.kind = "bn"
+
+
+def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) -> None:
+    write("\ntrain: {epochs: 1.5, seed: true}\n", "base.yaml")
+    path = write(
+        "extends: base.yaml\nnorm:\n  knid: bkn\n  kind: bnk\n  eps: .nan\nbatch: {per_device: 7, gradient: -1}\n"
+    )
+    base = path.with_name("base.yaml")
+    message = faults(path, "optim.lr=0", "evall.topk=3", "oops", "log.every=[")
+    assert message.splitlines() == [
+        "the recipe has 10 faults:",
+        "command line 'oops': this is not KEY=VALUE; write for example norm.kind=bn",
+        "command line 'log.every=[': not valid YAML: expected the node content, but found '<stream end>'",
+        f"{path}:4: norm.kind is 'bnk'; choose one of bkn, bn, brn, gn, ln, in, fixed, none (did you mean 'bkn'?)",
+        f"{path}:5: norm.eps is nan; give a finite number above 0",
+        f"{path}:3: norm.knid is not a key (did you mean 'kind'?)",
+        f"{path}:6: batch.gradient is -1; give an integer of at least 1",
+        f"{base}:2: train.epochs is 1.5; give an integer of at least 1",
+        f"{base}:2: train.seed is true; give an integer from 0 to 4294967295",
+        "command line 'optim.lr=0': optim.lr is 0; give a finite number above 0",
+        "command line 'evall.topk=3': evall.topk is not a key (did you mean 'eval.topk'?)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr: 0.1", "lr is not a key (did you mean 'optim.lr'?)"),
+        ("norm.kind: bn", "norm.kind is not a key here; write it as norm: {kind: ...}"),
+        ("nrom: {kind: bn}", "nrom is not a key (did you mean 'norm'?)"),
+        ("log: {zzz: 1}", "log.zzz is not a key; choose one of every, tensorboard, plots"),
+        ("norm: {kind: BN}", "(did you mean 'bn'?)"),
+        ("norm: 5", "norm is 5; give a mapping of keys to values"),
+        ("norm:", "norm is null; give a mapping of keys to values"),
+        ("version: 2", "version is 2; give 1"),
+        ("version: true", "version is true; give 1"),
+        ("name: ../x", "name is '../x'; give letters, digits and any of _ . -"),
+        ("train: {compile: yes}", "train.compile is 'yes'; give true or false"),
+        ("train: {device: gpu}", "train.device is 'gpu'; give auto, cpu, mps or cuda[:N]"),
+        ("train: {ema: 1}", "train.ema is 1; give a number above 0 and below 1, or null for none"),
+        ("optim: {lr: '1e-3'}", "optim.lr is '1e-3'; give a finite number above 0"),
+        ("optim: {lr: 1e999}", "optim.lr is inf; give a finite number above 0"),
+        ("norm: {gain: 1.5}", "norm.gain is 1.5; give auto or a number in (0, 1]"),
+        ("data: {image_size: [1, 2, 3]}", "data.image_size is [1, 2, 3]; give an integer"),
+        ("data: {name: 2024}", "data.name is 2024; give text (in quotes where it looks like a number)"),
+        ('data: {root: "a\\0b"}', "data.root is 'a\\x00b'; give text"),
+        ("model: {args: {x: [1]}}", "model.args is {'x': [1]}; give a mapping of argument names to plain values"),
+        ("eval: {topk: [1, true]}", "eval.topk is [1, True]; give a list of integers"),
+    ],
+)
+def test_fault_names_place_key_value_and_what_is_allowed(write: Any, text: str, expected: str) -> None:
+    path = write(text)
+    message = faults(path)
+    assert message.startswith(f"{path}:1: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["norm.gain=1"], "norm.gain is 1.0; norm.learn_gain true needs a number below 1"),
+        (["optim.momentum=0"], "optim.momentum is 0.0; optim.nesterov true needs a number above 0"),
+        (["batch.statistics=3"], "batch.gradient is 32; give a multiple of batch.statistics (3)"),
+        (["batch.per_device=12"], "batch.per_device is 12; give a multiple of batch.statistics (2) that divides"),
+    ],
+)
+def test_values_that_cannot_work_together_are_refused(words: list[str], expected: str) -> None:
+    message = faults(None, *words)
+    assert f"command line '{words[0]}'" in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["norm.gain=1", "norm.learn_gain=false"],
+        ["norm.gain=1", "norm.kind=gn"],
+        ["optim.momentum=0", "optim.name=adamw"],
+    ],
+)
+def test_the_same_values_pass_where_they_can_work(words: list[str]) -> None:
+    assert load_recipe(None, words).name == "digits_micro"
+
+
+def test_rule_keeps_silent_about_a_key_that_is_wrong_by_itself() -> None:
+    assert "per_device" not in faults(None, "batch.per_device=6", "batch.statistics=x")
+
+
+def test_error_can_be_written_to_any_terminal(write: Any) -> None:
+    message = faults(write('"\\e[31m\\u202e": 1\nnorm: {kind: "\\e[2J"}'), "x\udcff=1", "norm.kind=\udcff")
+    assert all(line.isprintable() for line in message.splitlines())
+    message.encode()
+
+
+def test_circle_of_parents_is_refused(write: Any) -> None:
+    write("extends: mine.yaml\n", "base.yaml")
+    path = write("version: 1\nextends: base.yaml\n")
+    assert "extends leads in a circle: mine.yaml -> base.yaml -> mine.yaml" in faults(path)
+    assert faults(path).startswith(f"{path.with_name('base.yaml')}:1: ")
+
+
+def test_long_chain_of_parents_is_refused(write: Any) -> None:
+    for number in range(9):
+        path = write(f"extends: r{number - 1}.yaml\n" if number else "version: 1\n", f"r{number}.yaml")
+    assert load_recipe(path.with_name("r7.yaml")).name == "r7"
+    assert "through more than 8 files" in faults(path)
+
+
+@pytest.mark.parametrize("value", ["[a.yaml, b.yaml]", "3", "null", '"a\\0"'])
+def test_parent_that_is_no_path_is_refused(write: Any, value: str) -> None:
+    assert "give the path of one YAML file" in faults(write(f"extends: {value}\n"))
+
+
+def test_missing_parent_is_named_with_the_line_that_asks_for_it(write: Any) -> None:
+    path = write("version: 1\nextends: gone.yaml\n")
+    with pytest.raises(InputError, match=r"gone.yaml \(extends at .*mine.yaml:2\) does not exist"):
+        load_recipe(path)
+
+
+def test_parent_that_is_a_link_to_itself_is_an_input_error(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(InputError, match=r"loop\.yaml"):
+        load_recipe(write("extends: loop.yaml\n"))
+
+
+@pytest.mark.parametrize("source", ["gone.yaml", "gone/x", Path("gone"), "a\0.yaml", "x" * 5000 + ".yaml", "."])
+def test_missing_file_is_an_input_error(source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        load_recipe(source)
+
+
+def test_unknown_bare_name_lists_the_shipped_ones_and_the_nearest() -> None:
+    message = faults("digits_mirco")
+    assert "(did you mean 'digits_micro'?)" in message
+    assert all(name in message for name in shipped_recipes())
+    assert "is no shipped recipe" in faults("x" * 5000)
+
+
+def test_words_that_are_no_key_and_value_are_refused_with_a_hint() -> None:
+    assert "write for example norm.kind=bn" in faults(None, "norm.kind")
+    assert "extends is for files only" in faults(None, "extends=x.yaml")
+    assert "not a key" in faults(None, "a.b.c.d=1")
+
+
+def test_name_of_a_file_becomes_a_name_that_a_folder_can_have(write: Any) -> None:
+    assert load_recipe(write("version: 1\n", "my recipe (1).yaml")).name == "my-recipe-1-"
+    assert load_recipe(write("version: 1\nname: other\n")).name == "other"
+
+
+def test_resolved_recipe_loads_to_an_equal_one(write: Any) -> None:
+    words = [
+        "name='07'",
+        "data.root='1e3'",
+        "data.image_size=[16, 8]",
+        "norm.eps=1e-12",
+        "model.args={a: '.5', b: null}",
+    ]
+    recipe = load_recipe(None, [*words, "data.augment=none", "batch.gradient=192", "eval.topk=[1]"])
+    assert load_recipe(write(dump_recipe(recipe), "config.yaml")) == recipe
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize("module", ["recipe", "recipe_file"])
+def test_reading_recipes_needs_nothing_heavy(module: str) -> None:
+    tree = ast.parse((Path(__file__).parent.parent / "bkn_core" / f"{module}.py").read_text())
+    roots = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    roots |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {"bkn_core", "bkn_core.errors", "bkn_core.recipe_file"}
+    assert {str(root).split(".")[0] for root in roots - ours} <= {
+        *sys.stdlib_module_names,
+        "yaml",
+        "pydantic",
+        "pydantic_core",
+    }
