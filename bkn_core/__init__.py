@@ -1,1 +1,45 @@
-"""BKN."""
+"""Batch Kalman Normalization: train networks on one or two images per statistics group (arXiv 1802.03133)."""
+
+from importlib.metadata import version as _version
+
+from bkn_core.convert import LayerReport, conversion_report, convert, fold
+from bkn_core.engine.build import build_model
+from bkn_core.engine.checkpoint import load_run
+from bkn_core.engine.loop import TrainResult, train
+from bkn_core.errors import BknError
+from bkn_core.evaluate import EvaluationResult, evaluate
+from bkn_core.export.from_run import export_onnx
+from bkn_core.export.onnx_file import ExportResult
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from bkn_core.population import estimate_population, statistics
+from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+
+__version__ = _version("bkn")
+
+__all__ = [
+    "BatchKalmanNorm",
+    "BatchKalmanNorm1d",
+    "BatchKalmanNorm2d",
+    "BatchKalmanNorm3d",
+    "BknError",
+    "EvaluationResult",
+    "ExportResult",
+    "Gaussian",
+    "LayerReport",
+    "Recipe",
+    "TrainResult",
+    "build_model",
+    "conversion_report",
+    "convert",
+    "dump_recipe",
+    "estimate_population",
+    "evaluate",
+    "export_onnx",
+    "fold",
+    "load_recipe",
+    "load_run",
+    "shipped_recipes",
+    "statistics",
+    "train",
+]

@@ -126,6 +126,19 @@ def load_data(
     return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes)
 
 
+def load_test_images(
+    name: str, *, root: str | Path, preprocess: Preprocess, test_images: int | None = None, download: bool = False
+) -> ImageSet | LazyImageSet:
+    """Load the test images alone, in the colour and size that a trained model wants.
+
+    Raises:
+        InputError, RecipeError: as `load_data`.
+    """
+    _, test = _open(name, Path(root).expanduser(), download=download)
+    test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
+    return _image_set(test, preprocess.color, preprocess.image_size)
+
+
 def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batch at each of the given indices, decoding the next one while the caller works on this one."""
     if isinstance(images, ImageSet):

@@ -55,7 +55,9 @@ def write_tensorboard(folder: RunFolder) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RecipeError("log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard") from error
+        raise RecipeError(
+            "log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard"
+        ) from error
     with SummaryWriter(str(folder.path / "tensorboard")) as writer:  # type: ignore[no-untyped-call]
         for row in folder.records():
             for key, value in row.items():

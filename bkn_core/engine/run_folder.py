@@ -56,7 +56,8 @@ class RunFolder:
             if out is not None:
                 if (out / "config.yaml").exists():
                     raise InputError(
-                        f"{out} holds a run already", f"Continue it with `bkn train --resume {out}`, or name another --out."
+                        f"{out} holds a run already",
+                        f"Continue it with `bkn train --resume {out}`, or name another --out.",
                     )
                 out.mkdir(parents=True, exist_ok=True)
                 path = out
@@ -198,5 +199,3 @@ def _fresh(path: Path) -> Path:
             return candidate
         except FileExistsError:
             number += 1
-
-

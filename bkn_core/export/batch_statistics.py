@@ -32,7 +32,7 @@ class ImageNorm(nn.Module):
 
     def __init__(self, name: str, layer: BatchKalmanNorm, prior: Gaussian | None) -> None:
         super().__init__()
-        self.name, self.gain = name, 1.0 if prior is None else float(layer.gain.double())
+        self.name, self.gain = name, 1.0 if prior is None else float(layer.gain.detach())
         ones = torch.ones(layer.num_features, dtype=torch.float64)
         mean, variance = Gaussian(0 * ones, 0 * ones) if prior is None else prior
         constants = {
@@ -112,7 +112,7 @@ def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:
     if messenger is not None and messenger.wiring.priors and not messenger.is_static:
         for name, layer in layers.items():
             layer.__class__ = LiveImageNorm
-            layer.name = name  # type: ignore[assignment]
+            layer.name = name
         return replica, len(layers)
     priors = _constant_priors(replica)
     built = {layer: ImageNorm(name, layer, priors.get(name)) for name, layer in layers.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, NamedTuple
+from collections import defaultdict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,64 +11,86 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-class _Affine(NamedTuple):
-    """y = scale · x + shift per channel, as the two nodes that compute it."""
-
-    nodes: tuple[Any, Any]
-    scale: Array
-    shift: Array
-
-
 def merge_affine(proto: Any) -> int:
-    """Merge, in place, every Mul and Add of per-channel constants into the Conv or Gemm whose only reader it is.
+    """Merge, in place, every Mul and Add of per-channel constants into the Conv or Gemm that alone they follow.
 
         W' = a W,   b' = a b + c
+
+    Args:
+        proto: an `onnx.ModelProto`.
 
     Returns:
         How many pairs were merged; those that follow something else stay.
     """
-    from onnx import numpy_helper
+    graph = _Graph(proto.graph)
+    merged = 0
+    for node in list(proto.graph.node):
+        if node.op_type not in ("Conv", "Gemm") or not all(name in graph.constants for name in node.input[1:]):
+            continue
+        axis, weight = _output_axis(node), graph.constant(node.input[1])
+        channels = weight.shape[axis]
+        shape = (channels, *([1] * (weight.ndim - 2)))
+        multiply, scale = graph.applied_to(node, "Mul", shape)
+        add, shift = graph.applied_to(multiply, "Add", shape)
+        if add is None:
+            continue
+        bias = graph.constant(node.input[2]) if len(node.input) > 2 else np.zeros(channels)
+        columns = [1] * weight.ndim
+        columns[axis] = channels
+        graph.set_weights(node, weight * scale.reshape(columns), bias * scale + shift)
+        node.output[0] = add.output[0]
+        proto.graph.node.remove(multiply)
+        proto.graph.node.remove(add)
+        merged += 1
+    return merged
 
-    graph = proto.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in graph.output}
 
-    def array(name: str) -> Array:
-        return numpy_helper.to_array(constants[name]).astype(np.float64)
+class _Graph:
+    """Who reads what in an ONNX graph."""
 
-    def following(node: Any, operation: str) -> tuple[Any, Array] | None:
-        """Return the only reader of a node's result, if it is this operation with a constant."""
-        name = node.output[0]
-        found = readers.get(name, [])
-        if name in outputs or len(found) != 1 or found[0].op_type != operation:
-            return None
-        other = [value for value in found[0].input if value != name]
-        return (found[0], array(other[0])) if len(other) == 1 and other[0] in constants else None
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.readers: dict[str, list[Any]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.outputs = {value.name for value in graph.output}
 
-    merged = Counter[str]()
-    for node in list(graph.node):
-        if node.op_type in ("Conv", "Gemm") and all(name in constants for name in node.input[1:]):
-            affine = _affine_after(node, following)
-            weight = array(node.input[1])
-            axis = _output_axis(node)
-            if affine is None or axis is None or not _per_channel(affine, weight.shape[axis], weight.ndim):
-                continue
-            bias = array(node.input[2]) if len(node.input) > 2 else np.zeros(weight.shape[axis])
-            scale, shift = affine.scale.ravel(), affine.shift.ravel()
-            shape = [1] * weight.ndim
-            shape[axis] = -1
-            values = {"weight": weight * scale.reshape(shape), "bias": bias * scale + shift}
-            inputs = [node.input[0]]
-            for key, value in values.items():
-                inputs.append(f"{node.output[0]}.{key}")
-                graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), inputs[-1]))
-            node.input[:] = inputs
-            node.output[0] = affine.nodes[1].output[0]
-            for old in affine.nodes:
-                graph.node.remove(old)
-            merged[node.op_type] += 1
-    return merged.total()
+    def constant(self, name: str) -> Array:
+        """Return an initializer in float64."""
+        from onnx import numpy_helper
+
+        values: Array = numpy_helper.to_array(self.constants[name]).astype(np.float64)
+        return values
+
+    def applied_to(self, node: Any, operation: str, shape: tuple[int, ...]) -> tuple[Any, Array]:
+        """Return the only reader of a node and its constant (C,), or None where it is no such operation."""
+        nothing = None, np.zeros(0)
+        if node is None or node.output[0] in self.outputs:
+            return nothing
+        readers = self.readers[node.output[0]]
+        if len(readers) != 1 or readers[0].op_type != operation:
+            return nothing
+        others = [name for name in readers[0].input if name != node.output[0]]
+        if len(others) != 1 or others[0] not in self.constants:
+            return nothing
+        values = self.constant(others[0])
+        if values.size != shape[0] or values.shape[-len(shape) :] != shape:
+            return nothing
+        return readers[0], values.ravel()
+
+    def set_weights(self, node: Any, weight: Array, bias: Array) -> None:
+        """Give a node weights of its own; the old ones may serve other nodes."""
+        from onnx import numpy_helper
+
+        inputs = [node.input[0]]
+        for key, values in (("weight", weight), ("bias", bias)):
+            inputs.append(f"{node.output[0]}.{key}")
+            self.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), inputs[-1]))
+        node.input[:] = inputs
+
+
+def _output_axis(node: Any) -> int:
+    """Return the axis of the weights that counts the outputs: a Gemm may hold them transposed."""
+    return 0 if node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute) else 1

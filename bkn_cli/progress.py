@@ -1,0 +1,93 @@
+"""The progress of a training, as a bar on a terminal and as one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from bkn_cli.render import Reporter
+
+
+class TrainingProgress:
+    """Draws the events of a run."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=reporter.human,
+            transient=True,
+            disable=not reporter.human.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=None, speed="")
+        self.loss, self.images, self.since = "", 0, time.perf_counter()
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Any) -> None:
+        """Draw one event."""
+        name = type(event).__name__
+        draw = getattr(self, f"_{name.lower()}", None)
+        if draw is not None:
+            draw(event)
+
+    def _started(self, event: Any) -> None:
+        where = "" if event.step == 0 else f", going on after step {event.step}"
+        self.reporter.say(
+            f"{event.train_images} training and {event.test_images} test images, {event.parameters:,} parameters, "
+            f"{event.norms} Kalman layers ({event.priors} with a prior), {event.device}{where}"
+        )
+        self.reporter.say(f"run folder: {event.run}")
+        self.bar.reset(self.task, total=event.steps, completed=event.step)
+        self.images, self.since = 0, time.perf_counter()
+
+    def _stepped(self, event: Any) -> None:
+        self.images += event.images
+        if event.loss is not None:
+            self.loss = f"loss {event.loss:.3f}"
+        speed = self.images / max(time.perf_counter() - self.since, 1e-9)
+        self.bar.update(
+            self.task,
+            completed=event.step,
+            description=f"epoch {event.epoch} {self.loss}",
+            speed=f"{speed:.0f} images/s",
+        )
+
+    def _epochended(self, event: Any) -> None:
+        measured = ", ".join(f"top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in event.top1.items())
+        self.reporter.say(
+            f"epoch {event.epoch:>3}/{event.epochs}  training loss {event.train_loss:.4f}  {measured}  "
+            f"{event.images_per_second:.0f} images/s"
+        )
+
+    def _notice(self, event: Any) -> None:
+        self.reporter.warn(event.text)
+
+    def _cellstarted(self, event: Any) -> None:
+        how = "already there" if event.reused else "running"
+        self.reporter.say(
+            f"[bold]run {event.index}/{event.total}[/bold]: {event.norm}, s = {event.statistics}, seed {event.seed} ({how})"
+        )
+
+    def _cellended(self, event: Any) -> None:
+        cell = event.cell
+        if cell.status != "finished":
+            self.reporter.warn(f"{cell.norm} at s = {cell.statistics}, seed {cell.seed}: {cell.status}: {cell.message}")

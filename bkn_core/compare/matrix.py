@@ -1,0 +1,157 @@
+"""The comparison itself: runs of a matrix one after the other, or finished runs read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bkn_core.compare.cells import (
+    Cell,
+    CellEnded,
+    CellStarted,
+    cell_name,
+    failed_cell,
+    finished_cell,
+    flat_keys,
+    is_finished,
+)
+from bkn_core.compare.plan import plan_recipes, recipe_loader
+from bkn_core.compare.report import CompareResult, publish
+from bkn_core.compare.runs import read_runs
+from bkn_core.engine.events import Event
+from bkn_core.engine.loop import train
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import DivergedError, InterruptedRun, OutputError, RecipeError, StatisticsError
+from bkn_core.recipe import Recipe
+
+OnEvent = Callable[[Event | CellStarted | CellEnded], None]
+
+
+def compare(
+    source: str | Path | Recipe | Sequence[Path] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    norms: Sequence[str] = ("bn", "bkn"),
+    statistics_batch_sizes: Sequence[int] | None = None,
+    seeds: int | Sequence[int] = 1,
+    out: Path | None = None,
+    on_event: OnEvent = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> CompareResult:
+    """Compare normalizations: train a matrix of norms, statistics batch sizes and seeds, or read finished runs.
+
+    The same call again goes on where the last one stopped. The report is written anew after every run.
+
+    Args:
+        source: a recipe (its path, name or value, or None for the default one), or the folders of finished runs.
+        overrides: KEY=VALUE words for the recipe.
+        norms: kinds of normalization.
+        statistics_batch_sizes: images per statistics group; None is 2 and the recipe's `batch.gradient`.
+        seeds: the seeds, or how many from the recipe's own one upwards.
+        out: folder of the report and of the runs, default `runs/compare-<recipe>`.
+        on_event: called with the events of every run, and with `CellStarted` and `CellEnded` around them.
+        should_stop: asked after every step; true saves and ends the comparison.
+
+    Returns:
+        The cells, their summary and comparisons, and the files written. A run that diverged, or whose groups are
+        too small for its norm, is a cell with that status.
+
+    Raises:
+        InterruptedRun: `should_stop` said so.
+        RecipeError: the recipe or the matrix does not fit, or `out` holds runs of another recipe.
+        InputError: a run that is to be read is missing or not finished.
+        BknError: any other fault of a run.
+    """
+    if source is not None and not isinstance(source, (str, Path, Recipe)):
+        return _compare_runs([Path(run) for run in source], overrides, out)
+    load = recipe_loader(source, overrides)
+    recipes = plan_recipes(load, norms=norms, statistics_batch_sizes=statistics_batch_sizes, seeds=seeds)
+    out = Path("runs") / f"compare-{recipes[0].name}" if out is None else out
+    return _run_matrix(recipes, out, on_event, should_stop)
+
+
+def _run_matrix(
+    recipes: Sequence[Recipe], out: Path, on_event: OnEvent, should_stop: Callable[[], bool]
+) -> CompareResult:
+    """Take or train every cell in turn."""
+    matrix = [(recipe, out / "cells" / cell_name(recipe)) for recipe in recipes]
+    for recipe, path in matrix:
+        _check_unchanged(recipe, path)
+    cells: list[Cell] = []
+    for index, (recipe, path) in enumerate(matrix, 1):
+        reused = is_finished(RunFolder(path))
+        norm, statistics, seed = recipe.norm.kind, recipe.batch.statistics, recipe.train.seed
+        on_event(CellStarted(index, len(matrix), norm, statistics, seed, reused))
+        cell = finished_cell(RunFolder(path), recipe) if reused else _run(recipe, path, on_event, should_stop)
+        cells.append(cell)
+        if not reused or index == len(matrix):
+            result = publish(out, cells)
+        on_event(CellEnded(index, len(matrix), cell, reused))
+    return result
+
+
+def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | None) -> CompareResult:
+    if overrides:
+        raise RecipeError(f"finished runs take no KEY=VALUE words, but there is {overrides[0]!r}", "Leave them out.")
+    cells, warnings = read_runs(runs)
+    return publish(Path("runs") / "compare-finished" if out is None else out, cells, warnings)
+
+
+def _check_unchanged(recipe: Recipe, path: Path) -> None:
+    """Refuse a cell that was trained, or begun, by another recipe.
+
+    Raises:
+        RecipeError: naming the keys that differ.
+    """
+    if not (path / "config.yaml").is_file():
+        return
+    there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
+    # A run that could be measured in one way only has another eval.stats than was asked for.
+    changed = [key for key in wanted if there[key] != wanted[key] and key != "eval.stats"]
+    if changed:
+        differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)
+        raise RecipeError(f"{path} holds a run of another recipe: {differences}", "Use another folder with --out.")
+
+
+def _run(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[[], bool]) -> Cell:
+    """Train one cell, or what is left of it."""
+    try:
+        try:
+            _train(recipe, path, on_event, should_stop)
+        except StatisticsError:
+            if recipe.eval.stats != "both":
+                raise
+            # Perhaps only the measure by each image's own statistics has too few values.
+            alone = recipe.eval.model_copy(update={"stats": "population"})
+            _remove(path)
+            _train(recipe.model_copy(update={"eval": alone}), path, on_event, should_stop)
+    except StatisticsError as error:
+        return failed_cell(path, recipe, "failed", error.message)
+    except DivergedError as error:
+        return failed_cell(path, recipe, "diverged", error.message)
+    except InterruptedRun as error:
+        raise InterruptedRun(
+            f"{path.name}: {error.message}", "Give the same command again to go on.", exit_code=error.exit_code
+        ) from error
+    return finished_cell(RunFolder(path), recipe)
+
+
+def _train(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
+    """Resume the run of a folder where it saved a state, and begin it anew where it did not."""
+    folder = RunFolder(path)
+    if folder.state.is_file():
+        train(folder.recipe, resume=path, on_event=on_event, should_stop=should_stop)
+    else:
+        _remove(path)
+        train(recipe, out=path, on_event=on_event, should_stop=should_stop)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be removed: {error}", "Remove it, or use another folder with --out."
+        ) from error

@@ -1,0 +1,148 @@
+"""What a training leaves behind: events for its caller, and in the main process the files of the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bkn_core.engine.checkpoint import save_state, save_weights
+from bkn_core.engine.evaluation import Metrics, save_predictions
+from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
+from bkn_core.engine.models import count_parameters
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.training import Step, Training
+from bkn_core.errors import BknError, InterruptedRun
+from bkn_core.norm.layers import BatchKalmanNorm
+
+
+class Records:
+    """The records of one run.
+
+    Args:
+        folder: where they are written; None in all processes but the main one, which then stay silent.
+        on_event: called with every event.
+    """
+
+    def __init__(self, folder: RunFolder | None, on_event: Callable[[Event], None]) -> None:
+        self.folder, self.on_event = folder, on_event
+        self.training: Training | None = None
+        self.results: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path if self.folder is not None else Path()
+
+    def started(self, training: Training) -> None:
+        """A run begins or goes on; records after its step will be written again."""
+        if self.folder is None:
+            return
+        layers = [m for m in training.model.modules() if isinstance(m, BatchKalmanNorm)]
+        self.folder.forget_after(training.step)
+        self.folder.write_environment(training.world.device)
+        self.folder.write_summary("running", step=training.step, steps=training.steps)
+        self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        self.on_event(
+            Started(
+                run=self.path,
+                step=training.step,
+                steps=training.steps,
+                epochs=training.recipe.train.epochs,
+                device=str(training.world.device),
+                parameters=count_parameters(training.model),
+                train_images=len(training.splits.train),
+                test_images=len(training.splits.test),
+                priors=sum(layer.expects_prior for layer in layers),
+                norms=len(layers),
+            )
+        )
+
+    def stepped(self, training: Training, epoch: int, step: Step) -> None:
+        """A step is done; its loss is read from the device only when it is to be logged."""
+        shown = None
+        if training.step % training.recipe.log.every == 0 or training.step == training.steps:
+            shown = torch.stack(training.losses).mean().item()
+            training.losses.clear()
+        if self.folder is None:
+            return
+        if step.skipped:
+            self.folder.log(step.skipped)
+            self.on_event(Notice(step.skipped))
+        if shown is not None:
+            row = {"kind": "step", "step": training.step, "epoch": epoch + 1, "loss": shown}
+            self.folder.record({**row, "learning_rate": step.learning_rate, "gain": training.mean_gain})
+        self.on_event(Stepped(training.step, epoch + 1, step.images, shown, step.learning_rate))
+
+    def epoch_ended(self, training: Training, metrics: dict[str, Metrics]) -> None:
+        """An epoch is done and measured: keep the best weights, save."""
+        train_loss = (training.epoch_loss / training.plan.images).item()
+        is_best = training.end_epoch(next(iter(metrics.values())).top1)
+        if self.folder is None:
+            return
+        epoch, speed = training.measured, training.images_per_second
+        row: dict[str, Any] = {"kind": "epoch", "step": training.step, "epoch": epoch, "train_loss": train_loss}
+        for kind, measured in metrics.items():
+            row |= {f"{kind}_{name}": value for name, value in measured.summary().items() if name != "images"}
+        self.folder.record({**row, "images_per_second": speed})
+        self.results = {kind: measured.summary() for kind, measured in metrics.items()}
+        save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
+        if is_best:
+            self._save_weights(training, self.folder.best)
+        self.save(training)
+        top1 = {kind: m.top1 for kind, m in metrics.items()}
+        loss = {kind: m.loss for kind, m in metrics.items()}
+        epochs = training.recipe.train.epochs
+        self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed))
+
+    def save(self, training: Training) -> None:
+        """Save the state of this step, then the weights alone."""
+        if self.folder is not None:
+            save_state(self.folder.state, training.state())
+            self._save_weights(training, self.folder.weights)
+
+    def _save_weights(self, training: Training, path: Path) -> None:
+        splits = training.splits
+        save_weights(path, training.evaluated, training.recipe, splits.classes, splits.preprocess)
+
+    def finished(self, training: Training, metrics: dict[str, Metrics]) -> None:
+        """Write what a finished run has beside its checkpoints."""
+        if self.folder is None:
+            return
+        self.results = {kind: measured.summary() for kind, measured in metrics.items()}
+        self.folder.write_table()
+        if training.recipe.log.plots:
+            from bkn_core.engine.plots import plot_curves
+
+            plot_curves(self.folder)
+        if training.recipe.log.tensorboard:
+            from bkn_core.engine.plots import write_tensorboard
+
+            write_tensorboard(self.folder)
+        self._close("finished", "finished")
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Write how a run ended that did not finish."""
+        try:
+            yield
+        except InterruptedRun as error:
+            self._close("interrupted", error.message)
+            raise
+        except BknError as error:
+            self._close("failed", error.message)
+            raise
+
+    def _close(self, status: str, text: str) -> None:
+        if self.folder is None:
+            return
+        self.folder.log(text)
+        values: dict[str, Any] = {}
+        if self.training is not None:
+            run = self.training
+            values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
+            values["images_per_second"] = run.images_per_second
+        self.folder.write_summary(status, **values, results=self.results, message=text)

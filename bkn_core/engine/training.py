@@ -1,0 +1,265 @@
+"""A training in progress: what changes from step to step, one step of it, and its whole state as plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
+from bkn_core.engine.build import build_model, load_splits
+from bkn_core.engine.checkpoint import load_strictly_
+from bkn_core.engine.data import prefetch
+from bkn_core.engine.device import autocast, mixed_precision
+from bkn_core.engine.distributed import World
+from bkn_core.engine.evaluation import Metrics, measure_model, modes
+from bkn_core.engine.finite import BufferSnapshot, all_finite, first_not_finite
+from bkn_core.engine.optimization import build_optimizer, set_step_
+from bkn_core.errors import DivergedError
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.recipe import Recipe
+
+_SKIPS = 10  # bad steps in a row that end a run even where they are skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward pass: its place in the epoch, its images and labels on the CPU."""
+
+    index: int
+    images: Tensor
+    labels: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an optimizer step did: mean loss (on the device), images, learning rate, and why it was skipped if it was."""
+
+    loss: Tensor
+    images: int
+    learning_rate: float
+    skipped: str = ""
+
+
+class Training:
+    """Model, optimizer and counters of a run.
+
+    Args:
+        recipe: what to do.
+        world: this process among all.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        torch.manual_seed(recipe.train.seed)
+        self.splits = load_splits(recipe)
+        self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
+        self.model: nn.Module = model.to(world.device).to(memory_format=self.layout).train()
+        self.average = _average(self.model, recipe.train.ema)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model, recipe.optim, world.device)
+        self.amp = mixed_precision(recipe.train.amp, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
+        self.network: nn.Module = world.wrap(torch.compile(self.model) if recipe.train.compile else self.model)
+        self.snapshot = BufferSnapshot(self.model)
+        self.plan = BatchPlan(len(self.splits.train), recipe.batch.per_device, world.rank, world.size)
+        self.accumulated = max(1, recipe.batch.gradient // self.plan.joint)
+        self.epoch_steps = -(-len(self.plan) // self.accumulated)
+        self.steps = self.epoch_steps * recipe.train.epochs
+        self.step = self.measured = self.skipped = self.images = 0
+        self.seconds = 0.0
+        self.losses: list[Tensor] = []
+        self.epoch_loss = torch.zeros((), device=world.device)
+        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        torch.manual_seed(recipe.train.seed + world.rank)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is measured and saved as weights: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images per second of all steps so far."""
+        return self.images / max(self.seconds, 1e-9)
+
+    @property
+    def mean_gain(self) -> float | None:
+        """The mean Kalman gain of the layers with a prior."""
+        gains = [m.gain for m in self.model.modules() if isinstance(m, BatchKalmanNorm) and m.expects_prior]
+        return torch.stack(gains).mean().item() if gains else None
+
+    def epoch(self, epoch: int) -> Iterator[list[Pass]]:
+        """Yield the passes of each remaining step of an epoch."""
+        first = (self.step - epoch * self.epoch_steps) * self.accumulated
+        order = epoch_order(self.plan.images, self.recipe.train.seed, epoch)
+        indices = range(first, len(self.plan))
+        batches = prefetch(self.splits.train, [self.plan.batch(order, i) for i in indices])
+        passes: list[Pass] = []
+        for i, (images, labels) in zip(indices, batches, strict=True):
+            passes.append(Pass(i, images, labels))
+            if len(passes) == self.accumulated or i == len(self.plan) - 1:
+                yield passes
+                passes = []
+
+    def take_step(self, epoch: int, passes: list[Pass]) -> Step:
+        """Average the gradients of a gradient batch and take one step, or refuse it as a whole.
+
+        Raises:
+            DivergedError: a value is not finite and the recipe does not skip such steps.
+        """
+        started = time.perf_counter()
+        schedule = self.recipe.norm.gain_schedule if self.recipe.norm.kind == "bkn" else "constant"
+        rate = set_step_(self.optimizer, self.model, self.recipe.optim, schedule, step=self.step, steps=self.steps)
+        self.snapshot.take()
+        images = sum(self.plan.joint_images(part.index) for part in passes)
+        loss = self._backward(epoch, passes, images)
+        if self.recipe.train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
+        skipped = ""
+        if self.scaler.is_enabled() or all_finite(loss, self.parameters):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped = 0
+        else:
+            skipped, loss = self._refuse(epoch, passes), torch.zeros_like(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.images += images
+        self.losses.append(loss)
+        self.epoch_loss += loss * images
+        self.seconds += time.perf_counter() - started
+        return Step(loss, images, rate, skipped)
+
+    def _backward(self, epoch: int, passes: list[Pass], images: int) -> Tensor:
+        """Add up the gradients of the mean loss over all passes, and return that loss."""
+        losses = []
+        for part in passes:
+            with self._without_exchange(is_last=part is passes[-1]):
+                loss = self._loss(epoch, part) / images
+                self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _loss(self, epoch: int, part: Pass) -> Tensor:
+        """Return the summed cross entropy of this process's part of a pass."""
+        device, images, labels, weight = self.world.device, part.images, part.labels, 1.0
+        if len(labels) == 0:  # nothing left for this process: take part in the exchange with nothing
+            images, labels = self.splits.train.batch(torch.zeros(1, dtype=torch.int64))
+            weight = 0.0
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        generator = generator_at(self.recipe.train.seed, epoch, part.index, self.world.rank)
+        images = augment(images, self.recipe.data.augment, generator)
+        inputs = normalize(images, self.splits.preprocess, memory_format=self.layout)
+        with autocast(device, self.amp):
+            logits = self.network(inputs)
+        return weight * F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def _without_exchange(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Exchange gradients only in the last pass of a step."""
+        if isinstance(self.network, nn.parallel.DistributedDataParallel) and not is_last:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _refuse(self, epoch: int, passes: list[Pass]) -> str:
+        """Undo a step that is not finite, and say why or raise."""
+        self.snapshot.restore()
+        where = first_not_finite(self.model, lambda: self._loss(epoch, passes[-1]))
+        self.snapshot.restore()
+        self.skipped += 1
+        text = f"step {self.step + 1} (epoch {epoch + 1}): the {where} is not finite"
+        if self.recipe.train.nonfinite == "stop" or self.skipped > _SKIPS:
+            raise DivergedError(
+                text, "Lower optim.lr, set train.clip_norm, or train.nonfinite=skip. The last checkpoint is sound."
+            )
+        return f"{text}; the step is skipped"
+
+    def measure(self, stop: Callable[[], None]) -> dict[str, Metrics]:
+        """Measure the model on the test images by the recipe's kinds of statistics.
+
+        Args:
+            stop: called before every batch; it may raise.
+        """
+        self.world.average_(self.model)
+        return {
+            kind: measure_model(
+                self.evaluated,
+                self.splits.test,
+                self.splits.preprocess,
+                kind=kind,
+                device=self.world.device,
+                batch_size=self.recipe.eval.batch_size,
+                topk=self.recipe.eval.topk,
+                channels_last=self.recipe.train.channels_last,
+                stop=stop,
+            )
+            for kind in modes(self.recipe.eval_stats)
+        }
+
+    def end_epoch(self, top1: float) -> bool:
+        """Count an epoch as measured and return whether it is the best so far."""
+        self.measured += 1
+        self.epoch_loss.zero_()
+        if top1 <= self.best["top1"]:
+            return False
+        self.best = {"top1": top1, "epoch": self.measured}
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return all that resuming needs, as tensors, numbers and texts."""
+        device = self.world.device
+        return {
+            "schema": "bkn.state/1",
+            "step": self.step,
+            "measured": self.measured,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "images": self.images,
+            "best": self.best,
+            "losses": torch.stack(self.losses).cpu() if self.losses else torch.zeros(0),
+            "epoch_loss": self.epoch_loss.cpu(),
+            "model": {name: tensor.cpu() for name, tensor in self.model.state_dict().items()},
+            "average": self.average.state_dict() if self.average is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(0),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where a saved state left off.
+
+        Raises:
+            InputError: the state does not fit the recipe's model.
+        """
+        device = self.world.device
+        load_strictly_(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        for counter in ("step", "measured", "skipped", "seconds", "images", "best"):
+            setattr(self, counter, state[counter])
+        self.losses = list(state["losses"].to(device).unbind())
+        self.epoch_loss = state["epoch_loss"].to(device)
+        torch.set_rng_state(state["random"])
+        if device.type == "cuda" and len(state["random_cuda"]):
+            torch.cuda.set_rng_state(state["random_cuda"], device)
+
+
+def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Return the moving average of a model's weights; its statistics follow the model's own."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()  # type: ignore[no-untyped-call]

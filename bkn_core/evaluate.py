@@ -1,0 +1,153 @@
+"""The verb `evaluate`: measure a run, a checkpoint or an ONNX file on test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkn_core.engine.batches import normalize
+from bkn_core.engine.checkpoint import load_weights, weights_path
+from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
+from bkn_core.engine.device import choose_device
+from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
+from bkn_core.engine.preprocess import Preprocess
+from bkn_core.engine.run_folder import newest_run
+from bkn_core.errors import InputError, RecipeError
+from bkn_core.export.sessions import open_session
+from bkn_core.recipe import DataConfig, EvalConfig, load_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation gave.
+
+    Args:
+        target: what was measured.
+        metrics: by kind of statistics.
+        predictions: the file with every image's label, prediction and loss.
+        provider: "PyTorch" or the ONNX Runtime provider, with the device.
+        warnings: what the user should know.
+    """
+
+    target: Path
+    metrics: dict[str, Metrics]
+    predictions: Path
+    provider: str
+    warnings: tuple[str, ...] = ()
+
+
+def evaluate(
+    target: str | Path | None = None,
+    *,
+    stats: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+) -> EvaluationResult:
+    """Measure top-1, top-k and loss on test images, and save every image's prediction.
+
+    Args:
+        target: a run folder, a .safetensors checkpoint or an .onnx file; default the newest finished run.
+        stats: "population", "batch" (each image by itself) or "both"; default the recipe's, for a file its own.
+        batch_size: images per forward pass.
+        device: auto, cpu, cuda, cuda:N or mps.
+        overrides: `data.*=VALUE` words for other test images than the recipe's.
+
+    Raises:
+        InputError: the target or the data is missing or damaged.
+        RecipeError: an override or kind of statistics does not fit.
+        DeviceError: the device is not there.
+    """
+    path = newest_run() if target is None else Path(target)
+    if stats is not None and stats not in ("population", "batch", "both"):
+        raise RecipeError(f"stats is {stats!r}", "Choose one of population, batch, both.")
+    if batch_size is not None and batch_size < 1:
+        raise RecipeError(f"batch_size is {batch_size}", "Give at least 1.")
+    if path.suffix == ".onnx":
+        return _evaluate_file(path, stats, batch_size, device, overrides)
+    return _evaluate_weights(path, stats, batch_size, device, overrides)
+
+
+def _evaluate_weights(
+    path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str]
+) -> EvaluationResult:
+    chosen = choose_device(device)
+    source = weights_path(path)
+    weights = load_weights(source)
+    recipe = weights.recipe
+    data = _data(recipe.data.model_dump(), overrides)
+    images = _test_images(data, weights.preprocess, weights.classes)
+    model = weights.model().to(chosen)
+    size = batch_size or recipe.eval.batch_size
+    metrics = {
+        kind: measure_model(
+            model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, topk=recipe.eval.topk
+        )
+        for kind in modes(stats or recipe.eval_stats)
+    }
+    file = path / "predictions.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
+    save_predictions(file, images.labels, metrics)
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}")
+
+
+def _evaluate_file(
+    path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str]
+) -> EvaluationResult:
+    model = open_session(path, device=device)
+    own = str(model.norm.get("stats", "population"))
+    if stats not in (None, own):
+        raise RecipeError(
+            f"{path} normalizes by {own} statistics, not by {stats}",
+            f"Export another with `bkn export --stats {stats}`.",
+        )
+    known = dict(model.metadata.source.get("data", {}))
+    if not known and not overrides:
+        raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
+    images = _test_images(_data(known, overrides), model.preprocess, model.classes)
+    defaults = EvalConfig()
+
+    def predict(batch: Tensor) -> Tensor:
+        return torch.as_tensor(model.logits(normalize(batch, model.preprocess).numpy()))
+
+    size = batch_size or defaults.batch_size
+    metrics = {own: measure(predict, images, batch_size=size, topk=defaults.topk)}
+    file = path.with_suffix(".predictions.npz")
+    save_predictions(file, images.labels, metrics)
+    warnings = (model.fell_back,) if model.fell_back else ()
+    return EvaluationResult(path, metrics, file, model.provider, warnings)
+
+
+def _data(known: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
+    """Return the data to measure on: what is known of the training's, changed by `data.*=VALUE` words.
+
+    Raises:
+        RecipeError: another key, or a value that does not fit.
+    """
+    others = [word for word in overrides if not word.startswith("data.")]
+    if others:
+        raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
+    words = [f"data.{key}={_word(value)}" for key, value in known.items()]
+    return load_recipe(None, [*words, *overrides]).data
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str]) -> ImageSet | LazyImageSet:
+    images = load_test_images(
+        data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
+    )
+    if tuple(images.classes) != tuple(classes):
+        raise InputError(
+            f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
+            f"the model {len(classes)} ({', '.join(list(classes)[:3])} ...)",
+            "Measure it on data with the same class names.",
+        )
+    return images
