@@ -84,7 +84,8 @@ class TrainingProgress:
     def _cellstarted(self, event: Any) -> None:
         how = "already there" if event.reused else "running"
         self.reporter.say(
-            f"[bold]run {event.index}/{event.total}[/bold]: {event.norm}, s = {event.statistics}, seed {event.seed} ({how})"
+            f"[bold]run {event.index}/{event.total}[/bold]: {event.norm}, s = {event.statistics}, "
+            f"seed {event.seed} ({how})"
         )
 
     def _cellended(self, event: Any) -> None:

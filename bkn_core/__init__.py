@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from bkn_core.compare.matrix import compare
+from bkn_core.compare.report import CompareResult
 from bkn_core.convert import LayerReport, conversion_report, convert, fold
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_run
@@ -23,6 +25,7 @@ __all__ = [
     "BatchKalmanNorm2d",
     "BatchKalmanNorm3d",
     "BknError",
+    "CompareResult",
     "EvaluationResult",
     "ExportResult",
     "Gaussian",
@@ -30,6 +33,7 @@ __all__ = [
     "Recipe",
     "TrainResult",
     "build_model",
+    "compare",
     "conversion_report",
     "convert",
     "dump_recipe",

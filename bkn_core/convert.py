@@ -1,11 +1,10 @@
-"""Turn the batch normalization layers of a model into others, and back into a fixed affine map: one walker, new models."""
+"""Turn the batch normalization layers of a model into others, or into fixed affine maps: one walker, new models."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -14,15 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import (
-    BatchKalmanNorm,
-    BatchKalmanNorm1d,
-    BatchKalmanNorm2d,
-    BatchKalmanNorm3d,
-    check_gain,
-)
+from bkn_core.norm.layers import BatchKalmanNorm, check_gain
+from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer
 from bkn_core.wiring.discover import discover
 from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
 from bkn_core.wiring.input_moments import (
@@ -39,12 +32,6 @@ KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"
 Model = TypeVar("Model", bound=nn.Module)
 
 _INITIAL_NOISE = 0.1  # its square is r
-_LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
-    nn.BatchNorm1d: BatchKalmanNorm1d,
-    nn.BatchNorm2d: BatchKalmanNorm2d,
-    nn.BatchNorm3d: BatchKalmanNorm3d,
-    nn.SyncBatchNorm: BatchKalmanNorm,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +62,7 @@ def convert(
     gain: float = 0.1,
     learn_gain: bool = True,
     correction: bool = True,
-    innovation: bool = True,
+    innovation: bool = False,
     input_prior: Tensor | Iterable[Tensor] | None = None,
     covariance: Literal["diagonal", "full"] = "diagonal",
     include: Sequence[str] = ("*",),
@@ -108,7 +95,7 @@ def convert(
     _check(kind, transition, message, gain, learn_gain)
     chosen = _chosen(model, include, exclude)
     if kind != "bkn":
-        return _replaced(model, chosen, lambda _, norm: _baseline(norm, kind, statistics_batch_size))
+        return _replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
     predicts = gain < 1 or learn_gain
     wiring = discover(model, example_input) if predicts else Wiring((), {}, dict.fromkeys(chosen, "the gain is 1"))
     wiring = _supported(wiring, chosen, has_input_prior=input_prior is not None)
@@ -117,9 +104,9 @@ def convert(
 
     def build(name: str, norm: _BatchNorm) -> nn.Module:
         has_prior = name in wiring.priors
-        return _kalman_layer(
+        return kalman_layer(
             norm,
-            has_prior,
+            has_prior=has_prior,
             statistics_batch_size=statistics_batch_size,
             gain=gain if has_prior else 1.0,
             learn_gain=learn_gain and has_prior,
@@ -159,26 +146,9 @@ def fold(model: Model) -> Model:
         ConversionError: for a layer that keeps no population statistics.
     """
     names = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    folded = _replaced(model, names, lambda name, norm: folded_affine(name, norm))
+    folded = _replaced(model, names, folded_affine)
     detach_messenger(folded)
     return folded.eval()
-
-
-def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
-    """Return the affine map that a layer applies in evaluation mode.
-
-    Raises:
-        ConversionError: for a layer that keeps no population statistics.
-    """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ConversionError(
-            f"{name} keeps no population statistics and cannot be folded", "Use track_running_stats=True."
-        )
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
-    shift = -scale * norm.running_mean.double()
-    shift = shift if norm.bias is None else shift + norm.bias.detach().double()
-    return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
 
 
 def conversion_report(model: nn.Module) -> list[LayerReport]:
@@ -258,7 +228,7 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
 
 
 def _replaced(model: Model, names: set[str], build: Callable[[str, _BatchNorm], nn.Module]) -> Model:
-    """Copy a model and put `build(name, norm)` in the place of each named layer, once for a layer used under two names."""
+    """Copy a model and put `build(name, norm)` in the place of each named layer, once where it has two names."""
     replica = copy.deepcopy(model)
     built: dict[int, nn.Module] = {}
     for name, module in list(replica.named_modules(remove_duplicate=False)):
@@ -305,52 +275,3 @@ def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
         reserve_input_moments(replica.get_submodule(name))
     evaluation = Evaluation(wiring, replica, zeros, STRUCTURE)
     return {name: evaluation.line(number).mean.shape[-1] for name, number in wiring.priors.items()}
-
-
-def _kalman_layer(norm: _BatchNorm, has_prior: bool, **options: Any) -> BatchKalmanNorm:
-    """Build the layer that takes a batch normalization layer's place, with all that it learned."""
-    wanted = next((layer for plain, layer in _LAYERS.items() if isinstance(norm, plain)), BatchKalmanNorm)
-    place = norm.weight if norm.weight is not None else norm.running_mean
-    layer = wanted(
-        norm.num_features,
-        norm.eps,
-        norm.momentum,
-        norm.affine,
-        norm.track_running_stats,
-        device=None if place is None else place.device,
-        dtype=None if place is None else place.dtype,
-        **options,
-    )
-    _inherit(norm, layer)
-    layer.expects_prior = has_prior
-    return layer
-
-
-def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
-    """Give a new layer the parameters and moving statistics of the old one, frozen where they were frozen."""
-    own = dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
-    with torch.no_grad():
-        for name, old in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
-            if own.get(name) is not None:
-                own[name].copy_(old)
-                own[name].requires_grad_(old.requires_grad)
-
-
-def _baseline(norm: _BatchNorm, kind: str, statistics_batch_size: int | None) -> nn.Module:
-    channels, eps = norm.num_features, norm.eps
-    if kind == "bn":
-        return _kalman_layer(norm, False, statistics_batch_size=statistics_batch_size, gain=1.0, learn_gain=False)
-    layers: dict[str, Callable[[], nn.Module]] = {
-        "brn": lambda: BatchRenorm(channels, eps, norm.momentum or 0.1, statistics_batch_size=statistics_batch_size),
-        "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
-        "ln": lambda: nn.GroupNorm(1, channels, eps),
-        "in": lambda: nn.GroupNorm(channels, channels, eps),
-        "fixed": lambda: FixedNorm(channels, eps, norm.momentum, norm.affine),
-        "none": nn.Identity,
-    }
-    place = norm.weight if norm.weight is not None else norm.running_mean
-    layer = layers[kind]()
-    if place is not None:
-        layer = layer.to(place.device, place.dtype)
-    _inherit(norm, layer)
-    return layer

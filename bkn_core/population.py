@@ -17,8 +17,8 @@ from bkn_core.norm.layers import BatchKalmanNorm, Statistics
 def statistics(model: nn.Module, kind: Statistics, statistics_batch_size: int | None = 1) -> Iterator[None]:
     """Let the Batch Kalman layers of a model normalize by one kind of statistics for a while.
 
-    "batch" observes the images themselves, blended with the priors by the trained gain; at a statistics batch size of 1
-    the result of an image does not depend on its neighbours. "population" uses the moving statistics. Nothing is tracked.
+    "batch" observes the images themselves, blended with the priors by the trained gain; at a statistics batch size of
+    1 the result of an image does not depend on its neighbours. "population" uses the moving statistics.
 
     Args:
         model: a converted model.

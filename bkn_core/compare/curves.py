@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bkn_core.compare.cells import Cell
 from bkn_core.compare.summary import Row
 from bkn_core.engine.files import replacing
@@ -32,15 +29,26 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
     looks = _looks(rows)
     for axis, mode in zip(axes, modes, strict=True):
         for row, look in zip(rows, looks, strict=True):
-            _draw_row(axis, _history(row, cells, mode), row.label, look)
+            history = _history(row, cells, mode)
+            if history:
+                _draw_row(axis, history, row.label, look)
         axis.set(xlabel="epoch", title=_TITLES[mode])
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("test top-1 in %")
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if lines:
-        figure.legend(handles=list(lines.values()), loc="outside right upper", frameon=False, handlelength=3.2)
+        title = "mean of seeds, band\nfrom worst to best" if any(row.n > 1 for row in rows) else None
+        figure.legend(
+            handles=list(lines.values()),
+            title=title,
+            loc="outside right upper",
+            frameon=False,
+            handlelength=3.2,
+            title_fontsize=9,
+            alignment="left",
+        )
     with replacing(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
 
@@ -57,21 +65,22 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return looks
 
 
-def _history(row: Row, cells: Sequence[Cell], mode: str) -> NDArray[np.float64]:
-    """Return the test top-1 in % of a row's finished cells by epoch, (seeds, epochs)."""
+def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float]]:
+    """Return the test top-1 in % of a row's finished cells, by each epoch that all of them have."""
     histories = []
     for cell in cells:
         if row.holds(cell) and mode in cell.top1:
             epochs = [record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"]
-            histories.append([100 * record[f"{mode}_top1"] for record in epochs])
-    return np.array(histories)
+            histories.append({record["epoch"]: 100 * record[f"{mode}_top1"] for record in epochs})
+    common = [epoch for epoch in (histories[0] if histories else ()) if all(epoch in other for other in histories)]
+    return {epoch: [history[epoch] for history in histories] for epoch in common}
 
 
-def _draw_row(axis: Any, history: NDArray[np.float64], label: str, look: dict[str, Any]) -> None:
-    if not history.size:
-        return
-    epochs = np.arange(1, history.shape[1] + 1)
+def _draw_row(axis: Any, history: dict[int, list[float]], label: str, look: dict[str, Any]) -> None:
+    epochs, values = list(history), list(history.values())
     # A marker on each of many epochs would hide the line.
-    axis.plot(epochs, history.mean(0), label=label, markersize=4, markevery=max(1, len(epochs) // 10), **look)
-    if len(history) > 1:
-        axis.fill_between(epochs, history.min(0), history.max(0), color=look["color"], alpha=0.15, linewidth=0)
+    style = {**look, "markersize": 4, "markevery": max(1, len(epochs) // 10)}
+    axis.plot(epochs, [sum(top1) / len(top1) for top1 in values], label=label, **style)
+    if any(len(top1) > 1 for top1 in values):
+        lowest, highest = [min(top1) for top1 in values], [max(top1) for top1 in values]
+        axis.fill_between(epochs, lowest, highest, color=look["color"], alpha=0.1, linewidth=0)

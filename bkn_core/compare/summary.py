@@ -183,7 +183,7 @@ def _predictions(run: Path, mode: str) -> tuple[NDArray[Any], Correct]:
     """Return the labels of the test images and which of them a run gets right."""
     path = run / "predictions.npz"
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             labels = arrays["labels"]
             # As in the run's own measure, an image without a finite loss is a mistake.
             correct = (arrays[f"{mode}_predictions"] == labels) & np.isfinite(arrays[f"{mode}_losses"])

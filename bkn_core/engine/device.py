@@ -57,7 +57,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     """Return the context of a forward pass."""
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)  # type: ignore[return-value]
+    return torch.autocast(device.type, dtype)
 
 
 def synchronize(device: torch.device) -> None:

@@ -31,7 +31,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the block to its input."""
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.bn2(self.conv2(y)) + self.shortcut(x)
+        return F.relu(y)
 
 
 class PreActivationBlock(nn.Module):
@@ -49,8 +50,9 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add the block to its input."""
         y = F.relu(self.bn1(x))
-        kept = x if self.shortcut is None else self.shortcut(y)
-        return kept + self.conv2(F.relu(self.bn2(self.conv1(y))))
+        kept: Tensor = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return y + kept
 
 
 class CifarResNet(nn.Module):

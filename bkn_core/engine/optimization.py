@@ -18,7 +18,9 @@ _ANNEALED = 0.9  # the part of training after which an annealed gain is 0
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """Build the optimizer: weight decay on weights, its own on normalization and biases, its own rate on gains."""
-    weights, norms, gains = [], [], []
+    weights: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    gains: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:

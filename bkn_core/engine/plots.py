@@ -58,8 +58,8 @@ def write_tensorboard(folder: RunFolder) -> None:
         raise RecipeError(
             "log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard"
         ) from error
-    with SummaryWriter(str(folder.path / "tensorboard")) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
         for row in folder.records():
             for key, value in row.items():
                 if key not in ("kind", "step", "epoch") and isinstance(value, (int, float)):
-                    writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])  # type: ignore[no-untyped-call]
+                    writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])

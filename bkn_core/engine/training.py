@@ -40,7 +40,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What an optimizer step did: mean loss (on the device), images, learning rate, and why it was skipped if it was."""
+    """What an optimizer step did: mean loss (on the device), images, learning rate; why it was skipped, if it was."""
 
     loss: Tensor
     images: int
@@ -68,7 +68,9 @@ class Training:
         self.optimizer = build_optimizer(self.model, recipe.optim, world.device)
         self.amp = mixed_precision(recipe.train.amp, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
-        self.network: nn.Module = world.wrap(torch.compile(self.model) if recipe.train.compile else self.model)
+        if recipe.train.compile:
+            self.model.compile()
+        self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
         self.plan = BatchPlan(len(self.splits.train), recipe.batch.per_device, world.rank, world.size)
         self.accumulated = max(1, recipe.batch.gradient // self.plan.joint)

@@ -10,11 +10,12 @@ def to_half(proto: Any, keep: Sequence[str]) -> Any:
     """Return a graph in float16 whose input and output stay float32.
 
     Args:
-        proto: an `onnx.ModelProto`.
+        proto: an `onnx.ModelProto`, used up.
         keep: names of the nodes that stay in float32: sums of squares leave the range of float16.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    del proto.graph.value_info[:]  # with constants among them, which the converter would take for float16
     half = convert_float_to_float16(proto, keep_io_types=True, node_block_list=list(keep))
     _join(half.graph)
     _sort(half.graph)

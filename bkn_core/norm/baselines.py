@@ -44,7 +44,7 @@ class BatchRenorm(_BatchNorm):
         super().__init__(num_features, eps, momentum)
         self.statistics_batch_size, self.warmup = statistics_batch_size, warmup
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Normalize, and in training move the statistics."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         if not self.training:
@@ -79,7 +79,7 @@ class FixedNorm(_BatchNorm):
         x (N, C, *spatial) -> the same.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the fixed statistics and the learned affine map."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 

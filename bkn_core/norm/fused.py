@@ -132,7 +132,7 @@ class _KalmanNormalize(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dy: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         """The closed form of the module's docstring."""

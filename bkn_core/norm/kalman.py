@@ -1,4 +1,7 @@
-"""The filter of Batch Kalman Normalization as pure functions of tensors, one equation each (arXiv 1802.03133, eq. 7)."""
+"""The filter of Batch Kalman Normalization as pure functions of tensors, one equation each.
+
+Reference: arXiv 1802.03133, eq. 7.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple's method of this name is not used
 
 
 def group_images(images: int, statistics_batch_size: int | None) -> list[int]:
@@ -75,7 +78,8 @@ def predict(previous: Gaussian, transition: Tensor, noise: Tensor) -> Gaussian:
         noise: r >= 0, the same for all layers.
 
     Shape:
-        previous.mean (G, C'), previous.variance (G, C') or (G, C', C'), transition (C, C') -> (G, C), (G, C) or (G, C, C).
+        previous.mean (G, C'), previous.variance (G, C') or (G, C', C'), transition (C, C')
+        -> mean (G, C), variance (G, C) or (G, C, C).
 
     Reference:
         arXiv 1802.03133, eq. 7 (first line).
@@ -127,6 +131,40 @@ def guard(prior_variance: Tensor, observed_variance: Tensor, gain: Tensor, limit
     tiny = torch.finfo(observed_variance.dtype).tiny
     ratio = (prior_variance / observed_variance.clamp_min(tiny)).mean(-1, keepdim=True)
     return torch.where(ratio >= limit, torch.ones_like(gain), gain)
+
+
+def unbiased(posterior: Gaussian, observed: Moments, gain: Tensor | float) -> Gaussian:
+    """Return the diagonal posterior with S n / (n-1) in the place of S, for the moving variance.
+
+        v̂ + q S / (n-1)   (v̂ where n = 1)
+
+    Shape:
+        posterior and observed (G, C) -> (G, C).
+    """
+    seen, count = diagonal(Gaussian(observed.mean, observed.variance)).variance, observed.count[:, None]
+    extra = torch.where(count > 1, gain * seen / (count - 1).clamp_min(1), torch.zeros_like(seen))
+    mean, variance = diagonal(posterior)
+    return Gaussian(mean, variance + extra)
+
+
+def log_innovation(prior: Gaussian, observed: Moments, share: Tensor, eps: float) -> Tensor:
+    """Return by how much observed variances about the prior mean exceed the prior's, as a logarithm.
+
+        log( mean_G(S + (x̄ - µ')²) / v' )
+
+    Args:
+        prior: µ', v', for all groups or for each.
+        observed: x̄, S.
+        share: the part of the images that each group holds.
+        eps: keeps the logarithm finite.
+
+    Shape:
+        prior (C,) or (G, C), observed (G, C), share (G, 1) -> (C,).
+    """
+    seen = diagonal(Gaussian(observed.mean, observed.variance))
+    spread = (share * (seen.variance + (seen.mean - prior.mean).square())).sum(0)
+    predicted = prior.variance if prior.variance.dim() == 1 else (share * prior.variance).sum(0)
+    return torch.log((spread + eps) / (predicted + eps))
 
 
 def diagonal(gaussian: Gaussian) -> Gaussian:

@@ -19,10 +19,12 @@ from bkn_core.norm.kalman import (
     Moments,
     diagonal,
     guard,
+    log_innovation,
     moments,
     normalize,
     predict,
     spread_over_images,
+    unbiased,
     update,
 )
 
@@ -79,7 +81,9 @@ class BatchKalmanNorm(_BatchNorm):
     """
 
     dimensions: tuple[int, ...] = ()
+    fixed_gain: Tensor
     gain_factor: Tensor
+    innovation: Tensor | None
 
     def __init__(
         self,
@@ -116,25 +120,25 @@ class BatchKalmanNorm(_BatchNorm):
         self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
         self.prior_is_live = False
         self.on_posterior: Callable[[Gaussian, Tensor, int], None] | None = None  # see `population`
-        wide = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
-        start = torch.tensor(gain, **wide)  # type: ignore[arg-type]
-        if learn_gain:
-            self.gain_logit = nn.Parameter(torch.logit(start))
-        else:
-            self.register_buffer("fixed_gain", start)
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        start = torch.tensor(gain, device=device, dtype=wide)
+        zeros = start.new_zeros(num_features)
+        self.gain_logit = nn.Parameter(torch.logit(start)) if learn_gain else None
+        self.register_buffer("fixed_gain", None if learn_gain else start)
         self.register_buffer("gain_factor", torch.ones_like(start))
-        self.prior_offset = nn.Parameter(torch.zeros(num_features, **wide)) if correction else None  # type: ignore[arg-type]
-        self.prior_log_scale = nn.Parameter(torch.zeros(num_features, **wide)) if correction else None  # type: ignore[arg-type]
-        self.register_buffer("innovation", torch.zeros(num_features, **wide) if innovation else None)  # type: ignore[arg-type]
+        self.prior_offset = nn.Parameter(zeros.clone()) if correction else None
+        self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
+        self.register_buffer("innovation", zeros if innovation else None)
         self.transition = None
         if previous_features is not None:
-            diagonal_ones = torch.arange(num_features)[:, None] % previous_features == torch.arange(previous_features)
-            self.transition = nn.Parameter(diagonal_ones.to(**wide))  # type: ignore[call-overload]
+            columns = torch.arange(previous_features, device=device)
+            identity = torch.arange(num_features, device=device)[:, None] % previous_features == columns
+            self.transition = nn.Parameter(identity.to(wide))
 
     @property
     def gain(self) -> Tensor:
         """The Kalman gain q of this moment, between 0 and 1, schedule included."""
-        gain = self.gain_logit.sigmoid() if "gain_logit" in self._parameters else self.fixed_gain
+        gain = self.fixed_gain if self.gain_logit is None else self.gain_logit.sigmoid()
         return gain * self.gain_factor
 
     @property
@@ -158,7 +162,7 @@ class BatchKalmanNorm(_BatchNorm):
             return Gaussian(mean, variance * scale.exp())
         return Gaussian(mean, variance if self.innovation is None else variance * self.innovation.exp())
 
-    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
         return self.filter(x, prior)[0]
 
@@ -176,7 +180,8 @@ class BatchKalmanNorm(_BatchNorm):
             self._track(x, prior, posterior, observed, size)
         if self.on_posterior is not None:
             share = images_per_group(len(x), size, observed.mean) / len(x)
-            self.on_posterior(self._unbiased(prior, posterior, observed), share, len(x))
+            gain = self._weight_of_observation(prior, observed)
+            self.on_posterior(unbiased(posterior, observed, gain), share, len(x))
         if self.relay is not None and self.prior_is_live:
             self.relay.publish(posterior)
         return y, posterior
@@ -229,31 +234,26 @@ class BatchKalmanNorm(_BatchNorm):
     def _track(
         self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
     ) -> None:
-        seen = diagonal(Gaussian(observed.mean, observed.variance))
-        share = images_per_group(len(x), size, seen.mean) / len(x)
+        share = images_per_group(len(x), size, observed.mean) / len(x)
         if self.innovation is not None and prior is not None:
-            spread = (share * (seen.variance + (seen.mean - prior.mean).square())).sum(0)
-            predicted = (share * prior.variance).sum(0) if prior.variance.dim() == 2 else prior.variance
-            ratio = torch.log((spread + self.eps) / (predicted + self.eps)) + self.innovation
+            ratio = log_innovation(diagonal(prior), observed, share, self.eps) + self.innovation
             self.innovation.lerp_(ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT), INNOVATION_MOMENTUM)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         kept = self.running_mean.dtype
         factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
-        mean, variance = self._unbiased(prior, posterior, observed)
+        mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
         self.running_mean.lerp_((share * mean).sum(0).to(kept), factor)
         self.running_var.lerp_((share * variance).sum(0).to(kept), factor)
 
-    def _unbiased(self, prior: Gaussian | None, posterior: Gaussian, observed: Moments) -> Gaussian:
-        """Return the diagonal posterior with S n / (n-1) in the place of S, as the moving variance wants it."""
-        seen = diagonal(Gaussian(observed.mean, observed.variance))
-        posterior, gain = diagonal(posterior), self.gain if prior is not None else 1.0
-        if prior is not None and self.guarded:
-            gain = guard(diagonal(prior).variance, seen.variance, self.gain, GUARD_LIMIT)
-        count = observed.count[:, None]
-        extra = torch.where(count > 1, gain * seen.variance / (count - 1).clamp_min(1), torch.zeros_like(seen.variance))
-        return Gaussian(posterior.mean, posterior.variance + extra)
+    def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor | float:
+        if prior is None:
+            return 1.0
+        if not self.guarded:
+            return self.gain
+        seen = diagonal(Gaussian(observed.mean, observed.variance)).variance
+        return guard(diagonal(prior).variance, seen, self.gain, GUARD_LIMIT)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.dimensions and input.dim() not in self.dimensions:
@@ -264,14 +264,16 @@ class BatchKalmanNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the prior of the last forward: it belongs to that forward's graph, not to the layer."""
-        return {**super().__getstate__(), "prior": None, "relay": None, "prior_is_live": False}  # type: ignore[misc]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "prior": None, "relay": None, "on_posterior": None, "prior_is_live": False}
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""
         with torch.no_grad():
             gain = f"{float(self.gain):.3g}" if self.gain.device.type != "meta" else "?"
         prior = "prior" if self.expects_prior else "no prior"
-        return f"{super().extra_repr()}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
 
 
 class BatchKalmanNorm1d(BatchKalmanNorm):
@@ -315,4 +317,4 @@ def _is_recomputation() -> bool:
     """Whether this forward runs inside a backward pass, as activation checkpointing makes it."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -1,7 +1,7 @@
 """Moments of a Gaussian per channel, pushed through the operations that stand between two normalization layers.
 
-Each function takes and returns a `Gaussian` of shape (..., C). Channels are taken as independent, and so are the taps of
-a convolution; what that ignores is absorbed by the layer's correction and innovation (`layers.py`).
+Each function takes and returns a `Gaussian` of shape (..., C). Channels are taken as independent, and so are the taps
+of a convolution; what that ignores is absorbed by the layer's correction and innovation (`layers.py`).
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(mean, variance, weight)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_mean: Tensor, grad_variance: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         mean, variance, weight = ctx.saved_tensors
         taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
         to_sums = _outer(grad_mean, mean, ctx.groups).unsqueeze(2)
@@ -71,14 +69,14 @@ def _matrix(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return vector @ matrix.T
     blocks = matrix.view(groups, -1, matrix.shape[1])
-    return torch.einsum("...gi,goi->...go", vector.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+    return torch.einsum("...gi,goi->...go", vector.view(*vector.shape[:-1], groups, -1), blocks).flatten(-2)
 
 
 def _matrix_transposed(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return vector @ matrix
     blocks = matrix.view(groups, -1, matrix.shape[1])
-    return torch.einsum("...go,goi->...gi", vector.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+    return torch.einsum("...go,goi->...gi", vector.reshape(*vector.shape[:-1], groups, -1), blocks).flatten(-2)
 
 
 def _outer(rows: Tensor, columns: Tensor, groups: int) -> Tensor:
@@ -114,7 +112,7 @@ class _ReLU(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = ctx.saved_tensors
         floored = variance.clamp_min(_VARIANCE_FLOOR)
         deviation = floored.sqrt()
@@ -198,8 +196,8 @@ def affine(message: Gaussian, scale: float | Tensor, shift: float | Tensor) -> G
 
 def concatenate(messages: Sequence[Gaussian]) -> Gaussian:
     """Moments of channels laid side by side; a message without a group dimension serves every group."""
-    leading = torch.broadcast_shapes(*(message.mean.shape[:-1] for message in messages))
-    parts = [[t.expand(*leading, t.shape[-1]) for t in message] for message in messages]
+    groups = max(messages, key=lambda message: message.mean.dim()).mean.shape[:-1]
+    parts = [[t.expand(*groups, t.shape[-1]) for t in message] for message in messages]
     return Gaussian(torch.cat([mean for mean, _ in parts], -1), torch.cat([variance for _, variance in parts], -1))
 
 
@@ -214,12 +212,11 @@ def patches(weight: Tensor, bias: Tensor | None, mean: Tensor, covariance: Tenso
         mean = W p + b,   var = rowsum((W P) ∘ W)
 
     Shape:
-        weight (O, I, *taps), mean (d,), covariance (d, d), or (d,) where only variances are known; d = I · taps -> (O,).
+        weight (O, I, *taps), mean (d,), covariance (d, d), or (d,) where only variances are known -> (O,);
+        d = I · taps.
     """
     matrix = weight.flatten(1)
-    if covariance.dim() == 1:
-        variance = matrix.square() @ covariance
-    else:
-        variance = ((matrix @ covariance) * matrix).sum(1)
+    full = covariance.dim() == 2
+    variance = ((matrix @ covariance) * matrix).sum(1) if full else matrix.square() @ covariance
     expected = matrix @ mean
     return Gaussian(expected if bias is None else expected + bias, variance.clamp_min(0))

@@ -17,13 +17,13 @@ from bkn_core.wiring.program import Line, Wiring
 Leaf = Callable[[str], Gaussian]
 Rule = Callable[[Line, list[Gaussian], nn.Module], Gaussian]
 
-# The attributes in which a module keeps the moments of what it reads from the network input (see `convert.measure_input`).
+# Where a module keeps the moments of what it reads from the network input (see `input_moments`).
 INPUT_MEAN, INPUT_COVARIANCE = "input_mean", "input_covariance"
 
 
 def parameter(model: nn.Module, path: str) -> Tensor:
     """Return a parameter, buffer or parametrized weight by its path, in float32 or wider."""
-    tensor: Tensor = functools.reduce(getattr, path.split("."), model)  # type: ignore[assignment,arg-type]
+    tensor: Tensor = functools.reduce(getattr, path.split("."), model)  # type: ignore[assignment]
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -142,7 +142,7 @@ def _side_by_side(inputs: list[Gaussian]) -> Gaussian:
         return propagate.concatenate(inputs)
     groups = max(len(message.mean) for message in inputs)
     blocks = [message.variance.expand(groups, -1, -1).unbind() for message in inputs]
-    variance = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
+    variance = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])  # type: ignore[no-untyped-call]
     return Gaussian(torch.cat([message.mean.expand(groups, -1) for message in inputs], -1), variance)
 
 

@@ -31,10 +31,10 @@ def reserve_input_moments(module: nn.Module) -> None:
     """Register empty moments on a layer that reads the network input, for measuring or for loading a checkpoint."""
     width = _patch_width(module)
     like = next(module.parameters())
-    wide = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    zeros = torch.zeros(width, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     shape = (width, width) if width <= _LARGEST_COVARIANCE else (width,)
-    module.register_buffer(INPUT_MEAN, torch.zeros(width, **wide))
-    module.register_buffer(INPUT_COVARIANCE, torch.zeros(shape, **wide))
+    module.register_buffer(INPUT_MEAN, zeros)
+    module.register_buffer(INPUT_COVARIANCE, zeros.new_zeros(shape))
 
 
 def remove_input_moments(module: nn.Module) -> None:

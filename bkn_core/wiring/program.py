@@ -1,4 +1,4 @@
-"""What lies between a model's normalization layers, as plain data: a straight program of lines without tensors or modules."""
+"""What lies between a model's normalization layers: a straight program of lines, plain data without tensors."""
 
 from __future__ import annotations
 

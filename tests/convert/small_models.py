@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.convert import convert
+
+VARIANTS: list[dict[str, Any]] = [{}, {"message": "raw"}, {"transition": "learned"}]
+every_variant = pytest.mark.parametrize("options", VARIANTS, ids=str)
+LABELS = torch.arange(8) % 4
 
 
 class SmallResNet(nn.Module):
@@ -61,4 +70,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 0.0) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            second[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    """One forward and backward; the loss."""
+    loss = F.cross_entropy(model(x), LABELS[: len(x)])
+    loss.backward()
+    return loss.detach()
+
+
+def converted(options: dict[str, Any], **more: Any) -> nn.Module:
+    """A trained-looking small ResNet, converted."""
+    x = images()
+    return convert(pretrained(SmallResNet()), x, input_prior=x, **{"gain": 0.3, **options, **more}).train()

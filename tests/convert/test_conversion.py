@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
 from small_models import SmallResNet, assert_same, images, pretrained
-from torch import Tensor, nn
+from torch import nn
 
-from bkn_core.convert import KINDS, conversion_report, convert, fold
+from bkn_core.convert import KINDS, conversion_report, convert
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, FixedNorm
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
 
 VARIANTS: list[dict[str, Any]] = [
@@ -77,7 +75,12 @@ def test_include_and_exclude_are_name_patterns() -> None:
     model, x = SmallResNet(), images()
     converted = convert(model, x, include=("layer.*", "bn4"), exclude=("*.bn3",))
     kinds = {name: type(module) for name, module in norms(converted).items()}
-    assert kinds == {"bn1": nn.BatchNorm2d, "layer.bn2": BatchKalmanNorm2d, "layer.bn3": nn.BatchNorm2d, "bn4": BatchKalmanNorm1d}
+    assert kinds == {
+        "bn1": nn.BatchNorm2d,
+        "layer.bn2": BatchKalmanNorm2d,
+        "layer.bn3": nn.BatchNorm2d,
+        "bn4": BatchKalmanNorm1d,
+    }
     report = {r.name: r.prior for r in conversion_report(converted)}
     assert report == {"layer.bn2": "relu(bn1) -> layer.conv2", "bn4": "relu(layer.bn3 + relu(bn1)) -> linear"}
     converted(x).sum().backward()
@@ -100,7 +103,15 @@ def test_patterns_that_leave_nothing_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": "bnk"}, {"transition": "linear"}, {"message": "posterior"}, {"gain": 1.0}, {"gain": -1.0}, {"gain": 0.0}, {"covariance": "half"}],
+    [
+        {"kind": "bnk"},
+        {"transition": "linear"},
+        {"message": "posterior"},
+        {"gain": 1.0},
+        {"gain": -1.0},
+        {"gain": 0.0},
+        {"covariance": "half"},
+    ],
     ids=str,
 )
 def test_arguments_that_do_not_exist_are_refused_by_name(options: dict[str, Any]) -> None:
@@ -180,7 +191,9 @@ def test_frozen_parameters_and_eval_layers_stay_so() -> None:
 
 
 def test_layers_without_a_bias_stay_without() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, bias=False)
+    )
     converted = convert(model, images())
     assert converted[4].bias is None
     converted(images()).sum().backward()
@@ -214,82 +227,3 @@ def test_converting_again_changes_the_settings() -> None:
     assert torch.equal(twice.layer.bn2.running_mean, once.layer.bn2.running_mean)
     assert len(twice._forward_pre_hooks) == len(reference._forward_pre_hooks)
     twice(x).sum().backward()
-
-
-class FusedNorm(nn.BatchNorm2d):
-    """A norm layer that applies its activation itself, as timm's BatchNormAct2d does."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.act(self.drop(super().forward(x)))
-        return result
-
-
-def fused_model() -> nn.Module:
-    return pretrained(nn.Sequential(nn.Conv2d(3, 4, 1), FusedNorm(4), nn.Conv2d(4, 4, 3), FusedNorm(4)))
-
-
-def test_fused_activations_are_kept_and_predicted_through() -> None:
-    model, x = fused_model(), images()
-    converted = convert(model, x, input_prior=x)
-    assert [r.prior for r in conversion_report(converted)] == ["input -> 0", "relu(1) -> 2"]
-    torch.testing.assert_close(converted.eval()(x), model.eval()(x))
-    y = converted.train()(x)
-    assert (y >= 0).all()
-    y.sum().backward()
-
-
-def test_fused_activations_survive_as_baselines_and_folded() -> None:
-    model, x = fused_model().eval(), images()
-    torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
-    assert (convert(model, x, kind="gn")(x) >= 0).all()
-
-
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_folding_equals_evaluation(options: dict[str, Any]) -> None:
-    x = images()
-    converted = convert(pretrained(SmallResNet()), x, input_prior=x, **options)
-    converted(x)
-    state = {name: value.clone() for name, value in converted.state_dict().items()}
-    folded = fold(converted)
-    assert not norms(folded) and not folded.training and converted.training
-    assert sum(isinstance(m, ChannelAffine) for m in folded.modules()) == 4
-    torch.testing.assert_close(folded(x), converted.eval()(x), rtol=1e-5, atol=1e-5)
-    assert_same(state, dict(converted.state_dict()))
-    assert not folded._forward_pre_hooks and not folded._forward_hooks
-    assert not [n for n, _ in folded.named_buffers() if "input_" in n]
-    folded.train()(x)  # nothing is left that could warn or track
-
-
-def test_folding_needs_population_statistics() -> None:
-    with pytest.raises(ConversionError, match=r"^1 keeps no population"):
-        fold(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)))
-
-
-@pytest.mark.parametrize("kind", ["brn", "fixed", "bn"])
-def test_baselines_fold_too(kind: Any) -> None:
-    x = images()
-    converted = convert(pretrained(SmallResNet()), x, kind=kind).eval()
-    torch.testing.assert_close(fold(converted)(x), converted(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("through", ["deepcopy", "pickle", "state_dict"])
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_converted_models_survive_copies_after_a_step(options: dict[str, Any], through: str) -> None:
-    x = images()
-    converted = convert(pretrained(SmallResNet()), x, input_prior=x, **options)
-    converted(x).sum().backward()
-    if through == "deepcopy":
-        other = copy.deepcopy(converted)
-    elif through == "pickle":
-        other = pickle.loads(pickle.dumps(converted))
-    else:
-        other = convert(SmallResNet(), x, input_prior=images(), **options)
-        other.load_state_dict(converted.state_dict(), strict=True)
-    assert_same(dict(converted.state_dict()), dict(other.state_dict()))
-    assert conversion_report(other) == conversion_report(converted)
-    assert torch.equal(other(x), converted(x))
-    assert_same(dict(converted.state_dict()), dict(other.state_dict()))

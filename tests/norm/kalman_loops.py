@@ -57,9 +57,7 @@ def filtered(
             prior_mean, prior_variance = (p if p.ndim == 1 else p[g] for p in prior)
             d = mean - prior_mean
             mean = (1 - gain) * prior_mean + gain * mean
-            covariance = (
-                (1 - gain) * np.diag(prior_variance) + gain * covariance + gain * (1 - gain) * np.outer(d, d)
-            )
+            covariance = (1 - gain) * np.diag(prior_variance) + gain * covariance + gain * (1 - gain) * np.outer(d, d)
         means[g], covariances[g] = mean, covariance
         for image in range(group.start, group.stop):
             for channel in range(x.shape[1]):

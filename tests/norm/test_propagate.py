@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ def quadrature(function: Callable[[float], float], mean: float, deviation: float
         low, high = mean - 12 * deviation, mean + 12 * deviation
         edges = sorted({low, high, *(k for k in (-3.0, -1.0, 0.0, 1.0, 3.0, 6.0) if low < k < high), mean})
         density = lambda x: math.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))  # noqa: E731
-        parts = zip(edges, edges[1:], strict=False)
+        parts = itertools.pairwise(edges)
         return sum(integrate.quad(lambda x: g(x) * density(x), a, b, epsabs=1e-13)[0] for a, b in parts)
 
     expected = integral(function)
@@ -146,7 +147,9 @@ def test_convolution_gradients_equal_finite_differences(
     assert torch.autograd.gradgradcheck(function, (mean, variance, weight, bias))
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"groups": 4, "stride": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"groups": 4, "stride": 2}], ids=str
+)
 def test_convolution_equals_monte_carlo_through_the_real_one(options: dict[str, int]) -> None:
     groups = options.get("groups", 1)
     weight, bias = torch.randn(8, 4 // groups, 3, 3), torch.randn(8)

@@ -20,7 +20,9 @@ Between = Callable[[Any, Tensor], Tensor]
 class Trap(nn.Module):
     """stem, bn1, something in between, conv, bn2; all parameters drawn."""
 
-    def __init__(self, between: Between, channels: int = 8, kernel: int = 3, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, between: Between, channels: int = 8, kernel: int = 3, norm: type[nn.Module] = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         self.stem, self.bn1 = nn.Conv2d(3, 8, 1), norm(8)
         self.other, self.bn_other = nn.Conv2d(3, 8, 1), norm(8)
@@ -52,7 +54,11 @@ def predicted(model: nn.Module, example: Any) -> dict[str, Gaussian]:
     reads_input = {i for i, line in enumerate(wiring.lines) if line.operation in ("patches", "measured")}
     evaluation = Evaluation(wiring, model, lambda name: normalized_message(model.get_submodule(name)))  # type: ignore[arg-type]
     with torch.no_grad():
-        return {name: evaluation.line(number) for name, number in wiring.priors.items() if not reads_input & wiring.needed([number])}
+        return {
+            name: evaluation.line(number)
+            for name, number in wiring.priors.items()
+            if not reads_input & wiring.needed([number])
+        }
 
 
 def sampled(model: nn.Module, example: Any) -> dict[str, Gaussian]:
@@ -87,7 +93,9 @@ def assert_right(prior: Gaussian, truth: Gaussian, *, mean: float = 0.03, varian
     error = ((prior.mean - truth.mean) / truth.variance.sqrt()).abs().max()
     ratio = prior.variance / truth.variance
     assert error < mean, f"the mean is off by {float(error):.3f} standard deviations"
-    assert ratio.sub(1).abs().max() < variance, f"predicted / sampled variance {float(ratio.min()):.3f}..{float(ratio.max()):.3f}"
+    assert ratio.sub(1).abs().max() < variance, (
+        f"predicted / sampled variance {float(ratio.min()):.3f}..{float(ratio.max()):.3f}"
+    )
 
 
 def images(count: int = 2000, side: int = 8) -> Tensor:

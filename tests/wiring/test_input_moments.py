@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.convert import convert, conversion_report, find_messenger
+from bkn_core.convert import conversion_report, convert, find_messenger
 from bkn_core.errors import ConversionError
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -171,7 +171,9 @@ class Standardized(nn.Conv2d):
 )
 def test_unusual_readers_are_exact_or_have_a_reason(convolution: nn.Module) -> None:
     images = torch.randn(8, 3, 6, 6) + 1
-    model = nn.Sequential(convolution, nn.BatchNorm2d(6 if isinstance(convolution, nn.Conv2d) and convolution.groups > 1 else 4))
+    model = nn.Sequential(
+        convolution, nn.BatchNorm2d(6 if isinstance(convolution, nn.Conv2d) and convolution.groups > 1 else 4)
+    )
     converted = convert(model, images[:2], input_prior=images)
     (report,) = conversion_report(converted)
     if report.prior is None:

@@ -87,7 +87,13 @@ def test_names_of_functions(function: object, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ELEMENTWISE))
 def test_every_elementwise_function_has_moments(name: str) -> None:
-    options = {"clamp": (0.1, 1.0), "clip": (0.1, 1.0), "clamp_min": (0.1,), "clamp_max": (1.0,), "threshold": (0.1, 0.0)}
+    options = {
+        "clamp": (0.1, 1.0),
+        "clip": (0.1, 1.0),
+        "clamp_min": (0.1,),
+        "clamp_max": (1.0,),
+        "threshold": (0.1, 0.0),
+    }
     line = Line("elementwise", (0,), 2, options=(name, options.get(name, ()), ()))
     result = RULES["elementwise"](line, [Gaussian(torch.full((2,), 4.0), torch.full((2,), 0.01))], nn.Module())
     assert result.mean.isfinite().all() and (result.variance >= 0).all()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -261,57 +259,3 @@ def test_every_layer_has_a_prior_or_a_reason() -> None:
         names = {name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
         assert set(wiring.priors) | set(wiring.reasons) == names
         assert not set(wiring.priors) & set(wiring.reasons)
-
-
-def test_one_image_of_one_pixel_is_example_enough() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-    assert set(discover(model, torch.randn(1, 3, 1, 1)).priors) == {"1", "4"}
-
-
-@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
-def test_example_may_be_the_arguments_in_any_form(form: str) -> None:
-    class Two(Base):
-        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-            return self.bn2(self.conv1(F.relu(self.bn1(self.stem(x * scale)))))
-
-    example = {"tensor": EXAMPLE, "tuple": (EXAMPLE, 2.0), "dict": {"scale": 2.0, "x": EXAMPLE}}[form]
-    assert set(discover(Two(), example).priors) == {"bn1", "bn2"}
-
-
-def test_discovery_leaves_no_trace() -> None:
-    class Writing(Base):
-        def forward(self, x: Tensor) -> Tensor:
-            x -= 0.5
-            return self.bn2(self.conv1(F.dropout(F.relu(self.bn1(self.stem(x))), 0.5)))
-
-    model = Writing().eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    example, state, grad = EXAMPLE.clone(), torch.get_rng_state(), torch.is_grad_enabled()
-    discover(model, example)
-    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled() == grad
-    assert not any(module.training or module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-    assert torch.equal(example, EXAMPLE), "the example was written into"
-
-
-def test_exception_of_the_model_comes_through_and_leaves_no_mode_behind() -> None:
-    class Broken(Base):
-        def forward(self, x: Tensor) -> Tensor:
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        discover(Broken(), EXAMPLE)
-    assert set(discover(Tied(), EXAMPLE).priors) == {"bn1", "bn2", "bn3"}
-
-
-def test_wiring_is_plain_data() -> None:
-    wiring = discover(Residual(), EXAMPLE)
-    assert pickle.loads(pickle.dumps(wiring)) == copy.deepcopy(wiring) == wiring
-    assert len(pickle.dumps(wiring)) < 3000
-    assert discover(Residual(), EXAMPLE) == wiring
-
-
-def test_listing_shows_every_prior_and_reason() -> None:
-    text = str(discover(NormTwice(), EXAMPLE))
-    assert "prior of bn3: %" in text and "no prior for bn2: called more than once" in text

@@ -1,4 +1,4 @@
-"""Small models that mislead a converter: each prior is right, measured by brute force, or there is none and a reason."""
+"""Small models that mislead a converter: each prior is right by brute force, or there is none and a reason."""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""Layers that take the place of a batch normalization layer and keep what it learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.errors import ConversionError
+from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+
+_LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
+    nn.BatchNorm1d: BatchKalmanNorm1d,
+    nn.BatchNorm2d: BatchKalmanNorm2d,
+    nn.BatchNorm3d: BatchKalmanNorm3d,
+    nn.SyncBatchNorm: BatchKalmanNorm,
+}
+
+
+def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchKalmanNorm:
+    """Build the Batch Kalman layer that takes a batch normalization layer's place.
+
+    Args:
+        norm: the old layer; parameters, moving statistics and frozen flags are copied.
+        has_prior: whether its model will hand it a prior.
+        options: what `BatchKalmanNorm` takes by keyword.
+    """
+    wanted = next((layer for plain, layer in _LAYERS.items() if isinstance(norm, plain)), BatchKalmanNorm)
+    place = norm.weight if norm.weight is not None else norm.running_mean
+    layer = wanted(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        device=None if place is None else place.device,
+        dtype=None if place is None else place.dtype,
+        **options,
+    )
+    _inherit(norm, layer)
+    layer.expects_prior = has_prior
+    return layer
+
+
+def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | None) -> nn.Module:
+    """Build a layer of another kind, with the old layer's γ and β where it has any.
+
+    Args:
+        norm: the old layer.
+        kind: bn, brn, gn (at most 8 groups), ln, in, fixed or none.
+        statistics_batch_size: images per statistics group, for bn and brn.
+    """
+    channels, eps = norm.num_features, norm.eps
+    if kind == "bn":
+        size = statistics_batch_size
+        return kalman_layer(norm, has_prior=False, statistics_batch_size=size, gain=1.0, learn_gain=False)
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "brn": lambda: BatchRenorm(channels, eps, norm.momentum or 0.1, statistics_batch_size=statistics_batch_size),
+        "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
+        "ln": lambda: nn.GroupNorm(1, channels, eps),
+        "in": lambda: nn.GroupNorm(channels, channels, eps),
+        "fixed": lambda: FixedNorm(channels, eps, norm.momentum, norm.affine),
+        "none": nn.Identity,
+    }
+    place = norm.weight if norm.weight is not None else norm.running_mean
+    layer = layers[kind]()
+    if place is not None:
+        layer = layer.to(place.device, place.dtype)
+    _inherit(norm, layer)
+    return layer
+
+
+def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
+    """Return the affine map that a layer applies in evaluation mode, computed in float64.
+
+    Raises:
+        ConversionError: for a layer that keeps no population statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ConversionError(
+            f"{name} keeps no population statistics and cannot be folded", "Use track_running_stats=True."
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+    shift = -scale * norm.running_mean.double()
+    shift = shift if norm.bias is None else shift + norm.bias.detach().double()
+    return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
+
+
+def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
+    """Give a new layer the parameters and moving statistics of the old one, frozen where they were frozen."""
+    own = dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
+    with torch.no_grad():
+        for name, old in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
+            if own.get(name) is not None:
+                own[name].copy_(old)
+                own[name].requires_grad_(old.requires_grad)

@@ -1,0 +1,278 @@
+"""What each function of a forward makes of the channels it reads: lines of the program, or a reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bkn_core.wiring.operations import CONVOLUTIONS, ELEMENTWISE, PASS, SHAPE_ONLY
+from bkn_core.wiring.program import Line
+
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+_SCALAR = (int, float)
+_BINARY = frozenset(("add", "sub", "mul", "div", "truediv", "multiply", "subtract", "divide", "rsub", "reversed_sub"))
+_WITHOUT_OPTIONS = ("relu", "relu6", "silu", "hardswish", "mish", "selu")  # their only option is `inplace`
+
+
+@dataclasses.dataclass
+class Value:
+    """What is known of one tensor: a program line and the dimension its channels lie along, the input, or a reason.
+
+    `numbers` holds the channel number of every element where they are spread over several dimensions for a moment, as
+    in the middle of a channel shuffle.
+    """
+
+    line: int = -1
+    dimension: int = 0
+    numbers: Tensor | None = None
+    is_input: bool = False
+    reason: str = ""
+    tensor: Tensor | None = None
+    version: int = 0
+
+
+class Interpreter:
+    """Writes the program.
+
+    Args:
+        model: the model whose forward runs; its tensors are known by identity.
+        stack: the modules that are running, by name, outermost first.
+    """
+
+    def __init__(self, model: nn.Module, stack: list[tuple[str, nn.Module]]) -> None:
+        self.stack = stack
+        self.parameters = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+        self.buffers = {id(b): n for n, b in model.named_buffers(remove_duplicate=False)}
+        self.lines: list[Line] = []
+        self.origins: dict[int, tuple[int, Any]] = {}  # elementwise lines: the line they are a function of, and which
+
+    def interpret(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        arguments: Arguments,
+        values: list[Value],
+        outputs: list[Tensor],
+    ) -> list[Value]:
+        """Return the value of each result of a function, given those of its operands that are activations."""
+        unknown = next((v for v in values if v.reason), None)
+        if unknown is not None:
+            return [Value(reason=unknown.reason)] * len(outputs)
+        plain = not any(id(t) in self.parameters for t in _tensors(arguments))
+        if name in CONVOLUTIONS or name == "linear":
+            results = [self._linear_map(name, arguments, values[0], outputs[0])]
+        elif all(v.is_input for v in values):
+            results = [Value(is_input=plain, reason="" if plain else f"{name} of the network input with parameters")]
+            results *= len(outputs)
+        elif any(v.is_input for v in values):
+            results = [Value(reason=f"{name} mixes the network input with features")] * len(outputs)
+        elif name in SHAPE_ONLY:
+            results = self._moved(func, arguments, values[0])
+        else:
+            results = [self._one_result(name, arguments, values, outputs[0])] * len(outputs)
+        return [self._checked(name, value, tensor) for value, tensor in zip(results, outputs, strict=True)]
+
+    def _one_result(self, name: str, arguments: Arguments, values: list[Value], output: Tensor) -> Value:
+        first = values[0]
+        if first.numbers is not None and name not in PASS:
+            return Value(reason=f"{name} of channels that lie along several dimensions")
+        if name in PASS:
+            same = output.dim() == (first.tensor.dim() if first.tensor is not None else -1)
+            return first if same else Value(reason=f"{name} with a change of dimensions")
+        if name == "mean":
+            return self._mean(arguments, first)
+        if name in ("cat", "concat", "concatenate"):
+            return self._concatenate(arguments, values)
+        if name == "prelu":
+            return self._prelu(arguments, first)
+        if name in ELEMENTWISE and len(values) == 1 and len(_tensors(arguments)) == 1:
+            options = (tuple(arguments[0][1:]), tuple((k, v) for k, v in arguments[1].items() if k != "inplace"))
+            if name in ("relu", "relu6", "silu", "hardswish", "mish", "selu"):
+                options = ((), ())
+            return self._elementwise(name, options, first)
+        if name in _BINARY:
+            return self._binary(name, arguments, values, output)
+        return Value(reason=f"{name} has no rule")
+
+    def write(self, operation: str, inputs: Sequence[int], channels: int, *, dimension: int, **rest: Any) -> Value:
+        """Append a line and return the value of its result."""
+        self.lines.append(Line(operation, tuple(inputs), channels, **rest))
+        return Value(line=len(self.lines) - 1, dimension=dimension)
+
+    def _checked(self, name: str, value: Value, tensor: Tensor) -> Value:
+        if value.line < 0 or value.numbers is not None:
+            return value
+        fits = value.dimension < tensor.dim() and tensor.shape[value.dimension] == self.lines[value.line].channels
+        return value if fits else Value(reason=f"{name} with a result of unexpected shape")
+
+    def _linear_map(self, name: str, arguments: Arguments, value: Value, output: Tensor) -> Value:
+        x: Tensor
+        x, weight, bias = (argument(arguments, i, n) for i, n in enumerate(("input", "weight", "bias")))
+        groups = int(argument(arguments, 6, "groups") or 1) if name in CONVOLUTIONS else 1
+        dimension = output.dim() - 1 if name == "linear" else 1
+        paths = self._path(weight, "weight"), ("" if bias is None else self._path(bias, "bias"))
+        if paths[0] is None or paths[1] is None or value.tensor is not x:
+            return Value(reason=f"{name} whose weight is not a parameter")
+        module = self.stack[-1][0] if self.stack else ""
+        rest = {"words": paths[0].removesuffix(".weight"), "name": paths[0], "options": (paths[1], groups)}
+        if value.is_input:
+            owned = paths[0] == f"{module}.weight".lstrip(".")
+            if groups > 1 or not owned or (name == "linear" and x.dim() != 2):
+                return Value(reason=f"{name} of the network input in a form that is not measured")
+            rest = {**rest, "words": f"input -> {rest['words']}", "options": (paths[1], module)}
+            return self.write("patches", [], weight.shape[0], dimension=dimension, **rest)
+        expected = x.dim() - 1 if name == "linear" else 1
+        if value.numbers is not None or value.dimension != expected or x.dim() != output.dim():
+            return Value(reason=f"{name} across something else than channels")
+        return self.write("convolution", [value.line], weight.shape[0], dimension=dimension, **rest)
+
+    def _path(self, tensor: Tensor, attribute: str) -> str | None:
+        """Name a weight: its parameter or buffer, or the attribute of the running module that computes it."""
+        known = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
+        if known is not None:
+            return known
+        if self.stack and nn.utils.parametrize.is_parametrized(self.stack[-1][1], attribute):
+            return f"{self.stack[-1][0]}.{attribute}".lstrip(".")
+        return None
+
+    def _elementwise(self, name: str, options: tuple[Any, ...], value: Value) -> Value:
+        channels = self.lines[value.line].channels
+        result = self.write(
+            "elementwise", [value.line], channels, dimension=value.dimension, options=(name, *options), words=name
+        )
+        root, expression = self._origin(value.line)
+        self.origins[result.line] = (root, (name, (expression, *options[0]), options[1]))
+        return result
+
+    def _origin(self, line: int) -> tuple[int, Any]:
+        """Return the line that this one is an elementwise function of, and the function ("x" is the identity)."""
+        return self.origins.get(line, (line, "x"))
+
+    def _prelu(self, arguments: Arguments, value: Value) -> Value:
+        path = self._path(argument(arguments, 1, "weight"), "weight")
+        if path is None:
+            return Value(reason="prelu whose slope is not a parameter")
+        channels = self.lines[value.line].channels
+        return self.write("prelu", [value.line], channels, dimension=value.dimension, name=path, words="prelu")
+
+    def _binary(self, name: str, arguments: Arguments, values: list[Value], output: Tensor) -> Value:
+        left, right = argument(arguments, 0, "input"), argument(arguments, 1, "other")
+        if arguments[1].get("alpha", 1) != 1 or arguments[1].get("rounding_mode") is not None:
+            return Value(reason=f"{name} with a factor or rounding")
+        if name in ("rsub", "reversed_sub"):
+            name, left, right = "sub", right, left
+        name = {"multiply": "mul", "subtract": "sub", "divide": "div", "truediv": "div"}.get(name, name)
+        if isinstance(left, _SCALAR) or isinstance(right, _SCALAR):
+            return self._with_scalar(name, left, right, values[0])
+        if len(values) == 2 and name in ("add", "sub", "mul"):
+            return self._with_tensor(name, values, output)
+        return Value(
+            reason=f"{name} with a parameter or constant tensor" if len(values) == 1 else f"{name} has no rule"
+        )
+
+    def _with_scalar(self, name: str, left: Any, right: Any, value: Value) -> Value:
+        if isinstance(left, _SCALAR):
+            pairs = {"add": (1.0, left), "mul": (left, 0.0), "sub": (-1.0, left)}
+        else:
+            pairs = {"add": (1.0, right), "mul": (right, 0.0), "sub": (1.0, -right), "div": (1 / (right or 1), 0.0)}
+        if name not in pairs:
+            return Value(reason=f"{name} of a number by a tensor")
+        scale, shift = (float(number) for number in pairs[name])
+        channels = self.lines[value.line].channels
+        result = self.write("affine", [value.line], channels, dimension=value.dimension, options=(scale, shift))
+        root, expression = self._origin(value.line)
+        self.origins[result.line] = (root, ("add", (("mul", (expression, scale), ()), shift), ()))
+        return result
+
+    def _with_tensor(self, name: str, values: list[Value], output: Tensor) -> Value:
+        first, second = values
+        assert first.tensor is not None and second.tensor is not None
+        if any(v.numbers is not None for v in values):
+            return Value(reason=f"{name} of channels that lie along several dimensions")
+        if first.dimension - first.tensor.dim() != second.dimension - second.tensor.dim():
+            return Value(reason=f"{name} of tensors whose channels are not aligned")
+        dimension = output.dim() + first.dimension - first.tensor.dim()
+        channels = max(self.lines[v.line].channels for v in values)
+        (root, left), (other, right) = self._origin(first.line), self._origin(second.line)
+        if root == other:  # both are functions of one tensor, as in x * sigmoid(x): not independent, so one function
+            expression = (name, (left, right), ())
+            result = self.write("fused", [root], channels, dimension=dimension, options=(expression,), words=name)
+            self.origins[result.line] = (root, expression)
+            return result
+        lines = [first.line, second.line]
+        if name == "sub":
+            lines[1] = self.write("affine", [second.line], channels, dimension=dimension, options=(-1.0, 0.0)).line
+        return self.write("multiply" if name == "mul" else "add", lines, channels, dimension=dimension)
+
+    def _mean(self, arguments: Arguments, value: Value) -> Value:
+        dims = argument(arguments, 1, "dim")
+        assert value.tensor is not None
+        if dims is None:
+            return Value(reason="mean over everything")
+        rank = value.tensor.dim()
+        gone = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+        if value.dimension in gone or 0 in gone:
+            return Value(reason="mean over channels or images")
+        kept = argument(arguments, 2, "keepdim") or False
+        return dataclasses.replace(
+            value, dimension=value.dimension - (0 if kept else sum(d < value.dimension for d in gone))
+        )
+
+    def _concatenate(self, arguments: Arguments, values: list[Value]) -> Value:
+        dim = argument(arguments, 1, "dim")
+        assert values[0].tensor is not None
+        dim = (0 if dim is None else dim) % values[0].tensor.dim()
+        if len(values) != len(_tensors(arguments)) or any(v.numbers is not None or v.is_input for v in values):
+            return Value(reason="cat with tensors that are not features")
+        if all(v.dimension == dim for v in values):
+            channels = sum(self.lines[v.line].channels for v in values)
+            return self.write("concatenate", [v.line for v in values], channels, dimension=dim)
+        if all((v.line, v.dimension) == (values[0].line, values[0].dimension) for v in values):
+            return values[0]
+        return Value(reason="cat along another dimension than the channels")
+
+    def _moved(self, func: Callable[..., Any], arguments: Arguments, value: Value) -> list[Value]:
+        """Replay a shape-only function on channel numbers and read off where each channel went."""
+        numbers = value.numbers
+        assert value.tensor is not None
+        if numbers is None:
+            count = self.lines[value.line].channels
+            shape = [1] * value.tensor.dim()
+            shape[value.dimension] = count
+            numbers = torch.arange(count, device=value.tensor.device).view(shape).expand(value.tensor.shape)
+        numbers = numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
+        replaced = pytree.tree_map(lambda a: numbers if a is value.tensor else a, arguments)
+        results = pytree.tree_leaves(func(*replaced[0], **replaced[1]))
+        return [self._placed(value, result) for result in results if isinstance(result, Tensor)]
+
+    def _placed(self, value: Value, numbers: Tensor) -> Value:
+        if numbers.numel() == 0:
+            return Value(reason="an empty tensor")
+        varying = [d for d in range(numbers.dim()) if numbers.shape[d] > 1 and bool((numbers.diff(dim=d) != 0).any())]
+        if len(varying) > 1:
+            return Value(line=value.line, numbers=numbers)
+        count = self.lines[value.line].channels
+        if not varying and count > 1:
+            return Value(reason="a single channel taken out")
+        dimension = varying[0] if varying else min(1, numbers.dim() - 1)
+        index = tuple(
+            numbers.movedim(dimension, -1).flatten(0, -2)[0].tolist() if numbers.dim() > 1 else numbers.tolist()
+        )
+        if index == tuple(range(count)):
+            return Value(line=value.line, dimension=dimension)
+        return self.write("gather", [value.line], len(index), dimension=dimension, options=(index,))
+
+
+def argument(arguments: Arguments, position: int, name: str) -> Any:
+    """Return an argument that may be given by position or by name."""
+    args, kwargs = arguments
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _tensors(arguments: Arguments) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]

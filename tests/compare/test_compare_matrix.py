@@ -1,0 +1,169 @@
+"""Tests of running a matrix: order, events, taking up where it stopped, cells that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import fake_train
+
+from bkn_core.compare import matrix
+from bkn_core.compare.cells import CellEnded, CellStarted
+from bkn_core.compare.matrix import compare
+from bkn_core.engine.events import EpochEnded, Stepped
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import DivergedError, InterruptedRun, RecipeError, StatisticsError
+from bkn_core.recipe import Recipe
+
+TINY = [
+    "data.train_images=128",
+    "data.test_images=64",
+    "data.image_size=8",
+    "train.epochs=1",
+    "train.device=cpu",
+    "batch.gradient=32",
+]
+Calls = list[tuple[str, str]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What a stand-in for training was called with."""
+    made: Calls = []
+    monkeypatch.setattr(matrix, "train", fake_train(made))
+    return made
+
+
+def test_a_matrix_is_trained_cell_by_cell_and_reported(tmp_path: Path) -> None:
+    events: list[Any] = []
+    result = compare(None, TINY, norms=["bn", "bkn", "gn"], out=tmp_path, on_event=events.append)
+    names = [cell.run.name for cell in result.cells]
+    assert names == [f"{name}-seed0" for name in ("bn-g32-s2", "bn-g32-s32", "bkn-g32-s2", "bkn-g32-s32", "gn-g32-s2")]
+    assert {tuple(cell.top1) for cell in result.cells} == {("population", "batch")}
+    gn = result.cells[-1]
+    assert gn.top1["population"] == gn.top1["batch"]
+    assert [(c.row, c.reference) for c in result.comparisons[::2]] == [
+        ("bn s=2", "bn s=32"),
+        ("bkn s=2", "bn s=32"),
+        ("bkn s=32", "bn s=32"),
+        ("gn", "bn s=32"),
+    ]
+    assert json.loads((tmp_path / "compare.json").read_text())["summary"][4]["norm"] == "gn"
+    kinds = [type(event) for event in events]
+    assert kinds.count(EpochEnded) == kinds.count(CellStarted) == kinds.count(CellEnded) == 5
+    assert kinds.count(Stepped) == 20
+    assert (kinds[0], kinds[-1]) == (CellStarted, CellEnded)
+
+
+def test_an_interrupted_matrix_goes_on_to_the_result_of_an_unbroken_one(tmp_path: Path) -> None:
+    words = [*TINY, "train.epochs=2"]
+    axes: dict[str, Any] = {"norms": ["gn"], "statistics_batch_sizes": [2], "seeds": 2}
+    steps: list[Stepped] = []
+
+    def count(event: object) -> None:
+        if isinstance(event, Stepped):
+            steps.append(event)
+
+    unbroken = compare(None, words, out=tmp_path / "unbroken", on_event=count, **axes)
+    with pytest.raises(InterruptedRun, match="seed1: stopped after step 5 of 8") as caught:
+        compare(None, words, out=tmp_path / "broken", on_event=count, should_stop=lambda: len(steps) >= 16 + 13, **axes)
+    assert "same command" in caught.value.hint
+    assert [cell["seed"] for cell in json.loads((tmp_path / "broken" / "compare.json").read_text())["cells"]] == [0]
+    steps.clear()
+    resumed = compare(None, words, out=tmp_path / "broken", on_event=count, **axes)
+    assert len(steps) == 3
+    assert [cell.loss for cell in resumed.cells] == [cell.loss for cell in unbroken.cells]
+
+
+def test_groups_of_one_value_fail_their_cell_and_no_other(tmp_path: Path) -> None:
+    # Images of 4x4 leave one value per channel in the last stage: too few for BatchNorm on one image at a time.
+    result = compare(
+        None, [*TINY, "data.image_size=4"], norms=["bn"], statistics_batch_sizes=[1, 32], seeds=1, out=tmp_path
+    )
+    assert [(cell.status, list(cell.top1)) for cell in result.cells] == [("failed", []), ("finished", ["population"])]
+    assert "one value per channel" in result.cells[0].message
+    again = compare(None, [*TINY, "data.image_size=4"], norms=["bn"], statistics_batch_sizes=[32], out=tmp_path)
+    assert again.cells == result.cells[1:]
+
+
+def test_the_same_call_again_takes_every_cell_as_it_is(tmp_path: Path, calls: Calls) -> None:
+    first = compare(None, TINY, seeds=2, out=tmp_path)
+    assert len(calls) == 8
+    events: list[Any] = []
+    again = compare(None, TINY, seeds=2, out=tmp_path, on_event=events.append)
+    assert len(calls) == 8
+    assert again == first
+    assert [event.reused for event in events] == [True] * 16
+    assert [event.index for event in events[::2]] == [*range(1, 9)]
+
+
+def test_the_default_folder_is_named_after_the_recipe(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare(norms=["ln"]).out == Path("runs/compare-digits_micro")
+
+
+def test_more_seeds_train_only_what_is_new(tmp_path: Path, calls: Calls) -> None:
+    compare(None, TINY, norms=["ln"], out=tmp_path)
+    result = compare(None, TINY, norms=["ln"], seeds=3, out=tmp_path)
+    assert [name for _, name in calls] == [f"ln-g32-s2-seed{seed}" for seed in range(3)]
+    assert result.summary[0].n == 3
+
+
+def test_a_cell_that_saved_a_state_is_resumed_and_one_that_did_not_begins_anew(tmp_path: Path, calls: Calls) -> None:
+    axes: dict[str, Any] = {"norms": ["ln"], "seeds": 2, "out": tmp_path}
+    cells = [cell.run for cell in compare(None, TINY, **axes).cells]
+    for cell in cells:
+        RunFolder(cell).write_summary("running")
+    (cells[0] / "checkpoints").mkdir()
+    (cells[0] / "checkpoints" / "last.state.pt").touch()
+    (cells[1] / "left over").touch()
+    calls.clear()
+    compare(None, TINY, **axes)
+    assert calls == [("resume", cells[0].name), ("out", cells[1].name)]
+    assert not (cells[1] / "left over").exists()
+
+
+def test_a_cell_of_another_recipe_is_refused_before_anything_is_trained(tmp_path: Path, calls: Calls) -> None:
+    compare(None, TINY, norms=["ln"], out=tmp_path)
+    calls.clear()
+    with pytest.raises(RecipeError, match=r"ln-g32-s2-seed0 .*: optim\.lr \(0\.1 there, 0\.2 wanted\)\n") as caught:
+        compare(None, [*TINY, "optim.lr=0.2"], norms=["bn", "ln"], out=tmp_path)
+    assert "--out" in caught.value.hint
+    assert calls == []
+
+
+def test_a_diverged_cell_is_recorded_and_the_others_go_on(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary = matrix.train
+
+    def train(recipe: Recipe, **options: Any) -> Any:
+        if recipe.norm.kind == "none":
+            raise DivergedError("step 3: the loss is not finite")
+        return ordinary(recipe, **options)
+
+    monkeypatch.setattr(matrix, "train", train)
+    result = compare(None, TINY, norms=["none", "ln"], out=tmp_path)
+    assert [(cell.status, cell.message) for cell in result.cells] == [
+        ("diverged", "step 3: the loss is not finite"),
+        ("finished", ""),
+    ]
+    assert json.loads((tmp_path / "compare.json").read_text())["cells"][0]["status"] == "diverged"
+
+
+def test_a_failure_that_no_other_measure_mends_is_not_tried_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def train(recipe: Recipe, **options: Any) -> Any:
+        tried.append(recipe.eval.stats)
+        raise StatisticsError("a statistics group has one value per channel")
+
+    monkeypatch.setattr(matrix, "train", train)
+    compare(None, TINY, norms=["bn", "brn"], statistics_batch_sizes=[1], out=tmp_path)
+    assert tried == ["both", "population", "population"]

@@ -1,0 +1,141 @@
+"""The house rules that can be read off the sources."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "bkn_core").rglob("*.py"))
+SOURCES = [*LIBRARY, *sorted((ROOT / "bkn_cli").rglob("*.py"))]
+LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 300, 40, 5
+
+# What each room of the library may import beside itself and `errors`.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "recipe": set(),
+    "norm": set(),
+    "wiring": {"norm"},
+    "convert": {"wiring", "norm"},
+    "population": {"convert", "wiring", "norm"},
+    "engine": {"recipe", "convert", "population", "wiring", "norm"},
+    "evaluate": {"engine", "export", "recipe", "convert", "population", "norm"},
+    "export": {"engine", "recipe", "convert", "population", "wiring", "norm"},
+    "compare": {"engine", "recipe", "convert", "population", "norm"},
+}
+HEAVY = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "scipy"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    """`norm` for bkn_core/norm/kalman.py; files beside the rooms that share a name's beginning share its room."""
+    first = path.relative_to(ROOT / "bkn_core").parts[0].removesuffix(".py")
+    return "recipe" if first.startswith("recipe") else first
+
+
+def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:
+    """The modules a file imports: everywhere, or only what importing the file brings in."""
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            if at_import_time and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if at_import_time and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            yield child
+            yield from walk(child)
+
+    for node in walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_sources_are_found() -> None:
+    assert {"bkn_core/norm/kalman.py", "bkn_core/convert.py", "bkn_cli/__init__.py"} <= {name(p) for p in SOURCES}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_arrows_point_one_way(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    assert here in ARROWS, f"{here} is a new room: say what it may import"
+    rooms = set(ARROWS) | {"recipe_file"}
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "bkn_core" and len(parts) > 1 and parts[1] in rooms:
+            there = "recipe" if parts[1].startswith("recipe") else parts[1]
+            assert there in {here, "errors"} | ARROWS[here], f"{name(path)} imports {module}"
+        assert module != "bkn_core", f"{name(path)} imports the package that imports it"
+
+
+def test_arrows_have_no_circle() -> None:
+    for first, second in itertools.permutations(ARROWS, 2):
+        assert not (second in ARROWS[first] and first in ARROWS[second]), (first, second)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_library_neither_talks_nor_exits(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert not roots & {"typer", "rich", "click", "bkn_cli"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"print", "exit", "quit", "sys.exit", "os._exit", "input"}, (
+                f"{name(path)}:{node.lineno}"
+            )
+        assert not (isinstance(node, ast.Raise) and "SystemExit" in ast.unparse(node)), f"{name(path)}:{node.lineno}"
+
+
+def test_command_line_imports_public_names_only() -> None:
+    for path in sorted((ROOT / "bkn_cli").rglob("*.py")):
+        for module in imports(path):
+            assert not any(part.startswith("_") for part in module.split(".") if part != "__future__"), name(path)
+
+
+def test_the_filter_imports_torch_only() -> None:
+    roots = {module.split(".")[0] for module in imports(ROOT / "bkn_core/norm/kalman.py")}
+    assert roots <= {"__future__", "typing", "torch"}
+
+
+@pytest.mark.parametrize("path", ["bkn_core/recipe.py", "bkn_core/recipe_file.py", "bkn_core/errors.py"])
+def test_recipes_and_errors_import_no_torch(path: str) -> None:
+    roots = {module.split(".")[0] for module in imports(ROOT / path)}
+    assert not roots & {"torch", "torchvision", "numpy"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_nothing_heavy_is_imported_at_import_time(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path, at_import_time=True)}
+    assert not roots & HEAVY
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_sizes_stay_within_the_walls(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_names_and_places_follow_the_house(path: Path) -> None:
+    assert path.stem not in {"utils", "helpers", "common"}
+    text = path.read_text()
+    assert "/work" not in text and "/tmp" not in text and "/opt/" not in text
+    for node in ast.walk(ast.parse(text)):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{name(path)}:{node.lineno}"
+    assert ast.get_docstring(ast.parse(text)), "every file says what it is for"
