@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from bkn_cli.compare import compare
 from bkn_cli.eval import evaluate
 from bkn_cli.export import export
+from bkn_cli.options import NO_VALUE
+from bkn_cli.render import Reporter
 from bkn_cli.train import train
 
-USAGE = 2
+
+class Program(TyperGroup):
+    """The group of verbs; under --json a usage error is a JSON object too."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run the words of a command line, those of this process by default."""
+        words = sys.argv[1:] if args is None else list(args)
+        if not standalone_mode or "--json" not in words:
+            return super().main(words, standalone_mode=standalone_mode, **options)
+        try:
+            code = super().main(words, standalone_mode=False, **options)
+        except TyperException as error:
+            verb = next((word for word in words if word in self.commands), "usage")
+            try:
+                Reporter(verb, as_json=True).fail("usage", 2, error.format_message(), f"See bkn {verb} --help.")
+            except typer.Exit as end:
+                code = end.exit_code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 app = typer.Typer(
     name="bkn",
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train networks on one or two images per statistics group: Batch Kalman Normalization.\n\n"
-    "Exit codes: 0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable, 4 a check failed, "
-    "5 device not available, 6 diverged, 130 Ctrl-C, 143 SIGTERM.",
+    "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
+    "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
+    "  4 a check failed, 5 device not available, 6 diverged, 130 Ctrl-C, 143 SIGTERM",
 )
 app.command()(train)
 app.command("eval")(evaluate)
@@ -39,28 +64,18 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar=NO_VALUE, callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the program; a usage error under --json is a JSON object too."""
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == USAGE and "--json" in sys.argv and not _has_spoken():
-            error = {"code": "usage", "exit": USAGE, "message": "wrong usage", "hint": "See standard error."}
-            sys.stdout.write(json.dumps({"ok": False, "error": error}) + "\n")
-        raise
-
-
-def _has_spoken() -> bool:
-    """Whether a verb has printed its own JSON object."""
-    from bkn_cli.render import Reporter
-
-    return Reporter.has_spoken
+    """Run the program."""
+    app()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkn_cli.options import Json, Verbose, split_words
-from bkn_cli.render import reporting
+from bkn_cli.options import Device, Json, Verbose, split_words
+from bkn_cli.reporting import reporting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,62 +19,101 @@ def compare(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECIPE | RUN...] [KEY=VALUE]...",
-            help="A recipe to run with every norm, size and seed (default digits_micro), or finished runs to set "
-            "side by side; then any recipe key with another value.",
+            metavar="RECIPE|RUN|KEY=VALUE",
+            help="A recipe to run with every norm, size and seed, default digits_micro, and any of its keys with "
+            "another value; or finished runs to set side by side.",
             show_default=False,
         ),
     ] = None,
-    norms: Annotated[str, typer.Option(help="Norms, with commas: bkn,bn,brn,gn,ln,in,fixed,none.")] = "bn,bkn",
+    norms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NORM,...", help="Any of bkn, bn, brn, gn, ln, in, fixed, none, with commas; default bn,bkn."
+        ),
+    ] = None,
     statistics_batch_sizes: Annotated[
         str | None,
-        typer.Option(help="Images per statistics group, with commas; default 2 and the recipe's gradient batch size."),
+        typer.Option(
+            metavar="N,...", help="Images per statistics group, with commas; default 2 and the recipe's batch.gradient."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds that follow the recipe's.")] = 1,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Runs of each, with seeds from the recipe's upwards; default 1."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of all runs, table and picture; the same command again goes on there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of all runs and the report; the same command again goes on there."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]|mps", help="Where to compute.")] = "",
+    device: Device = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare norms and statistics batch sizes over seeds, run after run, with their spread.
 
-    Examples: bkn compare --norms bn,bkn,gn --seeds 3 · bkn compare runs/A runs/B
+    Examples:
+      bkn compare
+      bkn compare --norms bn,bkn,gn --seeds 3
+      bkn compare cifar10_resnet_micro --statistics-batch-sizes 1,2,128
+      bkn compare runs/A runs/B
     """
     with reporting("compare", as_json=as_json, verbose=verbose) as reporter:
         import bkn_core
         from bkn_cli.progress import TrainingProgress
 
         names, overrides = split_words(words)
-        flags = [f"train.device={device}"] if device else []
+        source = _source(names)
+        matrix = _matrix(norms, statistics_batch_sizes, seeds)
+        overrides += [] if device is None else [f"train.device={device}"]
+        if isinstance(source, list):
+            _refuse_matrix(matrix)
         with TrainingProgress(reporter) as progress:
             result = bkn_core.compare(
-                _source(names),
-                [*overrides, *flags],
-                norms=_listed(norms),
-                statistics_batch_sizes=None if statistics_batch_sizes is None else _numbers(statistics_batch_sizes),
-                seeds=seeds,
-                out=out,
-                on_event=progress,
-                should_stop=reporter.should_stop,
+                source, overrides, **matrix, out=out, on_event=progress, should_stop=reporter.should_stop
             )
         for text in result.warnings:
             reporter.warn(text)
-        reporter.table(_table(result))
-        reporter.say(f"table, picture and numbers: {result.out}")
-        document = result.to_dict()
-        reporter.finish(document, {name: str(path) for name, path in result.artifacts.items()})
+        if result.summary:
+            reporter.text("top-1 in %, mean ± standard deviation over seeds:")
+            reporter.table(_table(result))
+        reporter.say(f"report: {result.out}")
+        _refuse_failures(result)
+        reporter.finish(result.to_dict(), {name: str(path) for name, path in result.artifacts.items()})
 
 
-def _source(names: list[str]) -> Any:
+def _source(names: list[str]) -> str | list[Path] | None:
     """Tell finished runs from a recipe: a run is a folder."""
     if not names:
         return None
     paths = [Path(name) for name in names]
-    if len(names) == 1 and not paths[0].is_dir():
-        return names[0]
-    return paths
+    return paths if len(names) > 1 or paths[0].is_dir() else names[0]
+
+
+def _matrix(norms: str | None, statistics_batch_sizes: str | None, seeds: int | None) -> dict[str, Any]:
+    """Return what was asked for; the library knows the defaults of the rest."""
+    asked = {
+        "norms": None if norms is None else _listed(norms),
+        "statistics_batch_sizes": None if statistics_batch_sizes is None else _numbers(statistics_batch_sizes),
+        "seeds": seeds,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _refuse_matrix(matrix: dict[str, Any]) -> None:
+    from bkn_core.errors import RecipeError
+
+    if matrix:
+        option = next(iter(matrix)).replace("_", "-")
+        raise RecipeError(f"finished runs take no --{option}", "Leave it out, or give one recipe in place of the runs.")
+
+
+def _refuse_failures(result: Any) -> None:
+    """End with an error where not one run came to its end."""
+    from bkn_core.errors import DivergedError, StatisticsError
+
+    if all(cell.status != "finished" for cell in result.cells):
+        kind = DivergedError if any(cell.status == "diverged" for cell in result.cells) else StatisticsError
+        raise kind(f"none of {len(result.cells)} runs finished: {result.cells[0].message}", f"See {result.out}.")
 
 
 def _listed(text: str) -> list[str]:
@@ -94,19 +134,21 @@ def _numbers(text: str) -> list[int]:
 def _table(result: Any) -> Table:
     from rich.table import Table
 
-    table = Table(title="top-1 in %, mean ± sd over seeds", title_justify="left")
+    table = Table()
     modes = list(dict.fromkeys(mode for row in result.summary for mode in row.top1))
     for name in ("norm", "s", "runs", *modes, "images/s"):
         table.add_column(name, justify="left" if name == "norm" else "right")
     for row in result.summary:
-        cells = []
-        for mode in modes:
-            measured = row.top1.get(mode)
-            cells.append("" if measured is None else _spread(measured))
-        table.add_row(row.norm, str(row.statistics), str(row.n), *cells, f"{row.images_per_second:.0f}")
+        norm = f"{row.norm} ({row.variant})" if row.variant else row.norm
+        spreads = [_spread(row.top1[mode]) if mode in row.top1 else "" for mode in modes]
+        table.add_row(norm, str(row.statistics), str(row.n), *spreads, _speed(row.images_per_second))
     return table
 
 
 def _spread(measured: Any) -> str:
     mean = f"{100 * measured.mean:.2f}"
-    return mean if measured.sd is None else f"{mean} ± {100 * measured.sd:.2f}"
+    return mean if math.isnan(measured.sd) else f"{mean} ± {100 * measured.sd:.2f}"
+
+
+def _speed(images_per_second: float) -> str:
+    return "" if math.isnan(images_per_second) else f"{images_per_second:.0f}"

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from bkn_cli.options import Device, Json, Verbose, split_words
-from bkn_cli.render import metrics_result, metrics_table, reporting
+from bkn_cli.options import DEVICES, Json, Verbose, split_words
+from bkn_cli.render import metrics_result, metrics_table
+from bkn_cli.reporting import reporting
 
 
 def evaluate(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TARGET] [data.KEY=VALUE]...",
-            help="A run folder, a .safetensors checkpoint or an .onnx file; default the newest finished run under "
-            "runs/. Then other test images than the recipe's, such as data.root=photos.zip.",
+            metavar="TARGET|data.KEY=VALUE",
+            help="A run folder, a .safetensors checkpoint or an .onnx file, default the newest finished run under "
+            "runs/; then other test images than the recipe's, such as data.root=photos.zip.",
             show_default=False,
         ),
     ] = None,
     stats: Annotated[
-        str | None,
+        Literal["population", "batch", "both"] | None,
         typer.Option(
-            metavar="population|batch|both",
-            help="Normalize by the population, or each image by itself and the priors; default the recipe's.",
+            metavar="KIND",
+            help="Normalize by the population, each image by itself (batch), or both in turn; default the recipe's.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
-    device: Device = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Images per forward pass.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help=f"Where to compute: {DEVICES}.")] = "auto",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure a trained model on test images, with PyTorch or ONNX Runtime.
 
-    Examples: bkn eval · bkn eval runs/NAME --stats both · bkn eval model.onnx
+    Of a run folder it measures the weights of the best epoch.
+
+    Examples:
+      bkn eval
+      bkn eval runs/NAME --stats both
+      bkn eval model.onnx
+      bkn eval model.onnx data.name=imagefolder data.root=photos.zip
     """
     with reporting("eval", as_json=as_json, verbose=verbose) as reporter:
         import bkn_core
@@ -48,7 +55,8 @@ def evaluate(
         )
         for text in result.warnings:
             reporter.warn(text)
-        reporter.table(metrics_table(f"{result.target} ({result.provider})", result.metrics))
+        reporter.text(f"{result.target} ({result.provider}):")
+        reporter.table(metrics_table(result.metrics))
         reporter.say(f"every image's prediction: {result.predictions}")
         details = {"target": str(result.target), "provider": result.provider}
         reporter.finish({**metrics_result(result.metrics), **details}, {"predictions": str(result.predictions)})

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from bkn_cli.options import Json, Verbose
-from bkn_cli.render import reporting
+from bkn_cli.options import NO_VALUE, Json, Verbose
+from bkn_cli.reporting import reporting
 
 
 def export(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT.onnx", help="The file to write.")],
     run: Annotated[
-        Path | None, typer.Option(help="A run folder or checkpoint; default the newest finished run under runs/.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A run folder or checkpoint; default the newest finished run under runs/."),
     ] = None,
     stats: Annotated[
-        str,
-        typer.Option(metavar="population|batch", help="Fold the population's statistics, or take each image's own."),
+        Literal["population", "batch"],
+        typer.Option(metavar="KIND", help="population: constants per channel. batch: each image by itself."),
     ] = "population",
     fold: Annotated[
-        str,
-        typer.Option(
-            metavar="affine|conv", help="Leave a Mul and an Add per layer, or merge them into the convolution."
-        ),
+        Literal["affine", "conv"],
+        typer.Option(metavar="PLACE", help="affine: a Mul and an Add per layer. conv: inside the convolutions."),
     ] = "affine",
-    precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="Type of weights and activations.")] = "fp32",
-    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(metavar="TYPE", help="fp32, or fp16 with float32 input and output.")
+    ] = "fp32",
+    opset: Annotated[int, typer.Option(metavar="N", help="ONNX operator set.")] = 18,
     device: Annotated[
-        str, typer.Option(metavar="cpu|auto|cuda[:N]", help="Where ONNX Runtime runs the parity check.")
+        str,
+        typer.Option(metavar="DEVICE", help="Where ONNX Runtime runs the parity check: cpu, cuda, cuda:N or auto."),
     ] = "cpu",
-    benchmark: Annotated[bool, typer.Option("--benchmark", help="Measure the file's latency.")] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", metavar=NO_VALUE, help="Measure the file's latency.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a trained model as an ONNX file, and check it against the model before it appears.
+    """Write a trained model as an ONNX file, once it was run and agreed with the model.
 
-    Examples: bkn export model.onnx · bkn export batch.onnx --stats batch · bkn export model.onnx --fold conv
+    Of a run folder it takes the weights of the best epoch.
+
+    Examples:
+      bkn export model.onnx
+      bkn export model.onnx --run runs/NAME --fold conv
+      bkn export batch.onnx --stats batch
     """
     with reporting("export", as_json=as_json, verbose=verbose) as reporter:
         import bkn_core
@@ -59,7 +69,7 @@ def export(
         )
         for size, times in (result.latency or {}).items():
             reporter.text(f"latency, {size}: " + ", ".join(f"{name} {value:.2f} ms" for name, value in times.items()))
-        reporter.say(f"next: bkn eval {result.path}")
+        reporter.say(f"next: bkn eval {shlex.quote(str(result.path))}")
         facts = {
             "path": str(result.path),
             "max_abs": result.max_abs,

@@ -6,15 +6,25 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.")]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]|mps", help="Where to compute; auto prefers a GPU.")]
+NO_VALUE = ""  # the name of a flag's value in the help: it has none
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", metavar=NO_VALUE, help="Print one JSON object on standard output, and nothing else there."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", metavar=NO_VALUE, help="Show the traceback of an unexpected error.")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help=f"Where to compute: {DEVICES}; default the recipe's.")
+]
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe (a YAML file or the name of a shipped one; default digits_micro), then any of its keys with "
-        "another value, such as norm.kind=bn batch.statistics=2 train.epochs=3.",
+        metavar="RECIPE|KEY=VALUE",
+        help="A recipe, by its file or the name of a shipped one, default digits_micro; "
+        "then any of its keys with another value, such as norm.kind=bn train.epochs=3.",
         show_default=False,
     ),
 ]
@@ -23,4 +33,10 @@ Words = Annotated[
 def split_words(words: list[str] | None) -> tuple[list[str], list[str]]:
     """Part names (recipes, runs) from KEY=VALUE words."""
     found = words or []
-    return [w for w in found if "=" not in w], [w for w in found if "=" in w]
+    return [w for w in found if not _is_override(w)], [w for w in found if _is_override(w)]
+
+
+def _is_override(word: str) -> bool:
+    """Tell KEY=VALUE from a path that holds an equals sign."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key

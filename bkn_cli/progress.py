@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,10 +51,12 @@ class TrainingProgress:
             draw(event)
 
     def _started(self, event: Any) -> None:
-        where = "" if event.step == 0 else f", going on after step {event.step}"
+        self.reporter.finishes_steps = True
+        known = f", {event.priors} of {event.norms} norm layers with a prior" if event.priors else ""
+        where = f", from step {event.step}" if event.step else ""
         self.reporter.say(
-            f"{event.train_images} training and {event.test_images} test images, {event.parameters:,} parameters, "
-            f"{event.norms} Kalman layers ({event.priors} with a prior), {event.device}{where}"
+            f"{event.train_images} training and {event.test_images} test images, {event.parameters:,} parameters"
+            f"{known}, on {event.device}{where}"
         )
         self.reporter.say(f"run folder: {event.run}")
         self.bar.reset(self.task, total=event.steps, completed=event.step)
@@ -82,13 +85,14 @@ class TrainingProgress:
         self.reporter.warn(event.text)
 
     def _cellstarted(self, event: Any) -> None:
-        how = "already there" if event.reused else "running"
+        how = ", already there" if event.reused else ""
+        which = f"run {event.index} of {event.total}"
         self.reporter.say(
-            f"[bold]run {event.index}/{event.total}[/bold]: {event.norm}, s = {event.statistics}, "
-            f"seed {event.seed} ({how})"
+            Text.assemble((which, "bold"), f": {event.norm}, s = {event.statistics}, seed {event.seed}{how}")
         )
 
     def _cellended(self, event: Any) -> None:
+        self.reporter.finishes_steps = False
         cell = event.cell
         if cell.status != "finished":
             self.reporter.warn(f"{cell.norm} at s = {cell.statistics}, seed {cell.seed}: {cell.status}: {cell.message}")

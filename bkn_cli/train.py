@@ -3,58 +3,75 @@
 from __future__ import annotations
 
 import os
-import sys
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkn_cli.options import Device, Json, Verbose, Words, split_words
-from bkn_cli.render import Reporter, reporting
+from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, split_words
+from bkn_cli.render import Reporter, metrics_result, metrics_table
+from bkn_cli.reporting import reporting
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bkn_core import Recipe
 
 
 def train(
     words: Words = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="The folder of an interrupted run to continue.")] = None,
-    device: Device = "",
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one GPU each.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build the model, say what would run, and stop.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Continue the interrupted run of this folder.")
+    ] = None,
+    device: Device = None,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one GPU each.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar=NO_VALUE, help="Build the model, say what would run, and stop.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a network as a recipe says.
 
-    Without arguments it trains on scikit-learn's digits, offline, in less than a minute on two cores.
+    Without a recipe it trains on scikit-learn's digits, offline, in about a minute on two cores.
 
-    Examples: bkn train · bkn train cifar10_resnet_micro data.root=cifar10.zip · bkn train --resume runs/NAME
+    Examples:
+      bkn train
+      bkn train norm.kind=bn batch.statistics=2
+      bkn train cifar10_resnet_micro data.root=cifar10.zip
+      bkn train data.name=imagefolder data.root=photos data.image_size=64
+      bkn train --resume runs/NAME
     """
     with reporting("train", as_json=as_json, verbose=verbose) as reporter:
-        if nproc > 1 and "WORLD_SIZE" not in os.environ:
-            _spawn(nproc)
-        recipe = _recipe(reporter, words, resume, device)
+        if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+            from bkn_cli.processes import run_processes
+
+            run_processes(reporter, nproc)
+        recipe = _recipe(words, out, resume, device)
         if dry_run:
             _describe(reporter, recipe)
         else:
             _run(reporter, recipe, out, resume)
 
 
-def _recipe(reporter: Reporter, words: list[str] | None, resume: Path | None, device: str) -> Recipe:
+def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, device: str | None) -> Recipe:
     from bkn_core import load_recipe
     from bkn_core.errors import RecipeError
 
     names, overrides = split_words(words)
     if len(names) > 1:
         raise RecipeError(f"{names[1]!r} is neither a recipe nor KEY=VALUE", "Name one recipe, then KEY=VALUE words.")
-    flags = [f"train.device={device}"] if device else []
+    flags = [] if device is None else [f"train.device={device}"]
     if resume is None:
         return load_recipe(names[0] if names else None, [*overrides, *flags])
-    if names or overrides:
+    others = [*names, *overrides, *([] if out is None else [f"--out {out}"])]
+    if others:
         raise RecipeError(
-            f"--resume takes the recipe of the run, so {(names + overrides)[0]!r} does not fit",
+            f"--resume takes recipe and folder of the run, so {others[0]!r} does not fit",
             "Resume without it, or train anew with it.",
         )
     from bkn_core.engine.run_folder import RunFolder
@@ -65,17 +82,19 @@ def _recipe(reporter: Reporter, words: list[str] | None, resume: Path | None, de
 def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | None) -> None:
     import bkn_core
     from bkn_cli.progress import TrainingProgress
-    from bkn_cli.render import metrics_result, metrics_table
 
-    main_process = os.environ.get("RANK", "0") == "0"
     with TrainingProgress(reporter) as progress:
         result = bkn_core.train(recipe, out=out, resume=resume, on_event=progress, should_stop=reporter.should_stop)
-    if not main_process:
+    if os.environ.get("RANK", "0") != "0":
         return
-    reporter.table(metrics_table(f"{result.run}", result.metrics))
-    best = f"best epoch {result.best_epoch}: top-1 {100 * result.best_top1:.2f} %"
-    reporter.text(f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s; {best}")
-    reporter.say(f"next: bkn eval {result.run}   ·   bkn export model.onnx --run {result.run}")
+    reporter.text(f"{result.run}, last epoch:")
+    reporter.table(metrics_table(result.metrics))
+    reporter.text(
+        f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s; "
+        f"best epoch {result.best_epoch}: top-1 {100 * result.best_top1:.2f} %"
+    )
+    place = shlex.quote(str(result.run))
+    reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
     files = {
         "weights": result.run / "checkpoints" / "best.safetensors",
         "metrics": result.run / "metrics.csv",
@@ -116,27 +135,21 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     layers = bkn_core.conversion_report(model) if recipe.norm.kind == "bkn" else []
     for name, value in facts.items():
         reporter.text(f"{name.replace('_', ' ')}: {value}")
-    reporter.table(_layers(layers))
+    if layers:
+        known = sum(layer.prior is not None for layer in layers)
+        reporter.text(f"norm layers with a prior: {known} of {len(layers)}")
+        reporter.table(_layers(layers))
     rows = [{"name": r.name, "channels": r.channels, "prior": r.prior, "reason": r.reason} for r in layers]
     reporter.finish({**facts, "layers": rows, "recipe": recipe.model_dump(mode="json")}, {})
 
 
-def _layers(layers: list[Any]) -> Any:
+def _layers(layers: list[Any]) -> Table:
     from rich.table import Table
 
-    known = sum(layer.prior is not None for layer in layers)
-    table = Table(title=f"{known} of {len(layers)} normalization layers have a prior", title_justify="left")
+    table = Table()
     table.add_column("layer")
     table.add_column("channels", justify="right")
     table.add_column("prior, or why there is none", overflow="fold")
     for layer in layers:
         table.add_row(layer.name, str(layer.channels), layer.prior or f"none: {layer.reason}")
     return table
-
-
-def _spawn(processes: int) -> None:
-    """Run the same command in several processes under torchrun."""
-    from torch.distributed.run import main as torchrun
-
-    torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", "bkn_cli.app", *sys.argv[1:]])
-    raise typer.Exit(0)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, check_gain
-from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer
+from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer, plain_layer
 from bkn_core.wiring.discover import discover
 from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
 from bkn_core.wiring.input_moments import (
@@ -62,7 +62,7 @@ def convert(
     gain: float = 0.1,
     learn_gain: bool = True,
     correction: bool = True,
-    innovation: bool = False,
+    innovation: bool = True,
     input_prior: Tensor | Iterable[Tensor] | None = None,
     covariance: Literal["diagonal", "full"] = "diagonal",
     include: Sequence[str] = ("*",),
@@ -93,6 +93,8 @@ def convert(
         ConversionError: for arguments that do not exist or fit, or a model without batch normalization.
     """
     _check(kind, transition, message, gain, learn_gain)
+    if any(isinstance(module, BatchKalmanNorm) for module in model.modules()):
+        model = to_batch_norm(model)  # another conversion begins from what every conversion begins from
     chosen = _chosen(model, include, exclude)
     if kind != "bkn":
         return _replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
@@ -149,6 +151,21 @@ def fold(model: Model) -> Model:
     folded = _replaced(model, names, folded_affine)
     detach_messenger(folded)
     return folded.eval()
+
+
+def to_batch_norm(model: Model) -> Model:
+    """Return a copy in which every Batch Kalman layer is the `nn.BatchNorm*` layer with its population statistics.
+
+    Args:
+        model: a model that `convert` returned.
+
+    Returns:
+        A plain model: nothing of this library is needed to load or use it.
+    """
+    names = {name for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
+    plain = _replaced(model, names, plain_layer)
+    detach_messenger(plain)
+    return plain
 
 
 def conversion_report(model: nn.Module) -> list[LayerReport]:
@@ -244,7 +261,7 @@ def _replaced(model: Model, names: set[str], build: Callable[[str, _BatchNorm], 
 
 def _dressed(old: nn.Module, new: nn.Module) -> nn.Module:
     """Keep the dropout and activation that a fused layer (timm's BatchNormAct2d) applies after its normalization."""
-    if "act" not in old._modules:
+    if "act" not in old._modules or "act" in new._modules:
         return new
     return nn.Sequential(new, *(old._modules[n] for n in ("drop", "act") if old._modules.get(n) is not None))  # type: ignore[arg-type]
 

@@ -67,7 +67,7 @@ class NormConfig(Section):
     learn_gain: Flag = True
     gain_schedule: Literal["constant", "anneal"] = "anneal"
     correction: Flag = True
-    innovation: Flag = False
+    innovation: Flag = True
     input_prior: Flag = True
     eps: Positive = 1e-5
     momentum: Fraction = 0.1

@@ -77,7 +77,6 @@ def test_arrows_point_one_way(path: Path) -> None:
         if parts[0] == "bkn_core" and len(parts) > 1 and parts[1] in rooms:
             there = "recipe" if parts[1].startswith("recipe") else parts[1]
             assert there in {here, "errors"} | ARROWS[here], f"{name(path)} imports {module}"
-        assert module != "bkn_core", f"{name(path)} imports the package that imports it"
 
 
 def test_arrows_have_no_circle() -> None:
@@ -138,4 +137,4 @@ def test_names_and_places_follow_the_house(path: Path) -> None:
     assert "/work" not in text and "/tmp" not in text and "/opt/" not in text
     for node in ast.walk(ast.parse(text)):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{name(path)}:{node.lineno}"
-    assert ast.get_docstring(ast.parse(text)), "every file says what it is for"
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "every file says what it is for"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from bkn_core.engine.build import build_model
-from bkn_core.engine.files import replacing, write_with
+from bkn_core.engine.files import write_with
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.recipe import Recipe, dump_recipe
@@ -56,7 +57,7 @@ def save_weights(
     Raises:
         OutputError: the file could not be written; an older one is untouched.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = _own_tensors(model.state_dict())
     metadata = {
@@ -66,8 +67,8 @@ def save_weights(
         "preprocess": json.dumps(preprocess.to_dict()),
     }
     metadata["digest"] = digest(tensors, sorted(metadata.items()))
-    with replacing(path) as aside:
-        save_file(tensors, str(aside), metadata)
+    content = save(tensors, metadata)  # written by us: a full disk is then an OSError and not one of a library's own
+    write_with(path, lambda file: file.write(content))
 
 
 def load_weights(path: Path) -> Weights:
@@ -94,9 +95,10 @@ def load_weights(path: Path) -> Weights:
     try:
         recipe = Recipe.model_validate(yaml.safe_load(metadata["recipe"]))
         preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
-    except ValueError as error:
+        classes = tuple(str(name) for name in json.loads(metadata["classes"]))
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} has a description of another version: {error}", "Train again.") from error
-    return Weights(tensors, recipe, tuple(json.loads(metadata["classes"])), preprocess, metadata["digest"])
+    return Weights(tensors, recipe, classes, preprocess, metadata["digest"])
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -105,8 +107,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: the file could not be written; an older one is untouched.
     """
-    signed = {**state, "digest": _state_digest(state)}
-    write_with(path, lambda file: torch.save(signed, file))
+    content = io.BytesIO()
+    torch.save({**state, "digest": _state_digest(state)}, content)
+    write_with(path, lambda file: file.write(content.getbuffer()))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -120,11 +123,11 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a damaged zip or pickle leads it to
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if state.pop("digest") != _state_digest(state):
+            raise ValueError("its content does not have the digest it was saved with")
+    except Exception as error:  # a damaged zip or pickle leads torch.load, and what it returned, to any of them
         raise InputError(f"{path} is damaged: {error}", "Resume from another run.") from error
-    if not isinstance(state, dict) or state.pop("digest", None) != _state_digest(state):
-        raise InputError(f"{path} is damaged: its content does not have the digest it was saved with", "")
     return state
 
 
@@ -134,17 +137,15 @@ def load_strictly_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         InputError: listing all faults.
     """
-    try:
-        missing, unknown = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise InputError(
-            f"the checkpoint does not fit the recipe's model: {error}", "Was the recipe changed?"
-        ) from error
-    if missing or unknown:
-        raise InputError(
-            f"the checkpoint does not fit the recipe's model: missing {missing}, unknown {unknown}",
-            "Was it written by another version?",
-        )
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in tensors]
+    faults += [f"{name} is unknown" for name in tensors if name not in own]
+    for name, tensor in tensors.items():
+        if name in own and tensor.shape != own[name].shape:
+            faults.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+    if faults:
+        raise InputError(f"the checkpoint does not fit the recipe's model: {'; '.join(faults)}", "Was one changed?")
+    model.load_state_dict(tensors)
 
 
 def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) -> str:
@@ -158,24 +159,23 @@ def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) ->
     return total.hexdigest()
 
 
-def _state_digest(state: Any) -> str:
-    tensors: dict[str, Tensor] = {}
-    texts: list[tuple[str, str]] = []
+def _state_digest(state: dict[str, Any]) -> str:
+    leaves = list(_leaves("", state))
+    tensors = {path: value for path, value in leaves if isinstance(value, Tensor)}
+    for path, tensor in tensors.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path} claims {tensor.nbytes} bytes and has {tensor.untyped_storage().nbytes()}")
+    return digest(tensors, [(path, repr(value)) for path, value in leaves if not isinstance(value, Tensor)])
 
-    def visit(path: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            tensors[path] = value.reshape(-1) if value.dim() == 0 else value
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                visit(f"{path}.{key}", value[key])
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                visit(f"{path}.{i}", item)
-        else:
-            texts.append((path, repr(value)))
 
-    visit("", state)
-    return digest(tensors, texts)
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every tensor, number and text with its path, and for every container its type and length."""
+    if not isinstance(value, (dict, list, tuple)):
+        yield path, value
+        return
+    yield path, f"{type(value).__name__} of {len(value)}"
+    for key in sorted(value, key=str) if isinstance(value, dict) else range(len(value)):
+        yield from _leaves(f"{path}.{key!r}", value[key])
 
 
 def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

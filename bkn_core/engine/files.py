@@ -33,7 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} could not be written: {error.strerror or error}", "Free some space or choose another folder."
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or on a disk that lets nothing be removed
+            aside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -49,9 +49,9 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the block to its input."""
-        y = F.relu(self.bn1(x))
-        kept: Tensor = x if self.shortcut is None else self.shortcut(y)
-        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        z = F.relu(self.bn1(x))
+        kept: Tensor = x if self.shortcut is None else self.shortcut(z)
+        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(z))))
         return y + kept
 
 

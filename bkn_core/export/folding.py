@@ -25,7 +25,7 @@ def merge_affine(proto: Any) -> int:
     graph = _Graph(proto.graph)
     merged = 0
     for node in list(proto.graph.node):
-        if node.op_type not in ("Conv", "Gemm") or not all(name in graph.constants for name in node.input[1:]):
+        if not _is_plain(node) or not all(name in graph.constants for name in node.input[1:]):
             continue
         axis, weight = _output_axis(node), graph.constant(node.input[1])
         channels = weight.shape[axis]
@@ -89,6 +89,12 @@ class _Graph:
             inputs.append(f"{node.output[0]}.{key}")
             self.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), inputs[-1]))
         node.input[:] = inputs
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether a node is a convolution, or a Gemm without factors of its own."""
+    scaled = any(a.name in ("alpha", "beta") and a.f != 1 for a in node.attribute)
+    return node.op_type == "Conv" or (node.op_type == "Gemm" and not scaled)
 
 
 def _output_axis(node: Any) -> int:

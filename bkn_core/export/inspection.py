@@ -117,8 +117,9 @@ def _check_intermediate(proto: Any) -> None:
     """Refuse operators that blow a few numbers up to a tensor nobody could hold."""
     import onnx
 
+    del proto.graph.value_info[:]  # what the file claims of them may be a lie
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise InputError(f"its shapes contradict each other: {str(error)[:200]}") from error
     for value in inferred.graph.value_info:

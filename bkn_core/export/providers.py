@@ -30,7 +30,7 @@ class OpenedSession(NamedTuple):
 def create_session(
     graph: bytes, device: str = "cpu", *, level: str = "ORT_ENABLE_ALL", exact: bool = False
 ) -> OpenedSession:
-    """Open a graph in ONNX Runtime.
+    """Open a graph in ONNX Runtime. Not run on a GPU.
 
     Args:
         graph: bytes of an ONNX file.

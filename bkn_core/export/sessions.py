@@ -83,10 +83,15 @@ def open_session(path: Path | str, device: str = "auto") -> OnnxModel:
     """
     proto = read_model(Path(path))
     entries = FileMetadata.from_texts({entry.key: entry.value for entry in proto.metadata_props})
-    dims = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
-    preprocess = entries.preprocess
-    if dims[1:] != [len(preprocess.mean), *preprocess.image_size]:
-        raise InputError(f"{path}: its input has the shape {dims}, its preprocessing makes {preprocess.image_size}")
+    images, logits = (
+        [dim.dim_value for dim in part[0].type.tensor_type.shape.dim][1:]
+        for part in (proto.graph.input, proto.graph.output)
+    )
+    made = [len(entries.preprocess.mean), *entries.preprocess.image_size]
+    if images != made:
+        raise InputError(f"{path} takes images of {images}, but its preprocessing makes {made}")
+    if logits != [len(entries.classes)]:
+        raise InputError(f"{path} gives {logits[0]} logits for {len(entries.classes)} names of classes")
     graph = to_bytes(proto)
     del proto
     opened = create_session(graph, device)

@@ -20,9 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import passes
-from bkn_core.norm.kalman import Gaussian, Moments, guard, spread_over_images
+from bkn_core.norm.kalman import Gaussian, Moments, guard, spread_over_images, update
+
+
+_LARGEST = 1e30
 
 
 class FilterSettings(NamedTuple):
@@ -106,10 +110,8 @@ class _KalmanNormalize(torch.autograd.Function):
         mean, variance = observed_mean, observed_variance
         if prior_mean is not None and prior_variance is not None:
             gain = _effective_gain(prior_variance, observed_variance, gain, settings)
-            difference = observed_mean - prior_mean
-            mean = prior_mean + gain * difference
-            variance = prior_variance + gain * (observed_variance - prior_variance)
-            variance = variance + gain * (1 - gain) * difference.square()
+            prior, observed = Gaussian(prior_mean, prior_variance), Gaussian(observed_mean, observed_variance)
+            mean, variance = update(prior, observed, gain)
         scale = (variance + settings.eps).rsqrt()
         scale = scale if weight is None else scale * weight
         shift = -scale * mean if bias is None else bias - scale * mean
@@ -132,6 +134,7 @@ class _KalmanNormalize(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
@@ -163,7 +166,9 @@ class _KalmanNormalize(torch.autograd.Function):
             gx, gs = q * gm + cross, q * gv
             g_prior_mean = ((1 - q) * gm - cross).sum_to_size(prior_mean.shape)
             g_prior_variance = ((1 - q) * gv).sum_to_size(prior_variance.shape)
-            to_gain = gm * d + gv * (observed_variance - prior_variance + (1 - 2 * q) * d.square())
+            to_gain = gv * (observed_variance - prior_variance + (1 - 2 * q) * d.square())
+            to_gain = gm * d + torch.where(gv == 0, gv, to_gain)  # 0 · ∞ where a variance overflows
+            to_gain = to_gain.clamp(-_LARGEST, _LARGEST)  # infinities of both signs must not meet in the sum
             g_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain)).sum().to(gain.dtype)
         count = images * view.positions
         slope, offset = 2 * gs / count, (gx - 2 * gs * observed_mean) / count

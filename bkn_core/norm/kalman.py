@@ -114,13 +114,19 @@ def update(prior: Gaussian, observed: Moments | Gaussian, gain: Tensor) -> Gauss
     else:
         spread = innovation.unsqueeze(-1) * innovation.unsqueeze(-2)
         gain = gain.unsqueeze(-1) if gain.dim() else gain
-    return Gaussian(mean, (1 - gain) * prior.variance + gain * observed.variance + gain * (1 - gain) * spread)
+    blended = (1 - gain) * prior.variance + _weighted(gain, observed.variance)
+    return Gaussian(mean, blended + _weighted(gain * (1 - gain), spread))
+
+
+def _weighted(weight: Tensor, values: Tensor) -> Tensor:
+    """Return weight · values, and 0 for weight 0 even where a value has overflowed."""
+    return torch.where((weight != 0) | values.isfinite(), weight * values, torch.zeros_like(values))
 
 
 def guard(prior_variance: Tensor, observed_variance: Tensor, gain: Tensor, limit: float) -> Tensor:
     """Return the gain of each group, 1 where the prior is to be dropped: its variance is `limit` times too large.
 
-        q_g = 1 where mean_C(v' / S) >= limit, else q
+        q_g = 1 where mean_C(v' / S) >= limit, else q   (channels with S = 0 say nothing and count as 0)
 
     Shape:
         prior_variance (C,) or (G, C), observed_variance (G, C), gain () -> (G, 1).
@@ -128,9 +134,8 @@ def guard(prior_variance: Tensor, observed_variance: Tensor, gain: Tensor, limit
     Reference:
         the safety gate of the authors' released code (limit 100).
     """
-    tiny = torch.finfo(observed_variance.dtype).tiny
-    ratio = (prior_variance / observed_variance.clamp_min(tiny)).mean(-1, keepdim=True)
-    return torch.where(ratio >= limit, torch.ones_like(gain), gain)
+    ratio = torch.where(observed_variance > 0, prior_variance / observed_variance, torch.zeros_like(observed_variance))
+    return torch.where(ratio.mean(-1, keepdim=True) >= limit, torch.ones_like(gain), gain)
 
 
 def unbiased(posterior: Gaussian, observed: Moments, gain: Tensor | float) -> Gaussian:

@@ -60,6 +60,7 @@ class BatchKalmanNorm(_BatchNorm):
         track_running_stats: whether moving statistics are kept.
         device: where the parameters live.
         dtype: their type.
+        bias: whether an affine layer has β.
         statistics_batch_size: images per group; None is the whole batch.
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
@@ -95,6 +96,7 @@ class BatchKalmanNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         statistics_batch_size: int | None = None,
         gain: float = 0.1,
         learn_gain: bool = True,
@@ -105,6 +107,8 @@ class BatchKalmanNorm(_BatchNorm):
         guarded: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         check_gain(gain, learn_gain)
         if covariance not in ("diagonal", "full"):
             raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
@@ -151,7 +155,7 @@ class BatchKalmanNorm(_BatchNorm):
     def predict(self, previous: Gaussian, noise: Tensor) -> Gaussian:
         """Predict this layer's statistics through its learned transition A and the shared noise r."""
         assert self.transition is not None
-        return predict(previous, self.transition, noise)
+        return predict(previous, self.transition.to(previous.mean.dtype), noise)
 
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
@@ -173,10 +177,9 @@ class BatchKalmanNorm(_BatchNorm):
             return self._by_population(x), None
         prior = self._handed_prior() if prior is None else self.refine(prior)
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
-        if prior is None:
-            self._check_values(x, size)
+        self._check_values(x, size, has_prior=prior is not None)
         y, posterior, observed = self._by_batch(x, prior, size)
-        if self.training and not _is_recomputation():
+        if self.training and self.statistics is None and not is_recomputation():
             self._track(x, prior, posterior, observed, size)
         if self.on_posterior is not None:
             share = images_per_group(len(x), size, observed.mean) / len(x)
@@ -210,7 +213,7 @@ class BatchKalmanNorm(_BatchNorm):
     def _handed_prior(self) -> Gaussian | None:
         if not self.expects_prior:
             return None
-        if self.prior_is_live or _is_recomputation():
+        if self.prior_is_live or is_recomputation():
             prior = self.prior if self.relay is None else self.relay.prior()
             if prior is not None:
                 return prior
@@ -221,10 +224,12 @@ class BatchKalmanNorm(_BatchNorm):
         )
         return None
 
-    def _check_values(self, x: Tensor, size: int | None) -> None:
+    def _check_values(self, x: Tensor, size: int | None, *, has_prior: bool) -> None:
+        if len(x) == 0:
+            raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
         images = len(x) if size is None else min(size, len(x))
         smallest = (len(x) % images or images) * x.shape[2:].numel()
-        if smallest == 1:
+        if smallest == 1 and not has_prior:
             raise StatisticsError(
                 f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
                 "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
@@ -236,8 +241,9 @@ class BatchKalmanNorm(_BatchNorm):
     ) -> None:
         share = images_per_group(len(x), size, observed.mean) / len(x)
         if self.innovation is not None and prior is not None:
-            ratio = log_innovation(diagonal(prior), observed, share, self.eps) + self.innovation
-            self.innovation.lerp_(ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT), INNOVATION_MOMENTUM)
+            ratio = log_innovation(diagonal(prior), observed, share, self.eps)
+            ratio = ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(self.innovation.dtype)
+            self.innovation.lerp_(ratio, INNOVATION_MOMENTUM)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -313,7 +319,7 @@ def _like(prior: Gaussian, observed: Moments) -> Gaussian:
     return Gaussian(prior.mean, torch.diag_embed(prior.variance))
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether this forward runs inside a backward pass, as activation checkpointing makes it."""
     if torch.compiler.is_compiling():
         return False

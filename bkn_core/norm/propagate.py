@@ -17,7 +17,6 @@ from torch import Tensor
 from bkn_core.norm.kalman import Gaussian
 
 _VARIANCE_FLOOR = 1e-12  # under the square roots: a layer with γ = 0 predicts variance 0 and must keep finite gradients
-_NODES = 32
 
 
 def convolution(message: Gaussian, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Gaussian:
@@ -156,11 +155,11 @@ def clipped(message: Gaussian, low: float, high: float) -> Gaussian:
 
 
 def elementwise(message: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
-    """Moments of f(X) by Gauss-Hermite quadrature: f is called once on 32 points per channel.
+    """Moments of f(X) by the trapezoidal rule on 81 points per channel, from -8 to 8 standard deviations.
 
-    Exact for polynomials of degree 31 in the mean; a few per cent where f has a kink.
+    Accurate to rounding for smooth f, and to a few parts in a thousand where f has a kink.
     """
-    nodes, weights = _hermite()
+    nodes, weights = _nodes()
     shape = (-1, *([1] * message.mean.dim()))
     points = torch.tensor(nodes, dtype=message.mean.dtype, device=message.mean.device).view(shape)
     mass = torch.tensor(weights, dtype=message.mean.dtype, device=message.mean.device).view(shape)
@@ -170,11 +169,10 @@ def elementwise(message: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaus
 
 
 @functools.cache
-def _hermite() -> tuple[list[float], list[float]]:
-    from numpy.polynomial.hermite_e import hermegauss
-
-    nodes, weights = hermegauss(_NODES)
-    return nodes.tolist(), (weights / weights.sum()).tolist()
+def _nodes() -> tuple[list[float], list[float]]:
+    nodes = [i / 5 for i in range(-40, 41)]
+    weights = [math.exp(-0.5 * node * node) for node in nodes]
+    return nodes, [weight / sum(weights) for weight in weights]
 
 
 def add(first: Gaussian, second: Gaussian) -> Gaussian:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
 from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 
 _LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
@@ -20,6 +21,18 @@ _LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
     nn.BatchNorm3d: BatchKalmanNorm3d,
     nn.SyncBatchNorm: BatchKalmanNorm,
 }
+
+
+class BatchKalmanNormAct(BatchKalmanNorm):
+    """`BatchKalmanNorm` followed by the dropout and activation of the fused layer whose place it takes."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
+        """Normalize, drop, activate."""
+        y: Tensor = self.act(self.drop(super().forward(x, prior)))
+        return y
 
 
 def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchKalmanNorm:
@@ -31,6 +44,7 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
         options: what `BatchKalmanNorm` takes by keyword.
     """
     wanted = next((layer for plain, layer in _LAYERS.items() if isinstance(norm, plain)), BatchKalmanNorm)
+    wanted = BatchKalmanNormAct if "act" in norm._modules else wanted
     place = norm.weight if norm.weight is not None else norm.running_mean
     layer = wanted(
         norm.num_features,
@@ -40,9 +54,12 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
         norm.track_running_stats,
         device=None if place is None else place.device,
         dtype=None if place is None else place.dtype,
+        bias=norm.bias is not None,
         **options,
     )
     _inherit(norm, layer)
+    if isinstance(layer, BatchKalmanNormAct):  # timm's BatchNormAct2d
+        layer.drop, layer.act = norm._modules.get("drop") or nn.Identity(), norm._modules["act"] or nn.Identity()
     layer.expects_prior = has_prior
     return layer
 
@@ -60,7 +77,9 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
         size = statistics_batch_size
         return kalman_layer(norm, has_prior=False, statistics_batch_size=size, gain=1.0, learn_gain=False)
     layers: dict[str, Callable[[], nn.Module]] = {
-        "brn": lambda: BatchRenorm(channels, eps, norm.momentum or 0.1, statistics_batch_size=statistics_batch_size),
+        "brn": lambda: BatchRenorm(
+            channels, eps, 0.1 if norm.momentum is None else norm.momentum, statistics_batch_size=statistics_batch_size
+        ),
         "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
         "ln": lambda: nn.GroupNorm(1, channels, eps),
         "in": lambda: nn.GroupNorm(channels, channels, eps),
@@ -73,6 +92,20 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
         layer = layer.to(place.device, place.dtype)
     _inherit(norm, layer)
     return layer
+
+
+def plain_layer(name: str, norm: _BatchNorm) -> nn.Module:
+    """Return the `nn.BatchNorm*` layer with a layer's parameters and population statistics."""
+    kinds = {layer: plain for plain, layer in _LAYERS.items() if plain is not nn.SyncBatchNorm}
+    plain = next((kind for layer, kind in kinds.items() if isinstance(norm, layer)), nn.BatchNorm2d)
+    place = norm.weight if norm.weight is not None else norm.running_mean
+    made = plain(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    if norm.bias is None:
+        made.register_parameter("bias", None)
+    if place is not None:
+        made = made.to(place.device, place.dtype)
+    _inherit(norm, made)
+    return made
 
 
 def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bkn_core.wiring.interpreter import Arguments, Interpreter, Value, argument
+from bkn_core.wiring.interpreter import Arguments, Interpreter, Running, Value, argument
 from bkn_core.wiring.operations import name_of
 from bkn_core.wiring.program import Wiring
 
@@ -40,6 +40,7 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
     recorder = Recorder(replica)
     devices = sorted({p.device.index or 0 for p in replica.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _module_names(replica, recorder.stack):
+        example_input = pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, example_input)
         for tensor in pytree.tree_leaves(example_input):
             if isinstance(tensor, Tensor):
                 recorder.keep(tensor, Value(is_input=True))
@@ -58,7 +59,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.stack: list[tuple[str, nn.Module]] = []
+        self.stack: list[Running] = []
         self.program = Interpreter(model, self.stack)
         self.values: dict[int, Value] = {}
         self.calls: dict[str, list[int | str]] = {n: [] for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
@@ -76,8 +77,9 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **arguments[1])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if outputs and any(operand is not None for operand in operands):
-            values = [operand for operand in operands if operand is not None]
-            results = self.program.interpret(name, func, arguments, values, outputs)
+            if name == "data":  # what is written through it leaves no version behind
+                self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))
+            results = self.program.interpret(name, func, arguments, operands, outputs)
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
         return result
@@ -112,7 +114,7 @@ class Recorder(TorchFunctionMode):
 
     def _norm(self, arguments: Arguments) -> Tensor:
         x: Tensor = argument(arguments, 0, "input")
-        name = next((n for n, m in reversed(self.stack) if isinstance(m, _BatchNorm)), None)
+        name = next((r.name for r in reversed(self.stack) if isinstance(r.module, _BatchNorm)), None)
         output = x.clone()  # the values do not matter, and the layer's own batch may be too small to normalize
         if name is None:
             self.keep(output, Value(reason="batch_norm outside a normalization layer"))
@@ -131,7 +133,7 @@ class Recorder(TorchFunctionMode):
 class _module_names:
     """Keep the stack of the modules that are running, by name, while a model's forward runs."""
 
-    def __init__(self, model: nn.Module, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, model: nn.Module, stack: list[Running]) -> None:
         self.model, self.stack, self.handles = model, stack, list[Any]()
 
     def __enter__(self) -> None:
@@ -141,7 +143,11 @@ class _module_names:
             self.handles.append(module.register_forward_hook(self._leaving, always_call=True))
 
     def _entering(self, name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, _: self.stack.append((name, module))
+        def enter(module: nn.Module, arguments: Any) -> None:
+            given = next((a for a in arguments if isinstance(a, Tensor)), None)
+            self.stack.append(Running(name, module, given))
+
+        return enter
 
     def _leaving(self, *_: Any) -> None:
         self.stack.pop()

@@ -43,9 +43,10 @@ def _patches(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
 
 
 def _measured(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
-    covariance = parameter(model, f"{line.name}.{INPUT_COVARIANCE}")
+    path = f"{line.name}." if line.name else ""
+    covariance = parameter(model, path + INPUT_COVARIANCE)
     variance = covariance.diagonal() if covariance.dim() == 2 else covariance
-    return Gaussian(parameter(model, f"{line.name}.{INPUT_MEAN}"), variance)
+    return Gaussian(parameter(model, path + INPUT_MEAN), variance)
 
 
 def _hardtanh(message: Gaussian, low: float = -1.0, high: float = 1.0, **_: Any) -> Gaussian:
@@ -113,6 +114,7 @@ RULES: dict[str, Rule] = {
     "fused": _fused,
     "prelu": _prelu,
     "gather": _gather,
+    "pass": lambda _, inputs, __: inputs[0],
     "affine": lambda line, inputs, _: propagate.affine(inputs[0], *line.options),
     "add": lambda _, inputs, __: propagate.add(*inputs),
     "multiply": lambda _, inputs, __: propagate.multiply(*inputs),
@@ -140,10 +142,21 @@ STRUCTURE: dict[str, Rule] = {
 def _side_by_side(inputs: list[Gaussian]) -> Gaussian:
     if all(message.variance.dim() == message.mean.dim() for message in inputs):
         return propagate.concatenate(inputs)
+    inputs = [_matrix_form(message) for message in inputs]
     groups = max(len(message.mean) for message in inputs)
     blocks = [message.variance.expand(groups, -1, -1).unbind() for message in inputs]
     variance = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])  # type: ignore[no-untyped-call]
     return Gaussian(torch.cat([message.mean.expand(groups, -1) for message in inputs], -1), variance)
+
+
+def _matrix_form(message: Gaussian) -> Gaussian:
+    """Give a message that holds for all groups, or only variances, a group dimension and a covariance matrix."""
+    variance = message.variance
+    if variance.dim() == message.mean.dim():
+        variance = torch.diag_embed(variance)
+    return (
+        message._replace(variance=variance) if message.mean.dim() > 1 else Gaussian(message.mean[None], variance[None])
+    )
 
 
 class Evaluation:

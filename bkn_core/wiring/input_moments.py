@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,7 +32,7 @@ def input_modules(wiring: Wiring) -> Iterator[str]:
 def reserve_input_moments(module: nn.Module) -> None:
     """Register empty moments on a layer that reads the network input, for measuring or for loading a checkpoint."""
     width = _patch_width(module)
-    like = next(module.parameters())
+    like = next(itertools.chain(module.parameters(), module.buffers()))
     zeros = torch.zeros(width, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     shape = (width, width) if width <= _LARGEST_COVARIANCE else (width,)
     module.register_buffer(INPUT_MEAN, zeros)
@@ -58,11 +60,12 @@ def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Te
         ConversionError: without any image.
     """
     sums: dict[str, _PatchSums] = {}
+    remaining: set[str] = set()
     handles = []
     for name in input_modules(wiring):
         module = model.get_submodule(name)
         reserve_input_moments(module)
-        sums[name] = _PatchSums(module)
+        sums[name] = _PatchSums(name, module, remaining)
         handles.append(module.register_forward_pre_hook(sums[name]))
     training = {name: module.training for name, module in model.named_modules()}
     batches = [images] if isinstance(images, Tensor) else images
@@ -70,7 +73,9 @@ def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Te
         model.eval()
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                remaining.update(sums)
+                with contextlib.suppress(_AllSeen):
+                    model(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,10 +91,15 @@ def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Te
         module.get_buffer(INPUT_COVARIANCE).copy_(total.covariance())
 
 
+class _AllSeen(Exception):
+    """Ends a forward of which nothing more is needed."""
+
+
 class _PatchSums:
     """A forward pre-hook that adds up the patches which a layer reads, in float64 about the first batch's mean."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, remaining: set[str]) -> None:
+        self.name, self.remaining = name, remaining
         self.count, self.matrix = 0, _patch_width(module) <= _LARGEST_COVARIANCE
         self.shift = self.first = self.second = torch.zeros(())
 
@@ -101,6 +111,9 @@ class _PatchSums:
         self.first = self.first + patches.sum(0)
         self.second = self.second + (patches.T @ patches if self.matrix else patches.square().sum(0))
         self.count += len(patches)
+        self.remaining.discard(self.name)
+        if not self.remaining:
+            raise _AllSeen
 
     def mean(self) -> Tensor:
         return self.shift + self.first / self.count

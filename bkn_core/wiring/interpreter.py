@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bkn_core.wiring.operations import CONVOLUTIONS, ELEMENTWISE, PASS, SHAPE_ONLY
+from bkn_core.wiring.operations import CONVOLUTIONS, ELEMENTWISE, IDENTITY, OVER_POSITIONS, REARRANGING, SHAPE_ONLY
 from bkn_core.wiring.program import Line
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -36,6 +36,14 @@ class Value:
     version: int = 0
 
 
+class Running(NamedTuple):
+    """A module in the middle of its forward: its path, itself and the first tensor it was called with."""
+
+    name: str
+    module: nn.Module
+    given: Tensor | None
+
+
 class Interpreter:
     """Writes the program.
 
@@ -44,7 +52,7 @@ class Interpreter:
         stack: the modules that are running, by name, outermost first.
     """
 
-    def __init__(self, model: nn.Module, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, model: nn.Module, stack: list[Running]) -> None:
         self.stack = stack
         self.parameters = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
         self.buffers = {id(b): n for n, b in model.named_buffers(remove_duplicate=False)}
@@ -56,34 +64,46 @@ class Interpreter:
         name: str,
         func: Callable[..., Any],
         arguments: Arguments,
-        values: list[Value],
+        operands: list[Value | None],
         outputs: list[Tensor],
     ) -> list[Value]:
-        """Return the value of each result of a function, given those of its operands that are activations."""
+        """Return the value of each result of a function.
+
+        Args:
+            name: its bare name.
+            func: itself.
+            arguments: what it was called with.
+            operands: what is known of each tensor among them; None for parameters and buffers.
+            outputs: the tensors that it returned.
+        """
+        is_linear_map = name in CONVOLUTIONS or name == "linear"
+        values = [v for v in (operands[:1] if is_linear_map else operands) if v is not None]
         unknown = next((v for v in values if v.reason), None)
-        if unknown is not None:
-            return [Value(reason=unknown.reason)] * len(outputs)
-        plain = not any(id(t) in self.parameters for t in _tensors(arguments))
-        if name in CONVOLUTIONS or name == "linear":
+        if unknown is not None or not values:
+            reason = unknown.reason if unknown is not None else f"{name} of parameters"
+            return [Value(reason=reason)] * len(outputs)
+        if is_linear_map:
             results = [self._linear_map(name, arguments, values[0], outputs[0])]
         elif all(v.is_input for v in values):
-            results = [Value(is_input=plain, reason="" if plain else f"{name} of the network input with parameters")]
-            results *= len(outputs)
+            plain = not any(id(t) in self.parameters for t in _tensors(arguments))
+            reason = "" if plain else f"{name} of the network input with parameters"
+            results = [Value(is_input=plain, reason=reason)] * len(outputs)
         elif any(v.is_input for v in values):
             results = [Value(reason=f"{name} mixes the network input with features")] * len(outputs)
         elif name in SHAPE_ONLY:
-            results = self._moved(func, arguments, values[0])
+            results = self._moved(name, func, arguments, values[0], len(outputs))
         else:
             results = [self._one_result(name, arguments, values, outputs[0])] * len(outputs)
         return [self._checked(name, value, tensor) for value, tensor in zip(results, outputs, strict=True)]
 
     def _one_result(self, name: str, arguments: Arguments, values: list[Value], output: Tensor) -> Value:
         first = values[0]
-        if first.numbers is not None and name not in PASS:
+        if name in IDENTITY:
+            return first
+        if first.numbers is not None:
             return Value(reason=f"{name} of channels that lie along several dimensions")
-        if name in PASS:
-            same = output.dim() == (first.tensor.dim() if first.tensor is not None else -1)
-            return first if same else Value(reason=f"{name} with a change of dimensions")
+        if name in OVER_POSITIONS:
+            return self._over_positions(name, arguments, first, output)
         if name == "mean":
             return self._mean(arguments, first)
         if name in ("cat", "concat", "concatenate"):
@@ -92,12 +112,31 @@ class Interpreter:
             return self._prelu(arguments, first)
         if name in ELEMENTWISE and len(values) == 1 and len(_tensors(arguments)) == 1:
             options = (tuple(arguments[0][1:]), tuple((k, v) for k, v in arguments[1].items() if k != "inplace"))
-            if name in ("relu", "relu6", "silu", "hardswish", "mish", "selu"):
-                options = ((), ())
-            return self._elementwise(name, options, first)
+            return self._elementwise(name, ((), ()) if name in _WITHOUT_OPTIONS else options, first)
         if name in _BINARY:
             return self._binary(name, arguments, values, output)
         return Value(reason=f"{name} has no rule")
+
+    def _over_positions(self, name: str, arguments: Arguments, value: Value, output: Tensor) -> Value:
+        """Pass the moments on under a new line: the values are others now, which must not cancel in a difference."""
+        rank = output.dim()
+        acted = OVER_POSITIONS[name]
+        if name == "pad":
+            acted = len(argument(arguments, 1, "pad")) // 2
+        elif acted is None:
+            acted = rank - 2
+        if value.tensor is None or rank != value.tensor.dim() or value.dimension >= rank - acted:
+            return Value(reason=f"{name} across channels")
+        return self._passed(value)
+
+    def _before_passing(self, line: int) -> int:
+        while self.lines[line].operation == "pass":
+            line = self.lines[line].inputs[0]
+        return line
+
+    def _passed(self, value: Value) -> Value:
+        channels = self.lines[value.line].channels
+        return self.write("pass", [value.line], channels, dimension=value.dimension)
 
     def write(self, operation: str, inputs: Sequence[int], channels: int, *, dimension: int, **rest: Any) -> Value:
         """Append a line and return the value of its result."""
@@ -115,39 +154,57 @@ class Interpreter:
         x, weight, bias = (argument(arguments, i, n) for i, n in enumerate(("input", "weight", "bias")))
         groups = int(argument(arguments, 6, "groups") or 1) if name in CONVOLUTIONS else 1
         dimension = output.dim() - 1 if name == "linear" else 1
-        paths = self._path(weight, "weight"), ("" if bias is None else self._path(bias, "bias"))
-        if paths[0] is None or paths[1] is None or value.tensor is not x:
+        path, bias_path = self._path(weight, "weight"), ("" if bias is None else self._path(bias, "bias"))
+        if path is None or bias_path is None or value.tensor is not x:
             return Value(reason=f"{name} whose weight is not a parameter")
-        module = self.stack[-1][0] if self.stack else ""
-        rest = {"words": paths[0].removesuffix(".weight"), "name": paths[0], "options": (paths[1], groups)}
+        words = path.removesuffix(".weight")
         if value.is_input:
-            owned = paths[0] == f"{module}.weight".lstrip(".")
-            if groups > 1 or not owned or (name == "linear" and x.dim() != 2):
+            if groups > 1 or not self._is_own_layer(path, x):
                 return Value(reason=f"{name} of the network input in a form that is not measured")
-            rest = {**rest, "words": f"input -> {rest['words']}", "options": (paths[1], module)}
+            options = (bias_path, self.stack[-1].name)
+            rest: dict[str, Any] = {"name": path, "options": options, "words": f"input -> {words}"}
             return self.write("patches", [], weight.shape[0], dimension=dimension, **rest)
         expected = x.dim() - 1 if name == "linear" else 1
         if value.numbers is not None or value.dimension != expected or x.dim() != output.dim():
             return Value(reason=f"{name} across something else than channels")
+        rest = {"name": path, "options": (bias_path, groups), "words": words}
         return self.write("convolution", [value.line], weight.shape[0], dimension=dimension, **rest)
+
+    def _is_own_layer(self, path: str, x: Tensor) -> bool:
+        """Whether a convolution or linear layer applies its own weight to the very tensor that it was called with."""
+        if not self.stack:
+            return False
+        name, module, given = self.stack[-1]
+        known = isinstance(module, nn.modules.conv._ConvNd) or (isinstance(module, nn.Linear) and x.dim() == 2)
+        pads_itself = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # in a way that measuring repeats
+        return known and (given is x or pads_itself) and path == f"{name}.weight".lstrip(".")
 
     def _path(self, tensor: Tensor, attribute: str) -> str | None:
         """Name a weight: its parameter or buffer, or the attribute of the running module that computes it."""
         known = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
         if known is not None:
             return known
-        if self.stack and nn.utils.parametrize.is_parametrized(self.stack[-1][1], attribute):
-            return f"{self.stack[-1][0]}.{attribute}".lstrip(".")
+        if self.stack and nn.utils.parametrize.is_parametrized(self.stack[-1].module, attribute):
+            return f"{self.stack[-1].name}.{attribute}".lstrip(".")
         return None
 
     def _elementwise(self, name: str, options: tuple[Any, ...], value: Value) -> Value:
-        channels = self.lines[value.line].channels
-        result = self.write(
-            "elementwise", [value.line], channels, dimension=value.dimension, options=(name, *options), words=name
-        )
         root, expression = self._origin(value.line)
-        self.origins[result.line] = (root, (name, (expression, *options[0]), options[1]))
+        expression = (name, (expression, *options[0]), options[1])
+        channels = self.lines[value.line].channels
+        rest: dict[str, Any] = {"dimension": value.dimension, "words": name}
+        if self.is_gaussian(value.line):
+            result = self.write("elementwise", [value.line], channels, options=(name, *options), **rest)
+        else:  # a function of a function of a Gaussian is one function of it
+            result = self.write("fused", [root], channels, options=(expression,), **rest)
+        self.origins[result.line] = (root, expression)
         return result
+
+    def is_gaussian(self, line: int) -> bool:
+        """Whether a line is no elementwise function of another, or an affine one."""
+        while self.lines[line].operation == "affine":
+            line = self.lines[line].inputs[0]
+        return line not in self.origins
 
     def _origin(self, line: int) -> tuple[int, Any]:
         """Return the line that this one is an elementwise function of, and the function ("x" is the identity)."""
@@ -219,9 +276,8 @@ class Interpreter:
         if value.dimension in gone or 0 in gone:
             return Value(reason="mean over channels or images")
         kept = argument(arguments, 2, "keepdim") or False
-        return dataclasses.replace(
-            value, dimension=value.dimension - (0 if kept else sum(d < value.dimension for d in gone))
-        )
+        dimension = value.dimension - (0 if kept else sum(d < value.dimension for d in gone))
+        return dataclasses.replace(self._passed(value), dimension=dimension)
 
     def _concatenate(self, arguments: Arguments, values: list[Value]) -> Value:
         dim = argument(arguments, 1, "dim")
@@ -232,23 +288,31 @@ class Interpreter:
         if all(v.dimension == dim for v in values):
             channels = sum(self.lines[v.line].channels for v in values)
             return self.write("concatenate", [v.line for v in values], channels, dimension=dim)
-        if all((v.line, v.dimension) == (values[0].line, values[0].dimension) for v in values):
-            return values[0]
+        if len({(self._before_passing(v.line), v.dimension) for v in values}) == 1:
+            return self._passed(values[0])
         return Value(reason="cat along another dimension than the channels")
 
-    def _moved(self, func: Callable[..., Any], arguments: Arguments, value: Value) -> list[Value]:
+    def _moved(
+        self, name: str, func: Callable[..., Any], arguments: Arguments, value: Value, count: int
+    ) -> list[Value]:
         """Replay a shape-only function on channel numbers and read off where each channel went."""
-        numbers = value.numbers
         assert value.tensor is not None
+        if not arguments[0] or arguments[0][0] is not value.tensor:
+            return [Value(reason=f"{name} of something else than features")] * count
+        numbers = value.numbers
         if numbers is None:
-            count = self.lines[value.line].channels
+            channels = self.lines[value.line].channels
             shape = [1] * value.tensor.dim()
-            shape[value.dimension] = count
-            numbers = torch.arange(count, device=value.tensor.device).view(shape).expand(value.tensor.shape)
+            shape[value.dimension] = channels
+            numbers = torch.arange(channels, device=value.tensor.device).view(shape).expand(value.tensor.shape)
         numbers = numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
-        replaced = pytree.tree_map(lambda a: numbers if a is value.tensor else a, arguments)
-        results = pytree.tree_leaves(func(*replaced[0], **replaced[1]))
-        return [self._placed(value, result) for result in results if isinstance(result, Tensor)]
+        results = pytree.tree_leaves(func(numbers, *arguments[0][1:], **arguments[1]))
+        placed = [self._placed(value, result) for result in results if isinstance(result, Tensor)]
+        return placed if name in REARRANGING else [self._elsewhere(value, result) for result in placed]
+
+    def _elsewhere(self, before: Value, after: Value) -> Value:
+        """Give values that were picked by position a line of their own."""
+        return self._passed(after) if after.line == before.line and after.numbers is None else after
 
     def _placed(self, value: Value, numbers: Tensor) -> Value:
         if numbers.numel() == 0:
@@ -260,9 +324,8 @@ class Interpreter:
         if not varying and count > 1:
             return Value(reason="a single channel taken out")
         dimension = varying[0] if varying else min(1, numbers.dim() - 1)
-        index = tuple(
-            numbers.movedim(dimension, -1).flatten(0, -2)[0].tolist() if numbers.dim() > 1 else numbers.tolist()
-        )
+        rows = numbers.movedim(dimension, -1)
+        index = tuple((rows.flatten(0, -2)[0] if rows.dim() > 1 else rows).tolist())
         if index == tuple(range(count)):
             return Value(line=value.line, dimension=dimension)
         return self.write("gather", [value.line], len(index), dimension=dimension, options=(index,))

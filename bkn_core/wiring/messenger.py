@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian, diagonal
-from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation
+from bkn_core.norm.layers import BatchKalmanNorm, is_recomputation
+from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.program import Wiring
 
 Transition = Literal["learned", "network"]
@@ -66,7 +66,7 @@ class Messenger:
 
     def priors(self, model: nn.Module) -> dict[str, Gaussian]:
         """Compute the refined priors of all layers from the model's parameters, each line once."""
-        with _no_autocast(model):
+        with _no_autocast(layer_of(model, self.names[0])):
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
             return {
                 name: layer_of(model, name).refine(evaluation.line(number))
@@ -83,7 +83,9 @@ class Farewell:
     def __call__(self, model: nn.Module, *_: Any) -> None:
         """Close the priors; they stay readable for recomputation in the backward pass."""
         for name in self.messenger.names:
-            layer_of(model, name).prior_is_live = False
+            layer = model.get_submodule(name)
+            if isinstance(layer, BatchKalmanNorm):  # a model that was changed has been refused before
+                layer.prior_is_live = False
 
 
 class _Post:
@@ -93,7 +95,7 @@ class _Post:
         self.messenger, self.model = messenger, model
         self.posteriors: dict[str, Gaussian] = {}
         # Squared, so that r >= 0.
-        self.noise: Tensor | None = model.get_parameter(messenger.noise).square() if messenger.noise else None
+        self.noise: Tensor | None = parameter(model, messenger.noise).square() if messenger.noise else None
         rules = STRUCTURE if messenger.transition == "learned" else RULES
         self.evaluation = Evaluation(messenger.wiring, model, self._message, rules)
 
@@ -118,7 +120,11 @@ class _Relay:
         if number is None:
             return None
         layer = layer_of(self.post.model, self.name)
-        with _no_autocast(self.post.model):
+        if is_recomputation() and self.post.messenger.transition == "network":
+            raise ConversionError(
+                "raw messages cannot be recomputed as activation checkpointing wants it", "Use message='normalized'."
+            )
+        with _no_autocast(layer):
             value = self.post.evaluation.line(number)
             if self.post.messenger.transition == "learned":
                 assert self.post.noise is not None
@@ -130,18 +136,18 @@ class _Relay:
         self.post.posteriors[self.name] = posterior
 
 
-def _no_autocast(model: nn.Module) -> torch.autocast:
+def _no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
     """Keep statistics out of mixed precision."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+    return torch.autocast(layer.gain_factor.device.type, enabled=False)
 
 
 def normalized_message(norm: _BatchNorm) -> Gaussian:
     """Return mean and variance of a layer's output under its own posterior: (β, γ²)."""
-    if norm.weight is None or norm.bias is None:
-        like = norm.running_mean if norm.running_mean is not None else torch.empty(norm.num_features)
-        return Gaussian(torch.zeros_like(like), torch.ones_like(like))
-    wide = torch.promote_types(norm.weight.dtype, torch.float32)
-    return Gaussian(norm.bias.to(wide), norm.weight.to(wide).square())
+    known = next((t for t in (norm.weight, norm.bias, norm.running_mean) if t is not None), torch.empty(0))
+    wide = torch.promote_types(known.dtype, torch.float32)
+    mean = known.new_zeros(norm.num_features, dtype=wide) if norm.bias is None else norm.bias.to(wide)
+    scale = known.new_ones(norm.num_features, dtype=wide) if norm.weight is None else norm.weight.to(wide)
+    return Gaussian(mean, scale.square())
 
 
 def norm_of(model: nn.Module, name: str) -> _BatchNorm:

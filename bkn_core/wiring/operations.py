@@ -1,4 +1,4 @@
-"""Which PyTorch functions the converter understands, by their names, and what it makes of each."""
+"""Which PyTorch functions the converter understands, by their names."""
 
 from __future__ import annotations
 
@@ -7,118 +7,46 @@ from typing import Any
 
 from torch.overrides import resolve_name
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Elementwise functions of one tensor. Those with a closed form are named in `evaluate.CLOSED_FORMS`.
-ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "celu",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "clip",
-        "elu",
-        "erf",
-        "exp",
-        "gelu",
-        "hardshrink",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "logsigmoid",
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softshrink",
-        "softsign",
-        "sqrt",
-        "square",
-        "tanh",
-        "tanhshrink",
-        "threshold",
-    ]
+ELEMENTWISE = _names(
+    """abs celu clamp clamp_min clamp_max clip elu erf exp gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
+    logsigmoid mish relu relu6 selu sigmoid silu softplus softshrink softsign sqrt square tanh tanhshrink threshold"""
 )
 
 # Functions that only move values. They are replayed on channel numbers, so no table of layouts is needed.
-SHAPE_ONLY = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "movedim",
-        "unsqueeze",
-        "squeeze",
-        "chunk",
-        "split",
-        "unbind",
-        "select",
-        "narrow",
-        "getitem",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "tensor_split",
-        "channel_shuffle",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "t",
-        "mT",
-        "T",
-    ]
+SHAPE_ONLY = _names(
+    """view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze chunk split unbind select
+    narrow getitem expand expand_as view_as reshape_as tensor_split channel_shuffle pixel_shuffle pixel_unshuffle
+    t mT T"""
 )
 
-# Functions whose result keeps the channels and, approximately, their moments. Average pooling keeps the mean and lowers
-# the variance, max pooling raises the mean; both errors are left to the layer's correction and innovation.
-PASS = frozenset(
-    [
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "stochastic_depth",
-        "interpolate",
-        "upsample",
-        "pad",
-        "identity",
-        "contiguous",
-        "clone",
-        "detach",
-        "data",
-        "to",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "type",
-        "requires_grad",
-        "alias",
-    ]
+# Those of them that keep every value, so that two results still hold the same values at the same positions.
+REARRANGING = _names(
+    """view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze view_as reshape_as t mT T"""
 )
 
-CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d"])
+# Functions that return their values as they are.
+IDENTITY = _names(
+    """contiguous clone detach to float half bfloat16 double type requires_grad alias identity dropout dropout1d
+    dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth"""
+)
+
+# Functions over positions whose result has, approximately, the moments of its input. Average pooling keeps the mean and
+# lowers the variance, max pooling raises the mean, padding lowers both at the border; resizing mixes neighbours. These
+# errors are left to the layer's correction and innovation. The number is how many trailing dimensions they act on.
+OVER_POSITIONS = {
+    **{f"{kind}_pool{n}d": n for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)},
+    "interpolate": None,
+    "upsample": None,
+    "pad": None,
+}
+
+CONVOLUTIONS = _names("conv1d conv2d conv3d")
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bkn_core.convert import convert
+from bkn_core.errors import ConversionError
 
 
 @every_variant
@@ -120,6 +121,10 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(options: dict[st
     saving = Checkpointed()
     saving.load_state_dict(plain.state_dict())
     models = [convert(m, x, input_prior=x, gain=0.3, **options).train() for m in (plain, saving)]
+    if options.get("message") == "raw":
+        with pytest.raises(ConversionError, match="checkpointing"):
+            step(models[1], x)
+        return
     for _ in range(2):
         for model in models:
             step(model, x)

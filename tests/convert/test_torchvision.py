@@ -23,11 +23,11 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], int]] = {
 }
 LARGER = {
     "shufflenet_v2_x0_5": (torchvision.models.shufflenet_v2_x0_5, {}, 64),
-    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, {}, 64),
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, {}, 160),
     "efficientnet_b0": (torchvision.models.efficientnet_b0, {}, 64),
     "regnet_y_400mf": (torchvision.models.regnet_y_400mf, {}, 64),
     "mnasnet0_5": (torchvision.models.mnasnet0_5, {}, 64),
-    "inception_v3": (torchvision.models.inception_v3, {"aux_logits": False, "init_weights": False}, 96),
+    "inception_v3": (torchvision.models.inception_v3, {"aux_logits": False, "init_weights": False}, 299),
     "resnext50": (torchvision.models.resnext50_32x4d, {}, 64),
 }
 

@@ -69,7 +69,7 @@ def test_image_norm_keeps_small_deviations_from_large_means() -> None:
 
 
 def test_one_value_per_channel_without_a_prior_is_refused_by_name() -> None:
-    with pytest.raises(ConversionError, match="stem.norm has one value per channel"):
+    with pytest.raises(ConversionError, match=r"stem\.norm has one value per channel"):
         ImageNorm("stem.norm", drawn_layer(0.3), None)(torch.zeros(4, 5, 1, 1))
 
 

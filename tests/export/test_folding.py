@@ -24,7 +24,7 @@ def model(nodes: list[Any], constants: dict[str, np.ndarray], shape: list[int], 
         nodes,
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * len(shape)) for name in outputs],
         [numpy_helper.from_array(values, name) for name, values in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -57,12 +57,8 @@ def test_convolutions_take_the_affine_map_that_follows(bias: bool, groups: int, 
     constants = {"w": drawn(6, 4 // groups, 3, 3), "a": drawn(1, 6, 1, 1), "s": drawn(6, 1, 1)}
     constants |= {"b": drawn(6)} if bias else {}
     inputs = ["x", "w", "b"] if bias else ["x", "w"]
-    proto = model(
-        [helper.make_node("Conv", inputs, ["c"], group=groups), *affine(constant_first)],
-        constants,
-        [2, 4, 5, 5],
-        ("y",),
-    )
+    nodes = [helper.make_node("Conv", inputs, ["c"], group=groups), *affine(constant_first)]
+    proto = model(nodes, constants, [2, 4, 5, 5], ("y",))
     assert merged(proto, drawn(2, 4, 5, 5)) == 1
     assert [node.op_type for node in proto.graph.node] == ["Conv"]
 

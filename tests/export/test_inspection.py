@@ -92,6 +92,17 @@ def test_operators_that_inflate_a_few_numbers_are_refused(small: Path, tmp_path:
     proto.graph.initializer.append(shape)
     proto.graph.node.append(helper.make_node("ConstantOfShape", ["shape"], ["bomb"]))
     refused(tmp_path / "model.onnx", proto, "'bomb' would have the shape")
+    proto.graph.value_info.append(helper.make_tensor_value_info("bomb", TensorProto.FLOAT, [1, 1]))
+    refused(tmp_path / "model.onnx", proto, "'bomb' would have the shape")
+
+
+def test_ends_that_lie_about_their_shape_are_refused(small: Path, tmp_path: Path) -> None:
+    proto = onnx.load(small)
+    shape = numpy_helper.from_array(np.array([50_000, 50_000], np.int64), "shape")
+    proto.graph.initializer.append(shape)
+    proto.graph.node[-1].output[0] = "true"
+    proto.graph.node.append(helper.make_node("ConstantOfShape", ["shape"], ["logits"]))
+    refused(tmp_path / "model.onnx", proto, "contradict")
 
 
 def test_foreign_operators_control_flow_and_functions_are_refused(small: Path, tmp_path: Path) -> None:
@@ -130,7 +141,7 @@ def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
         ("classes", None, "lacks the metadata classes"),
         ("classes", "[1, 2]", "no list of names"),
         ("classes", "[" * 100_000, "no JSON text"),
-        ("classes", json.dumps(["a", "b"]), "2 names"),
+        ("classes", json.dumps(["a", "b"]), "10 logits for 2 names"),
         ("preprocess", "[]", "`preprocess` is no JSON object"),
         ("preprocess", "{}", "preprocess has the keys"),
         ("bkn.schema", '"bkn.onnx/99"', "bkn.schema is 'bkn.onnx/99'"),

@@ -182,8 +182,9 @@ def test_guard_drops_the_prior_of_those_groups_alone_whose_variances_it_overesti
     assert guard(prior, observed, gain, 100.0).squeeze(1).tolist() == expected == [0.25, 0.25, 1.0, 0.25]
 
 
-def test_guard_of_a_constant_channel_is_a_number() -> None:
-    assert guard(torch.ones(2), torch.zeros(1, 2), torch.tensor(0.5), 100.0).tolist() == [[1.0]]
+def test_guard_takes_nothing_from_a_channel_that_was_observed_constant() -> None:
+    assert guard(torch.ones(2), torch.zeros(1, 2), torch.tensor(0.5), 100.0).tolist() == [[0.5]]
+    assert guard(torch.full((2,), 300.0), torch.tensor([[0.0, 1.0]]), torch.tensor(0.5), 100.0).tolist() == [[1.0]]
     assert guard(torch.zeros(2), torch.zeros(1, 2), torch.tensor(0.5), 100.0).tolist() == [[0.5]]
 
 

@@ -1,0 +1,50 @@
+"""Paired, interleaved timing: A B A B ..., and the median of the ratios, so that a busy machine disturbs both alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Time of a candidate over time of a reference: median and quartiles over the pairs, and the reference's median."""
+
+    median: float
+    low: float
+    high: float
+    reference_ms: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def paired(reference: Work, candidate: Work, *, pairs: int = 15, warmup: int = 3) -> Ratio:
+    """Time two pieces of work in turn, swapping who goes first."""
+    for _ in range(warmup):
+        reference()
+        candidate()
+    ratios, references = [], []
+    for i in range(pairs):
+        first, second = (reference, candidate) if i % 2 == 0 else (candidate, reference)
+        times = {id(first): _seconds(first), id(second): _seconds(second)}
+        ratios.append(times[id(candidate)] / times[id(reference)])
+        references.append(times[id(reference)])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return Ratio(median, low, high, 1000 * statistics.median(references))
+
+
+def _seconds(work: Work) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

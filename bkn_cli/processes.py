@@ -1,0 +1,101 @@
+"""`--nproc`: the same command in several processes of this machine, which find each other as under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, NamedTuple
+
+import typer
+
+from bkn_cli.render import Reporter
+from bkn_cli.reporting import UNEXPECTED
+
+_GRACE = 10.0  # seconds in which the others may end by themselves once one has failed
+_GLANCE = 0.05
+
+
+class Worker(NamedTuple):
+    """A process and the files of what it says: standard output under --json, standard error beside the first."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    errors: IO[bytes]
+
+
+def run_processes(reporter: Reporter, count: int) -> None:
+    """Run this process's command in `count` processes and end as they end.
+
+    The first one talks; another is heard only where it alone is the cause of a failure.
+    """
+    port = _free_port()
+    workers = [_start(rank, count, port, reporter.as_json) for rank in range(count)]
+    try:
+        failed = _wait(reporter, workers)
+    finally:
+        _stop(workers, signal.SIGKILL)
+    speaker = workers[0]
+    if failed is not None and workers[0].process.returncode != failed.process.returncode:
+        speaker = failed
+    code = speaker.process.returncode
+    if code < 0:
+        rank = workers.index(speaker)
+        hint = "Continue with `bkn train --resume RUN`: its last checkpoint is sound."
+        reporter.fail("worker", UNEXPECTED, f"process {rank} was ended by signal {-code}", hint)
+    _repeat(speaker.output, reporter.output.file)
+    _repeat(speaker.errors, reporter.human.file)
+    raise typer.Exit(code)
+
+
+def _start(rank: int, count: int, port: int, as_json: bool) -> Worker:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bkn_cli.app", *sys.argv[1:]],
+        env={**os.environ, **{name: str(value) for name, value in place.items()}},
+        stdout=output if as_json or rank else None,
+        stderr=errors if rank else None,
+        process_group=0,  # a Ctrl-C of the terminal reaches this process alone, which hands it on once
+    )
+    return Worker(process, output, errors)
+
+
+def _wait(reporter: Reporter, workers: list[Worker]) -> Worker | None:
+    """Wait for all and return the one that failed first, if any; signals to this process are handed on."""
+    reporter.finishes_steps = True
+    failed, deadline, told = None, float("inf"), False
+    while any(worker.process.poll() is None for worker in workers):
+        if reporter.signal is not None and not told:
+            told = True
+            _stop(workers, reporter.signal)
+        if failed is None:
+            failed = next((worker for worker in workers if worker.process.poll()), None)
+            deadline = time.monotonic() + _GRACE if failed is not None else deadline
+        if time.monotonic() > deadline:
+            _stop(workers, signal.SIGKILL)
+        time.sleep(_GLANCE)
+    return failed or next((worker for worker in workers if worker.process.returncode), None)
+
+
+def _stop(workers: list[Worker], number: int) -> None:
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.send_signal(number)
+
+
+def _repeat(words: IO[bytes], target: IO[str]) -> None:
+    words.seek(0)
+    target.write(words.read().decode(errors="replace"))
+    target.flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,82 @@
+"""How a command ends: library errors, signals and faults of our own as words and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from bkn_cli.render import Reporter
+
+UNEXPECTED = 1
+
+
+@contextlib.contextmanager
+def reporting(verb: str, *, as_json: bool, verbose: bool = False) -> Iterator[Reporter]:
+    """Run one command: library errors become words and exit codes, signals a request to stop."""
+    reporter = Reporter(verb, as_json=as_json, verbose=verbose)
+    with warnings.catch_warnings(), _quiet_output(as_json):
+        if not verbose:
+            warnings.simplefilter("ignore")
+        try:
+            with _signals(reporter):
+                yield reporter
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            reporter.fail(
+                "interrupted", exit_code(reporter.signal), "stopped at once", "What was saved before is sound."
+            )
+        except Exception as error:
+            _explain(reporter, error)
+
+
+def exit_code(number: int | None) -> int:
+    """Return the exit code after a signal: 143 for SIGTERM, else 130."""
+    return 128 + (signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT)
+
+
+def _quiet_output(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """Send what libraries print to standard error where standard output is for one JSON object."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _explain(reporter: Reporter, error: Exception) -> NoReturn:
+    from bkn_core.errors import BknError, InterruptedRun
+
+    if isinstance(error, InterruptedRun):
+        reporter.fail(error.code, exit_code(reporter.signal), error.message, error.hint)
+    if isinstance(error, BknError):
+        reporter.fail(error.code, error.exit_code, error.message, error.hint)
+    if reporter.verbose:
+        traceback.print_exception(error)
+    what = f"{type(error).__name__}: {error}"
+    reporter.fail("unexpected", UNEXPECTED, what, "This is a fault of bkn; --verbose shows the traceback.")
+
+
+@contextlib.contextmanager
+def _signals(reporter: Reporter) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the command: after the step and its save where there are steps, else at once.
+
+    A second SIGINT does not wait for the step.
+    """
+
+    def ask(number: int, _: FrameType | None) -> None:
+        again = reporter.signal is not None
+        reporter.signal = reporter.signal or number
+        if not reporter.finishes_steps or (again and number == signal.SIGINT):
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
