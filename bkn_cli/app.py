@@ -22,20 +22,23 @@ from bkn_cli.train import train
 class Program(TyperGroup):
     """The group of verbs; under --json a usage error is a JSON object too."""
 
-    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         """Run the words of a command line, those of this process by default."""
         words = sys.argv[1:] if args is None else list(args)
-        if not standalone_mode or "--json" not in words:
-            return super().main(words, standalone_mode=standalone_mode, **options)
+        if "--json" not in words:
+            return super().main(words, *positional, **options)
         try:
-            code = super().main(words, standalone_mode=False, **options)
+            code = super().main(words, *positional, **{**options, "standalone_mode": False})
         except TyperException as error:
-            verb = next((word for word in words if word in self.commands), "usage")
-            try:
-                Reporter(verb, as_json=True).fail("usage", 2, error.format_message(), f"See bkn {verb} --help.")
-            except typer.Exit as end:
-                code = end.exit_code
-        sys.exit(code if isinstance(code, int) else 0)
+            code = self._explain(words, error.format_message())
+        sys.exit(code)
+
+    def _explain(self, words: list[str], message: str) -> int:
+        verb = next((word for word in words if word in self.commands), "")
+        try:
+            Reporter(verb or "usage", as_json=True).fail("usage", 2, message, f"See `{f'bkn {verb}'.strip()} --help`.")
+        except typer.Exit as end:
+            return end.exit_code
 
 
 app = typer.Typer(
@@ -47,7 +50,7 @@ app = typer.Typer(
     help="Train networks on one or two images per statistics group: Batch Kalman Normalization.\n\n"
     "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
     "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
-    "  4 a check failed, 5 device not available, 6 diverged, 130 Ctrl-C, 143 SIGTERM",
+    "  4 a check failed, 5 device not available, 6 diverged,\n  130 Ctrl-C, 143 SIGTERM",
 )
 app.command()(train)
 app.command("eval")(evaluate)

@@ -51,6 +51,8 @@ def compare(
 ) -> None:
     """Compare norms and statistics batch sizes over seeds, run after run, with their spread.
 
+    A comparison that was interrupted goes on when the same command is given again.
+
     Examples:
       bkn compare
       bkn compare --norms bn,bkn,gn --seeds 3

@@ -25,7 +25,7 @@ def evaluate(
         Literal["population", "batch", "both"] | None,
         typer.Option(
             metavar="KIND",
-            help="Normalize by the population, each image by itself (batch), or both in turn; default the recipe's.",
+            help="population, batch (each image by itself) or both; default the recipe's, for a file its own.",
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Images per forward pass.")] = None,

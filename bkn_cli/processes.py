@@ -54,7 +54,7 @@ def run_processes(reporter: Reporter, count: int) -> None:
 
 def _start(rank: int, count: int, port: int, as_json: bool) -> Worker:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (they outlive this function)
     process = subprocess.Popen(
         [sys.executable, "-m", "bkn_cli.app", *sys.argv[1:]],
         env={**os.environ, **{name: str(value) for name, value in place.items()}},

@@ -132,12 +132,8 @@ def _data(known: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
     others = [word for word in overrides if not word.startswith("data.")]
     if others:
         raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
-    words = [f"data.{key}={_word(value)}" for key, value in known.items()]
+    words = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
     return load_recipe(None, [*words, *overrides]).data
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value)
 
 
 def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str]) -> ImageSet | LazyImageSet:

@@ -26,6 +26,15 @@ from bkn_core.recipe import Recipe, dump_recipe
 
 _SCHEMA = "bkn.weights/1"
 _KEYS = ("schema", "recipe", "classes", "preprocess", "digest")
+# What a resumed run may have otherwise.
+_FREE: Any = {
+    "version": True,
+    "name": True,
+    "eval": True,
+    "log": True,
+    "data": {"root", "download"},
+    "train": {"device"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +138,23 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged zip or pickle leads torch.load, and what it returned, to any of them
         raise InputError(f"{path} is damaged: {error}", "Resume from another run.") from error
     return state
+
+
+def deciding_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return the sections and keys of a recipe that decide the weights: a resumed run has them unchanged."""
+    return recipe.model_dump(mode="json", exclude=_FREE)
+
+
+def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
+    """Refuse to go on from a state with a recipe that decides otherwise.
+
+    Raises:
+        InputError: naming every key that changed.
+    """
+    own = deciding_keys(recipe)
+    changed = [f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved[name][key]]
+    if changed:
+        raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
 
 
 def load_strictly_(model: nn.Module, tensors: dict[str, Tensor]) -> None:

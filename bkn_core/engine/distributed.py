@@ -13,9 +13,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from bkn_core.engine.device import choose_device
+from bkn_core.errors import RecipeError
+from bkn_core.recipe import BatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,26 @@ class World:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer.div_(self.size)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of a value over the processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def images_per_pass(self, batch: BatchConfig) -> int:
+        """Return the images of one forward pass of this process: fewer where all together would exceed the gradient's.
+
+        Raises:
+            RecipeError: the processes cannot share the gradient batch in whole statistics groups.
+        """
+        images = min(batch.per_device, batch.gradient // self.size)
+        if images == 0 or images % batch.statistics or batch.gradient % (images * self.size):
+            raise RecipeError(
+                f"batch.gradient is {batch.gradient}, which {self.size} processes cannot share by {images} images each",
+                f"Give a multiple of {self.size} processes times batch.per_device, in groups of {batch.statistics}.",
+            )
+        return images
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -79,8 +79,10 @@ def measure(
     prediction = torch.cat(predictions)
     correct = prediction == images.labels
     correct &= loss.isfinite()
-    fractions = {k: (rank < k).float().mean().item() for k in topk if 1 < k < classes}
-    return Metrics(correct.float().mean().item(), fractions, loss.mean().item(), len(images), correct, loss, prediction)
+    fractions = {k: (rank < k).double().mean().item() for k in topk if 1 < k < classes}
+    return Metrics(
+        correct.double().mean().item(), fractions, loss.double().mean().item(), len(images), correct, loss, prediction
+    )
 
 
 def measure_model(

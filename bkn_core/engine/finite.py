@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,35 +10,47 @@ from torch import Tensor, nn
 
 
 class BufferSnapshot:
-    """The floating-point buffers of a model as they were before a step."""
+    """The buffers of a model as they were before a step.
+
+    Args:
+        model: whose buffers; those that are finite now are expected to stay so.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self.copies = [b.clone() for b in self.buffers]
+        buffers = list(model.buffers())
+        numbers = [b for b in buffers if b.is_floating_point()]
+        self.finite = [b for b in numbers if b.isfinite().all()]
+        counters = [b for b in buffers if not b.is_floating_point()]
+        # One copy for each kind: a list of mixed types would be copied one by one on a GPU.
+        self.kept = [(kind, [b.clone() for b in kind]) for kind in (numbers, counters) if kind]
 
     def take(self) -> None:
         """Remember the buffers of this moment."""
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        for buffers, copies in self.kept:
+            torch._foreach_copy_(copies, buffers)
 
     def restore(self) -> None:
         """Put the remembered values back, so that a bad step leaves moving statistics as they were."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
+        for buffers, copies in self.kept:
+            torch._foreach_copy_(buffers, copies)
 
 
-def all_finite(loss: Tensor, parameters: list[nn.Parameter]) -> bool:
-    """Whether the loss and every gradient are finite; one wait for the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else loss.new_zeros(())
-    return bool(torch.isfinite(loss.detach() + norm).item())
+def all_finite(loss: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether the loss and every tensor are finite; one wait for the device."""
+    # The largest magnitude, because a sum of squares overflows long before its values do.
+    largest = torch._foreach_norm(tensors, math.inf) if tensors else []
+    return bool(torch.stack([loss.detach(), *largest]).isfinite().all().item())
+
+
+def bad_parameter(model: nn.Module) -> str | None:
+    """Name the first parameter that is not finite."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str:
-    """Name the first thing that is not finite: a parameter, a layer's output in a repeated forward, or a gradient."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"parameter {name}"
+    """Name a parameter, a layer's output in a repeated forward, a gradient or a statistic that is not finite."""
+    if (parameter := bad_parameter(model)) is not None:
+        return f"parameter {parameter}"
     found: list[str] = []
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: found.append(name) if _bad(output) else None)
@@ -55,7 +68,10 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str:
     if not loss.isfinite().all():
         return "loss"
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"gradient of {bad[-1]}" if bad else "gradient"
+    if bad:
+        return f"gradient of {bad[-1]}"
+    statistics = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
+    return f"statistic {statistics[0]}" if statistics else "gradient"
 
 
 def _bad(output: object) -> bool:

@@ -155,9 +155,10 @@ class RunFolder:
                 continue
         return rows
 
-    def forget_after(self, step: int) -> None:
-        """Drop the records after a step: a resumed run writes them again."""
-        kept = [row for row in self.records() if row["step"] <= step]
+    def forget_after(self, step: int, epoch: int) -> None:
+        """Drop the records of later steps and epochs than are saved: a resumed run writes them again."""
+        rows = self.records()
+        kept = [row for row in rows if row["step"] <= step and (row["kind"] != "epoch" or row["epoch"] <= epoch)]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_table(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,18 +16,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
 from bkn_core.engine.build import build_model, load_splits
-from bkn_core.engine.checkpoint import load_strictly_
+from bkn_core.engine.checkpoint import check_recipe, deciding_keys, load_strictly_
 from bkn_core.engine.data import prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
-from bkn_core.engine.finite import BufferSnapshot, all_finite, first_not_finite
+from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
 from bkn_core.engine.optimization import build_optimizer, set_step_
-from bkn_core.errors import DivergedError
+from bkn_core.errors import DivergedError, InputError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
 
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
+_RANDOM_STATE = threading.Lock()  # it is the process's: two runs in threads must not draw their weights at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,12 @@ class Training:
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
-        torch.manual_seed(recipe.train.seed)
         self.splits = load_splits(recipe)
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
+        with _RANDOM_STATE:
+            torch.manual_seed(recipe.train.seed)
+            model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
+            torch.manual_seed(recipe.train.seed + world.rank)
         self.model: nn.Module = model.to(world.device).to(memory_format=self.layout).train()
         self.average = _average(self.model, recipe.train.ema)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -72,8 +76,9 @@ class Training:
             self.model.compile()
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
-        self.plan = BatchPlan(len(self.splits.train), recipe.batch.per_device, world.rank, world.size)
-        self.accumulated = max(1, recipe.batch.gradient // self.plan.joint)
+        size = world.images_per_pass(recipe.batch)
+        self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
+        self.accumulated = recipe.batch.gradient // self.plan.joint
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
         self.step = self.measured = self.skipped = self.images = 0
@@ -81,7 +86,6 @@ class Training:
         self.losses: list[Tensor] = []
         self.epoch_loss = torch.zeros((), device=world.device)
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
-        torch.manual_seed(recipe.train.seed + world.rank)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,7 +132,8 @@ class Training:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
         skipped = ""
-        if self.scaler.is_enabled() or all_finite(loss, self.parameters):
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler.is_enabled() or all_finite(loss, gradients + self.snapshot.finite):
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped = 0
@@ -152,7 +157,7 @@ class Training:
                 loss = self._loss(epoch, part) / images
                 self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        return self.world.total(torch.stack(losses).sum())
 
     def _loss(self, epoch: int, part: Pass) -> Tensor:
         """Return the summed cross entropy of this process's part of a pass."""
@@ -177,7 +182,7 @@ class Training:
     def _refuse(self, epoch: int, passes: list[Pass]) -> str:
         """Undo a step that is not finite, and say why or raise."""
         self.snapshot.restore()
-        where = first_not_finite(self.model, lambda: self._loss(epoch, passes[-1]))
+        where = first_not_finite(self.model, lambda: torch.stack([self._loss(epoch, part) for part in passes]).sum())
         self.snapshot.restore()
         self.skipped += 1
         text = f"step {self.step + 1} (epoch {epoch + 1}): the {where} is not finite"
@@ -192,8 +197,12 @@ class Training:
 
         Args:
             stop: called before every batch; it may raise.
+
+        Raises:
+            DivergedError: the last update made a parameter infinite.
         """
-        self.world.average_(self.model)
+        self._check_weights()
+        self.world.average_(nn.ModuleList([self.model, self.evaluated]))
         return {
             kind: measure_model(
                 self.evaluated,
@@ -219,10 +228,16 @@ class Training:
         return True
 
     def state(self) -> dict[str, Any]:
-        """Return all that resuming needs, as tensors, numbers and texts."""
+        """Return all that resuming needs, as tensors, numbers and texts.
+
+        Raises:
+            DivergedError: the last update made a parameter infinite.
+        """
+        self._check_weights()
         device = self.world.device
         return {
             "schema": "bkn.state/1",
+            "recipe": deciding_keys(self.recipe),
             "step": self.step,
             "measured": self.measured,
             "skipped": self.skipped,
@@ -243,21 +258,31 @@ class Training:
         """Take up where a saved state left off.
 
         Raises:
-            InputError: the state does not fit the recipe's model.
+            InputError: the state is not one of this recipe.
         """
         device = self.world.device
+        check_recipe(state["recipe"], self.recipe)
         load_strictly_(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            load_strictly_(self.average, state["average"])
         self.scaler.load_state_dict(state["scaler"])
         for counter in ("step", "measured", "skipped", "seconds", "images", "best"):
             setattr(self, counter, state[counter])
         self.losses = list(state["losses"].to(device).unbind())
         self.epoch_loss = state["epoch_loss"].to(device)
-        torch.set_rng_state(state["random"])
+        with _RANDOM_STATE:
+            torch.set_rng_state(state["random"])
         if device.type == "cuda" and len(state["random_cuda"]):
             torch.cuda.set_rng_state(state["random_cuda"], device)
+
+    def _check_weights(self) -> None:
+        # A finite gradient can still lead to infinite weights, which no later step would see in time.
+        if (name := bad_parameter(self.model)) is not None:
+            raise DivergedError(
+                f"step {self.step}: the parameter {name} is not finite after the update",
+                "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
+            )
 
 
 def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:

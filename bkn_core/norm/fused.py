@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 from bkn_core.norm import passes
 from bkn_core.norm.kalman import Gaussian, Moments, guard, spread_over_images, update
 
-
 _LARGEST = 1e30
 
 

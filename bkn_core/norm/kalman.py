@@ -198,3 +198,10 @@ def normalize(x: Tensor, posterior: Gaussian, weight: Tensor | None, bias: Tenso
     shape = (*scale.shape, *([1] * (x.dim() - 2)))
     y = (x - posterior.mean.view(shape)) * scale.view(shape)
     return (y if bias is None else y + bias.view(1, -1, *([1] * (x.dim() - 2)))).to(x.dtype)
+
+
+def in_form_of(prior: Gaussian, observed: Moments) -> Gaussian:
+    """Give a diagonal prior the matrix form where the observation has it."""
+    if observed.variance.dim() == observed.mean.dim() or prior.variance.dim() > prior.mean.dim():
+        return prior
+    return Gaussian(prior.mean, torch.diag_embed(prior.variance))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError, StatisticsError
 from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
+from bkn_core.norm.handing import Relay, is_recomputation
 from bkn_core.norm.kalman import (
     Gaussian,
     Moments,
     diagonal,
     guard,
+    in_form_of,
     log_innovation,
     moments,
     normalize,
@@ -32,16 +34,6 @@ Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.02
 INNOVATION_LIMIT = 2.0
 GUARD_LIMIT = 100.0
-
-
-class Relay(Protocol):
-    """Where a layer asks for its prior and leaves its posterior when messages depend on the forward."""
-
-    def prior(self) -> Gaussian | None:
-        """Return the refined prior of the layer, from the posteriors that have arrived."""
-
-    def publish(self, posterior: Gaussian) -> None:
-        """Take the posterior of the layer for those that follow."""
 
 
 class BatchKalmanNorm(_BatchNorm):
@@ -179,12 +171,9 @@ class BatchKalmanNorm(_BatchNorm):
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
         self._check_values(x, size, has_prior=prior is not None)
         y, posterior, observed = self._by_batch(x, prior, size)
-        if self.training and self.statistics is None and not is_recomputation():
+        is_tracked = self.training and self.statistics is None and not is_recomputation()
+        if is_tracked or self.on_posterior is not None:
             self._track(x, prior, posterior, observed, size)
-        if self.on_posterior is not None:
-            share = images_per_group(len(x), size, observed.mean) / len(x)
-            gain = self._weight_of_observation(prior, observed)
-            self.on_posterior(unbiased(posterior, observed, gain), share, len(x))
         if self.relay is not None and self.prior_is_live:
             self.relay.publish(posterior)
         return y, posterior
@@ -197,16 +186,14 @@ class BatchKalmanNorm(_BatchNorm):
     def _by_batch(self, x: Tensor, prior: Gaussian | None, size: int | None) -> tuple[Tensor, Gaussian, Moments]:
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
-        limit = GUARD_LIMIT if self.guarded else math.inf
-        if self.covariance == "diagonal" and not torch.onnx.is_in_onnx_export():
+        if self.covariance == "diagonal":
+            limit = GUARD_LIMIT if self.guarded else math.inf
             return kalman_normalize(x, prior, self.gain, weight, bias, FilterSettings(self.eps, size, limit))
         observed = moments(x, size, covariance=self.covariance == "full")
         posterior = Gaussian(observed.mean, observed.variance)
         if prior is not None:
-            gain = self.gain
-            if self.guarded:
-                gain = guard(diagonal(prior).variance, diagonal(posterior).variance, gain, limit)
-            posterior = update(_like(prior, observed), observed, gain)
+            gain = self._weight_of_observation(prior, observed)
+            posterior = update(in_form_of(prior, observed), observed, gain)
         rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
         return normalize(x, rows, weight, bias, self.eps), posterior, observed
 
@@ -240,6 +227,9 @@ class BatchKalmanNorm(_BatchNorm):
         self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
     ) -> None:
         share = images_per_group(len(x), size, observed.mean) / len(x)
+        mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
+        if self.on_posterior is not None:
+            return self.on_posterior(Gaussian(mean, variance), share, len(x))
         if self.innovation is not None and prior is not None:
             ratio = log_innovation(diagonal(prior), observed, share, self.eps)
             ratio = ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(self.innovation.dtype)
@@ -249,13 +239,12 @@ class BatchKalmanNorm(_BatchNorm):
         self.num_batches_tracked.add_(1)
         kept = self.running_mean.dtype
         factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
-        mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
         self.running_mean.lerp_((share * mean).sum(0).to(kept), factor)
         self.running_var.lerp_((share * variance).sum(0).to(kept), factor)
 
-    def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor | float:
+    def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor:
         if prior is None:
-            return 1.0
+            return torch.ones_like(self.gain_factor)
         if not self.guarded:
             return self.gain
         seen = diagonal(Gaussian(observed.mean, observed.variance)).variance
@@ -310,17 +299,3 @@ def check_gain(gain: float, learn_gain: bool) -> None:
     if not inside:
         allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"
         raise ConversionError(f"gain is {gain}", f"The gain must be {allowed}; learn_gain=False allows 0 and 1.")
-
-
-def _like(prior: Gaussian, observed: Moments) -> Gaussian:
-    """Give a diagonal prior the matrix form where the observation has it."""
-    if observed.variance.dim() == observed.mean.dim() or prior.variance.dim() > prior.mean.dim():
-        return prior
-    return Gaussian(prior.mean, torch.diag_embed(prior.variance))
-
-
-def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing makes it."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)

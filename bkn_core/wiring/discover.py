@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bkn_core.wiring.interpreter import Arguments, Interpreter, Running, Value, argument
+from bkn_core.wiring.interpreter import Interpreter
 from bkn_core.wiring.operations import name_of
 from bkn_core.wiring.program import Wiring
+from bkn_core.wiring.values import Arguments, Running, Value, argument
 
 
 def discover(model: nn.Module, example_input: Any) -> Wiring:

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bkn_core.wiring.operations import CONVOLUTIONS, ELEMENTWISE, IDENTITY, OVER_POSITIONS, REARRANGING, SHAPE_ONLY
 from bkn_core.wiring.program import Line
+from bkn_core.wiring.values import Arguments, Running, Value, argument, find_channels, number_channels, tensors
 
-Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 _SCALAR = (int, float)
 _BINARY = frozenset(("add", "sub", "mul", "div", "truediv", "multiply", "subtract", "divide", "rsub", "reversed_sub"))
 _WITHOUT_OPTIONS = ("relu", "relu6", "silu", "hardswish", "mish", "selu")  # their only option is `inplace`
-
-
-@dataclasses.dataclass
-class Value:
-    """What is known of one tensor: a program line and the dimension its channels lie along, the input, or a reason.
-
-    `numbers` holds the channel number of every element where they are spread over several dimensions for a moment, as
-    in the middle of a channel shuffle.
-    """
-
-    line: int = -1
-    dimension: int = 0
-    numbers: Tensor | None = None
-    is_input: bool = False
-    reason: str = ""
-    tensor: Tensor | None = None
-    version: int = 0
-
-
-class Running(NamedTuple):
-    """A module in the middle of its forward: its path, itself and the first tensor it was called with."""
-
-    name: str
-    module: nn.Module
-    given: Tensor | None
 
 
 class Interpreter:
@@ -85,7 +59,7 @@ class Interpreter:
         if is_linear_map:
             results = [self._linear_map(name, arguments, values[0], outputs[0])]
         elif all(v.is_input for v in values):
-            plain = not any(id(t) in self.parameters for t in _tensors(arguments))
+            plain = not any(id(t) in self.parameters for t in tensors(arguments))
             reason = "" if plain else f"{name} of the network input with parameters"
             results = [Value(is_input=plain, reason=reason)] * len(outputs)
         elif any(v.is_input for v in values):
@@ -110,7 +84,7 @@ class Interpreter:
             return self._concatenate(arguments, values)
         if name == "prelu":
             return self._prelu(arguments, first)
-        if name in ELEMENTWISE and len(values) == 1 and len(_tensors(arguments)) == 1:
+        if name in ELEMENTWISE and len(values) == 1 and len(tensors(arguments)) == 1:
             options = (tuple(arguments[0][1:]), tuple((k, v) for k, v in arguments[1].items() if k != "inplace"))
             return self._elementwise(name, ((), ()) if name in _WITHOUT_OPTIONS else options, first)
         if name in _BINARY:
@@ -283,7 +257,7 @@ class Interpreter:
         dim = argument(arguments, 1, "dim")
         assert values[0].tensor is not None
         dim = (0 if dim is None else dim) % values[0].tensor.dim()
-        if len(values) != len(_tensors(arguments)) or any(v.numbers is not None or v.is_input for v in values):
+        if len(values) != len(tensors(arguments)) or any(v.numbers is not None or v.is_input for v in values):
             return Value(reason="cat with tensors that are not features")
         if all(v.dimension == dim for v in values):
             channels = sum(self.lines[v.line].channels for v in values)
@@ -299,13 +273,7 @@ class Interpreter:
         assert value.tensor is not None
         if not arguments[0] or arguments[0][0] is not value.tensor:
             return [Value(reason=f"{name} of something else than features")] * count
-        numbers = value.numbers
-        if numbers is None:
-            channels = self.lines[value.line].channels
-            shape = [1] * value.tensor.dim()
-            shape[value.dimension] = channels
-            numbers = torch.arange(channels, device=value.tensor.device).view(shape).expand(value.tensor.shape)
-        numbers = numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
+        numbers = number_channels(value, self.lines[value.line].channels)
         results = pytree.tree_leaves(func(numbers, *arguments[0][1:], **arguments[1]))
         placed = [self._placed(value, result) for result in results if isinstance(result, Tensor)]
         return placed if name in REARRANGING else [self._elsewhere(value, result) for result in placed]
@@ -315,27 +283,13 @@ class Interpreter:
         return self._passed(after) if after.line == before.line and after.numbers is None else after
 
     def _placed(self, value: Value, numbers: Tensor) -> Value:
-        if numbers.numel() == 0:
-            return Value(reason="an empty tensor")
-        varying = [d for d in range(numbers.dim()) if numbers.shape[d] > 1 and bool((numbers.diff(dim=d) != 0).any())]
-        if len(varying) > 1:
+        """Read off where a function put the channels of a value."""
+        place = find_channels(numbers, self.lines[value.line].channels)
+        if isinstance(place, str):
+            return Value(reason=place)
+        if place is None:
             return Value(line=value.line, numbers=numbers)
-        count = self.lines[value.line].channels
-        if not varying and count > 1:
-            return Value(reason="a single channel taken out")
-        dimension = varying[0] if varying else min(1, numbers.dim() - 1)
-        rows = numbers.movedim(dimension, -1)
-        index = tuple((rows.flatten(0, -2)[0] if rows.dim() > 1 else rows).tolist())
-        if index == tuple(range(count)):
+        dimension, index = place
+        if index == tuple(range(self.lines[value.line].channels)):
             return Value(line=value.line, dimension=dimension)
         return self.write("gather", [value.line], len(index), dimension=dimension, options=(index,))
-
-
-def argument(arguments: Arguments, position: int, name: str) -> Any:
-    """Return an argument that may be given by position or by name."""
-    args, kwargs = arguments
-    return args[position] if len(args) > position else kwargs.get(name)
-
-
-def _tensors(arguments: Arguments) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]

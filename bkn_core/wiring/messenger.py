@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
+from bkn_core.norm.handing import is_recomputation
 from bkn_core.norm.kalman import Gaussian, diagonal
-from bkn_core.norm.layers import BatchKalmanNorm, is_recomputation
+from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.program import Wiring
 

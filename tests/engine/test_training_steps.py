@@ -55,9 +55,7 @@ def test_an_epoch_uses_every_image_once_and_ends_in_a_smaller_step() -> None:
     assert (run.epoch_steps, run.steps) == (EPOCH_STEPS, STEPS)
     seen = torch.cat([part.images for passes in run.epoch(0) for part in passes])
     expected = run.splits.train.batch(epoch_order(36, 0, 0))[0]
-    assert torch.equal(seen, expected) and not torch.equal(
-        expected, run.splits.train.batch(epoch_order(36, 0, 1))[0]
-    )
+    assert torch.equal(seen, expected) and not torch.equal(expected, run.splits.train.batch(epoch_order(36, 0, 1))[0])
 
 
 @pytest.mark.parametrize(("images", "expected"), [(33, [[8, 8], [8, 8], [1]]), (8, [[8]]), (3, [[3]])])
@@ -107,8 +105,8 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     found = gradients(training("train.clip_norm=0.01"))
     assert torch.stack([g.square().sum() for g in found.values()]).sum().sqrt().item() == pytest.approx(0.01, rel=1e-4)
     unclipped = gradients(training())
-    scale = found["head.weight"] / unclipped["head.weight"]
-    assert scale.std() < 1e-3 * scale.mean()
+    scale = found["head.bias"] / unclipped["head.bias"]
+    torch.testing.assert_close(scale, scale.mean().expand(10))
 
 
 def test_the_average_follows_the_weights_and_copies_the_statistics() -> None:
@@ -137,12 +135,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(words: list[str]
 
 def poison_parameter(run: Training) -> None:
     with torch.no_grad():
-        run.model.get_parameter("features.6.weight").view(-1)[3] = torch.nan
+        run.model.get_parameter("features.6.weight")[3, 2, 1, 0] = torch.nan
 
 
-def poison_gain(run: Training) -> None:
+def poison_correction(run: Training) -> None:
     with torch.no_grad():
-        run.model.get_parameter("features.7.gain_logit").fill_(torch.nan)
+        run.model.get_parameter("features.7.prior_offset")[0] = torch.inf
 
 
 def poison_output(run: Training) -> None:
@@ -176,7 +174,7 @@ def poison_statistics(run: Training) -> None:
 
 POISONS: dict[str, Callable[[Training], None]] = {
     "parameter features.6.weight": poison_parameter,
-    "parameter features.7.gain_logit": poison_gain,
+    "parameter features.7.prior_offset": poison_correction,
     "output of layer features.6": poison_output,
     "output of layer features.0": poison_one_pass,
     "loss": poison_loss,
@@ -185,16 +183,13 @@ POISONS: dict[str, Callable[[Training], None]] = {
 
 
 @pytest.mark.parametrize("where", POISONS)
-@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "norm.innovation=true"], ["norm.kind=bn"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "norm.innovation=true"], ["norm.learn_gain=false"]], ids=str)
 def test_what_is_not_finite_stops_the_run_named_with_its_step(words: list[str], where: str) -> None:
-    if "gain" in where and "norm.kind=bn" in words:
-        return
     run = training(*words)
-    for passes in run.epoch(0):
-        run.take_step(0, passes)
+    run.take_step(0, first_step(run))
+    run.step = 0
     POISONS[where](run)
     before = facts(run)
-    run.step = 0
     with pytest.raises(DivergedError) as caught:
         run.take_step(0, first_step(run))
     assert caught.value.message == f"step 1 (epoch 1): the {where} is not finite"
@@ -213,16 +208,11 @@ def test_moving_statistics_that_overflow_are_noticed_and_undone(words: list[str]
 
 
 def test_an_update_that_overflows_is_noticed_before_anything_is_measured_or_saved() -> None:
-    run = training("optim.lr=1e38", "optim.schedule=constant", "optim.warmup=0.0", "optim.momentum=0.0")
-    passes = first_step(run)
-    with torch.no_grad():
-        run.model.get_parameter("head.weight").fill_(3e38)
-    run.model.get_submodule("head").register_forward_hook(lambda _, __, y: y * 0 + y.detach().sign())
-    run.model.get_parameter("head.weight").register_hook(lambda gradient: gradient * 0 - 10)
-    run.take_step(0, passes)
-    assert not run.model.get_parameter("head.weight").isfinite().all()
+    run = training("optim.lr=1e38", "optim.schedule=constant", "optim.warmup=0.0")
+    run.model.get_parameter("head.weight").register_hook(lambda gradient: torch.full_like(gradient, 10))
+    run.take_step(0, first_step(run))
     for use in (lambda: run.measure(lambda: None), run.state):
-        with pytest.raises(DivergedError, match="step 1.*head.weight"):
+        with pytest.raises(DivergedError, match=r"step 1: the parameter \S+ is not finite after"):
             use()
 
 

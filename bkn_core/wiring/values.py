@@ -1,0 +1,79 @@
+"""What is known of a tensor while a forward is followed, and where its channels lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass
+class Value:
+    """What is known of one tensor: a program line and the dimension its channels lie along, the input, or a reason.
+
+    `numbers` holds the channel number of every element where they are spread over several dimensions for a moment, as
+    in the middle of a channel shuffle.
+    """
+
+    line: int = -1
+    dimension: int = 0
+    numbers: Tensor | None = None
+    is_input: bool = False
+    reason: str = ""
+    tensor: Tensor | None = None
+    version: int = 0
+
+
+class Running(NamedTuple):
+    """A module in the middle of its forward: its path, itself and the first tensor it was called with."""
+
+    name: str
+    module: nn.Module
+    given: Tensor | None
+
+
+def number_channels(value: Value, channels: int) -> Tensor:
+    """Return a tensor of the value's shape that holds the channel number of every element."""
+    assert value.tensor is not None
+    numbers = value.numbers
+    if numbers is None:
+        shape = [1] * value.tensor.dim()
+        shape[value.dimension] = channels
+        numbers = torch.arange(channels, device=value.tensor.device).view(shape).expand(value.tensor.shape)
+    return numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
+
+
+def find_channels(numbers: Tensor, channels: int) -> tuple[int, tuple[int, ...]] | str | None:
+    """Read channel numbers after a function moved them.
+
+    Returns:
+        The dimension along which they vary and their order there, None where they vary along several, or why they are
+        lost.
+    """
+    if numbers.numel() == 0:
+        return "an empty tensor"
+    varying = [d for d in range(numbers.dim()) if numbers.shape[d] > 1 and bool((numbers.diff(dim=d) != 0).any())]
+    if len(varying) > 1:
+        return None
+    if not varying and channels > 1:
+        return "a single channel taken out"
+    dimension = varying[0] if varying else min(1, numbers.dim() - 1)
+    rows = numbers.movedim(dimension, -1)
+    return dimension, tuple((rows.flatten(0, -2)[0] if rows.dim() > 1 else rows).tolist())
+
+
+def argument(arguments: Arguments, position: int, name: str) -> Any:
+    """Return an argument that may be given by position or by name."""
+    args, kwargs = arguments
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    """Return all tensors among the arguments, nested ones too."""
+    return [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
