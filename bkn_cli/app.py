@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -77,8 +78,11 @@ def _program(
 
 
 def main() -> None:
-    """Run the program."""
-    app()
+    """Run the program; a verb heeds signals itself, this is the time before it begins."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

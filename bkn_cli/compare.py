@@ -60,6 +60,7 @@ def compare(
       bkn compare runs/A runs/B
     """
     with reporting("compare", as_json=as_json, verbose=verbose) as reporter:
+        reporter.load_library()
         import bkn_core
         from bkn_cli.progress import TrainingProgress
 

@@ -44,6 +44,7 @@ def evaluate(
       bkn eval model.onnx data.name=imagefolder data.root=photos.zip
     """
     with reporting("eval", as_json=as_json, verbose=verbose) as reporter:
+        reporter.load_library()
         import bkn_core
         from bkn_core.errors import RecipeError
 

@@ -50,6 +50,7 @@ def export(
       bkn export batch.onnx --stats batch
     """
     with reporting("export", as_json=as_json, verbose=verbose) as reporter:
+        reporter.load_library()
         import bkn_core
 
         result = bkn_core.export_onnx(

@@ -33,6 +33,7 @@ def run_processes(reporter: Reporter, count: int) -> None:
 
     The first one talks; another is heard only where it alone is the cause of a failure.
     """
+    reporter.phase = "stepping"
     port = _free_port()
     workers = [_start(rank, count, port, reporter.as_json) for rank in range(count)]
     try:
@@ -67,7 +68,6 @@ def _start(rank: int, count: int, port: int, as_json: bool) -> Worker:
 
 def _wait(reporter: Reporter, workers: list[Worker]) -> Worker | None:
     """Wait for all and return the one that failed first, if any; signals to this process are handed on."""
-    reporter.finishes_steps = True
     failed, deadline, told = None, float("inf"), False
     while any(worker.process.poll() is None for worker in workers):
         if reporter.signal is not None and not told:

@@ -51,7 +51,7 @@ class TrainingProgress:
             draw(event)
 
     def _started(self, event: Any) -> None:
-        self.reporter.finishes_steps = True
+        self.reporter.phase = "stepping"
         known = f", {event.priors} of {event.norms} norm layers with a prior" if event.priors else ""
         where = f", from step {event.step}" if event.step else ""
         self.reporter.say(
@@ -92,7 +92,7 @@ class TrainingProgress:
         )
 
     def _cellended(self, event: Any) -> None:
-        self.reporter.finishes_steps = False
+        self.reporter.phase = "free"
         cell = event.cell
         if cell.status != "finished":
             self.reporter.warn(f"{cell.norm} at s = {cell.statistics}, seed {cell.seed}: {cell.status}: {cell.message}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ class Reporter:
         self.output = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self.warnings: list[str] = []
         self.signal: int | None = None
-        self.finishes_steps = False
+        self.phase: Literal["loading", "free", "stepping"] = "loading"
 
     def say(self, text: str | Text) -> None:
         """Tell the user something while it happens, on one line however long: paths stay whole."""
@@ -78,6 +78,12 @@ class Reporter:
     def should_stop(self) -> bool:
         """Whether Ctrl-C or SIGTERM has arrived."""
         return self.signal is not None
+
+    def load_library(self) -> None:
+        """Import the library, which takes seconds."""
+        import bkn_core  # noqa: F401
+
+        self.phase = "free"
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:

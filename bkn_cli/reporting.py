@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -55,23 +56,31 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         reporter.fail(error.code, exit_code(reporter.signal), error.message, error.hint)
     if isinstance(error, BknError):
         reporter.fail(error.code, error.exit_code, error.message, error.hint)
+    if reporter.should_stop():  # some libraries make another error of an interruption
+        _explain_stop(reporter)
     if reporter.verbose:
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}"
     reporter.fail("unexpected", UNEXPECTED, what, "This is a fault of bkn; --verbose shows the traceback.")
 
 
+def _explain_stop(reporter: Reporter) -> NoReturn:
+    reporter.fail("interrupted", exit_code(reporter.signal), "stopped at once", "What was saved before is sound.")
+
+
 @contextlib.contextmanager
 def _signals(reporter: Reporter) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the command: after the step and its save where there are steps, else at once.
-
-    A second SIGINT does not wait for the step.
-    """
+    """Let SIGINT and SIGTERM end the command: between steps after a save, else at once, as a second SIGINT does."""
 
     def ask(number: int, _: FrameType | None) -> None:
         again = reporter.signal is not None
         reporter.signal = reporter.signal or number
-        if not reporter.finishes_steps or (again and number == signal.SIGINT):
+        if reporter.phase == "loading":
+            # An exception in the middle of an import is lost in some libraries; nothing is to be cleaned up yet.
+            with contextlib.suppress(typer.Exit):
+                _explain_stop(reporter)
+            os._exit(exit_code(number))
+        if reporter.phase == "free" or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -51,6 +51,7 @@ def train(
             from bkn_cli.processes import run_processes
 
             run_processes(reporter, nproc)
+        reporter.load_library()
         recipe = _recipe(words, out, resume, device)
         if dry_run:
             _describe(reporter, recipe)

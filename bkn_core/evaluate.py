@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.engine.batches import normalize
-from bkn_core.engine.checkpoint import load_weights, weights_path
+from bkn_core.engine.checkpoint import find_run, load_weights, weights_path
 from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.device import choose_device
 from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
@@ -106,7 +106,9 @@ def _evaluate_file(
             f"{path} normalizes by {own} statistics, not by {stats}",
             f"Export another with `bkn export --stats {stats}`.",
         )
-    known = dict(model.metadata.source.get("data", {}))
+    source = model.metadata.source
+    trained = find_run(str(source.get("weights_sha256")))
+    known = dict(source.get("data", {})) if trained is None else load_weights(trained).recipe.data.model_dump()
     if not known and not overrides:
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
     images = _test_images(_data(known, overrides), model.preprocess, model.classes)

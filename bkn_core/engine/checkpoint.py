@@ -226,6 +226,20 @@ def weights_path(target: Path) -> Path:
     raise InputError(f"{target} holds no checkpoint", "Give a run folder of `bkn train`.")
 
 
+def find_run(digest: str, root: Path = Path("runs")) -> Path | None:
+    """Return the weights file under `runs/` that has a digest, if there is one."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in root.glob("**/checkpoints/*.safetensors"):
+        try:
+            with safe_open(str(path), "pt") as file:
+                if (file.metadata() or {}).get("digest") == digest:
+                    return path
+        except (SafetensorError, OSError):
+            continue
+    return None
+
+
 def load_run(path: str | Path) -> nn.Module:
     """Return the trained model of a run folder or checkpoint, in evaluation mode.
 

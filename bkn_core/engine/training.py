@@ -23,7 +23,7 @@ from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
 from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
 from bkn_core.engine.optimization import build_optimizer, set_step_
-from bkn_core.errors import DivergedError, InputError
+from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
 

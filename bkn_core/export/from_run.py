@@ -11,7 +11,7 @@ from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
 from bkn_core.engine.models import example_images
 from bkn_core.engine.run_folder import newest_run
-from bkn_core.errors import BknError
+from bkn_core.errors import BknError, RecipeError
 from bkn_core.export.onnx_file import ExportResult, export_model
 
 _IMAGES = 64  # real test images that the file and the model must agree on
@@ -42,9 +42,11 @@ def export_onnx(
 
     Raises:
         InputError: the run is missing or damaged.
-        RecipeError: an argument does not exist.
+        RecipeError: an argument does not exist, or the output is not named .onnx.
         CheckFailedError: file and model disagree; no file is left.
     """
+    if Path(output).suffix != ".onnx":
+        raise RecipeError(f"{output} does not end in .onnx", "Give the name of a file, such as model.onnx.")
     weights = load_weights(weights_path(newest_run() if run is None else Path(run)))
     preprocess, recipe = weights.preprocess, weights.recipe
     data = recipe.data
@@ -55,7 +57,9 @@ def export_onnx(
         )
     except BknError:
         images = None  # the data need not be where the model is deployed from: noise is compared then
-    origin = {"name": data.name, "root": data.root, "test_images": data.test_images}
+    # A file that is handed on must not carry a path of the machine where it was made.
+    root = {} if Path(data.root).is_absolute() else {"root": data.root}
+    origin = {"name": data.name, "test_images": data.test_images, **root}
     return export_model(
         weights.model(),
         Path(output),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import passes
-from bkn_core.norm.kalman import Gaussian, Moments, guard, spread_over_images, update
+from bkn_core.norm.kalman import Gaussian, Moments, guard, update
 
 _LARGEST = 1e30
 
@@ -60,12 +60,43 @@ def kalman_normalize(
     Returns:
         y, the posterior (differentiable: later layers may predict from it), the observed moments (constants).
     """
-    mean, variance = prior if prior is not None else (None, None)
-    y, posterior_mean, posterior_variance, observed_mean, observed_variance = _KalmanNormalize.apply(
-        x, mean, variance, gain, weight, bias, settings
+    size = min(settings.statistics_batch_size or len(x), len(x))
+    body = len(x) // size * size
+    if body == len(x):
+        return _equal_groups(x, prior, gain, weight, bias, settings, len(x) // size)
+    # A smaller last group is normalized on its own: rare, so its copy does not matter.
+    whole, rest = (_part(prior, slice(None, -1)), _part(prior, slice(-1, None)))
+    parts = [
+        _equal_groups(x[:body], whole, gain, weight, bias, settings, body // size),
+        _equal_groups(x[body:], rest, gain, weight, bias, settings, 1),
+    ]
+    y = torch.cat([part[0] for part in parts])
+    posterior = Gaussian(*(torch.cat(pair) for pair in zip(*(part[1] for part in parts), strict=True)))
+    return y, posterior, Moments(*(torch.cat(pair) for pair in zip(*(part[2] for part in parts), strict=True)))
+
+
+def _equal_groups(
+    x: Tensor,
+    prior: Gaussian | None,
+    gain: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: FilterSettings,
+    groups: int,
+) -> tuple[Tensor, Gaussian, Moments]:
+    prior_mean, prior_variance = prior if prior is not None else (None, None)
+    y, mean, variance, observed_mean, observed_variance = _KalmanNormalize.apply(
+        x, prior_mean, prior_variance, gain, weight, bias, settings, groups
     )
-    count = images_per_group(len(x), settings.statistics_batch_size, observed_mean)[:, 0] * x.shape[2:].numel()
-    return y, Gaussian(posterior_mean, posterior_variance), Moments(observed_mean, observed_variance, count)
+    count = observed_mean.new_full((groups,), x[0].numel() // x.shape[1] * (len(x) // groups))
+    return y, Gaussian(mean, variance), Moments(observed_mean, observed_variance, count)
+
+
+def _part(prior: Gaussian | None, groups: slice) -> Gaussian | None:
+    """Return the prior of some groups; one without a group dimension serves all."""
+    if prior is None or prior.mean.dim() == 1:
+        return prior
+    return Gaussian(prior.mean[groups], prior.variance[groups])
 
 
 def images_per_group(images: int, statistics_batch_size: int | None, like: Tensor) -> Tensor:
@@ -75,15 +106,6 @@ def images_per_group(images: int, statistics_batch_size: int | None, like: Tenso
     if images % size:
         column[-1:].fill_(images % size)  # filled on the device: a copy from the host would wait for it
     return column
-
-
-def _over_groups(values: Tensor, size: int) -> Tensor:
-    """Average per-image rows within each group: (N, C) -> (G, C)."""
-    if size == 1:
-        return values
-    body = len(values) // size * size
-    mean = values[:body].view(-1, size, values.shape[1]).mean(1)
-    return mean if body == len(values) else torch.cat([mean, values[body:].mean(0, keepdim=True)])
 
 
 class _KalmanNormalize(torch.autograd.Function):
@@ -96,16 +118,11 @@ class _KalmanNormalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         settings: FilterSettings,
+        groups: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observe, update, apply."""
-        size = min(settings.statistics_batch_size or len(x), len(x))
-        view = passes.rows(x)
-        image_mean, image_variance = passes.image_moments(view)
-        observed_mean, observed_variance = image_mean, image_variance
-        if size > 1:
-            observed_mean = _over_groups(image_mean, size)
-            within = image_mean - _to_images(observed_mean, len(x), size)
-            observed_variance = _over_groups(image_variance + within.square(), size)
+        view = passes.rows(x, groups)
+        observed_mean, observed_variance = passes.observe(view)
         mean, variance = observed_mean, observed_variance
         if prior_mean is not None and prior_variance is not None:
             gain = _effective_gain(prior_variance, observed_variance, gain, settings)
@@ -114,7 +131,7 @@ class _KalmanNormalize(torch.autograd.Function):
         scale = (variance + settings.eps).rsqrt()
         scale = scale if weight is None else scale * weight
         shift = -scale * mean if bias is None else bias - scale * mean
-        y = passes.affine(view, _to_images(scale, len(x), size), _to_images(shift, len(x), size))
+        y = passes.affine(view, scale, shift)
         if mean is observed_mean:  # an autograd function must not return one tensor twice
             mean, variance = mean.clone(), variance.clone()
         # `.data`, because what follows may write in place into y, which autograd forbids for a view.
@@ -123,11 +140,11 @@ class _KalmanNormalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the activation and O(G·C) numbers, no more than batch normalization keeps."""
-        x, prior_mean, prior_variance, gain, weight, bias, settings = inputs
+        x, prior_mean, prior_variance, gain, weight, bias, settings, groups = inputs
         _, mean, variance, observed_mean, observed_variance = output
         ctx.mark_non_differentiable(observed_mean, observed_variance)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.has_bias = settings, bias is not None
+        ctx.settings, ctx.groups, ctx.has_bias = settings, groups, bias is not None
         ctx.save_for_backward(
             x, prior_mean, prior_variance, gain, weight, mean, variance, observed_mean, observed_variance
         )
@@ -141,13 +158,10 @@ class _KalmanNormalize(torch.autograd.Function):
         x, prior_mean, prior_variance, gain, weight, mean, variance, observed_mean, observed_variance = (
             ctx.saved_tensors
         )
-        size = min(ctx.settings.statistics_batch_size or len(x), len(x))
         if dy is None:
             dy = torch.zeros_like(x)
-        view, gradient = passes.rows(x), passes.rows(dy, like=x)
-        total, weighted = passes.weighted_sums(gradient, view, _to_images(mean, len(x), size))
-        images = images_per_group(len(x), size, mean)
-        total, weighted = _over_groups(total, size) * images, _over_groups(weighted, size) * images
+        view, gradient = passes.rows(x, ctx.groups), passes.rows(dy, ctx.groups, like=x)
+        total, weighted = passes.weighted_sums(gradient, view, mean)
         inverse = (variance + ctx.settings.eps).rsqrt()
         scale = inverse if weight is None else inverse * weight
         gm = -scale * total
@@ -169,15 +183,10 @@ class _KalmanNormalize(torch.autograd.Function):
             to_gain = gm * d + torch.where(gv == 0, gv, to_gain)  # 0 · ∞ where a variance overflows
             to_gain = to_gain.clamp(-_LARGEST, _LARGEST)  # infinities of both signs must not meet in the sum
             g_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain)).sum().to(gain.dtype)
-        count = images * view.positions
-        slope, offset = 2 * gs / count, (gx - 2 * gs * observed_mean) / count
-        coefficients = tuple(_to_images(c, len(x), size) for c in (scale, slope, offset))
-        dx = passes.affine_pair(gradient, view, coefficients)  # type: ignore[arg-type]
-        return passes.unrows(dx.to(x.dtype), x), g_prior_mean, g_prior_variance, g_gain, g_weight, g_bias, None
-
-
-def _to_images(values: Tensor, images: int, size: int) -> Tensor:
-    return values if size in (1, images) else spread_over_images(values, images, size)
+        count = view.positions
+        slope, offset = 2 / count * gs, (gx - 2 * gs * observed_mean) / count
+        dx = passes.unrows(passes.affine_pair(gradient, view, (scale, slope, offset)).to(x.dtype), x)
+        return dx, g_prior_mean, g_prior_variance, g_gain, g_weight, g_bias, None, None
 
 
 def _effective_gain(prior: Tensor, observed: Tensor, gain: Tensor, settings: FilterSettings) -> Tensor:

@@ -1,8 +1,8 @@
 """The passes over an activation that normalization needs, one vectorized pass each for any number of groups.
 
-Every pass works on one row of coefficients per image, (N, C), and runs on the CPU and on CUDA (not run on a GPU).
-Two memory layouts are served without a copy: channels first, as (N, C, L), and channels last, as (N, L/k, k·C):
-folding k neighbouring positions into one row makes the inner loop long even where a layer has few channels.
+Every pass works on one row of coefficients per statistics group, (G, C), and runs on the CPU and on CUDA (not run on a
+GPU). Two memory layouts are served without a copy: channels first, as (G, s, C, L), and channels last, as
+(G, s·L/k, k·C): folding k neighbouring positions into one row makes the inner loop long where a layer has few channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROW = 512  # values per row of the channels-last form: long enough to vectorize
 
 
 class Rows(NamedTuple):
-    """A view of an activation in which a reduction over one dimension gives per-image, per-channel sums."""
+    """A view of an activation in which a reduction gives the sums of each group and channel."""
 
     values: Tensor
     channels: int
@@ -24,20 +24,23 @@ class Rows(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Values per image and channel."""
-        return self.values.shape[2] if not self.fold else self.values.shape[1] * self.fold
+        """Values per group and channel."""
+        return self.values[0].numel() // self.channels
 
     def expand(self, coefficients: Tensor) -> Tensor:
-        """Lay (N, C) or (1, C) coefficients out so that they broadcast against the values."""
+        """Lay (G, C) coefficients out so that they broadcast against the values."""
         if not self.fold:
-            return coefficients.unsqueeze(2)
-        return (coefficients if self.fold == 1 else coefficients.repeat(1, self.fold)).unsqueeze(1)
+            return coefficients[:, None, :, None]
+        if self.fold == 1:
+            return coefficients.unsqueeze(1)
+        groups = len(coefficients)
+        return coefficients.unsqueeze(1).expand(-1, self.fold, -1).reshape(groups, 1, self.fold * self.channels)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over the positions: (N, C)."""
+        """Sum over the positions of each group: (G, C)."""
         wide = torch.promote_types(values.dtype, torch.float32)
         if not self.fold:
-            return values.sum(2, dtype=wide)
+            return values.sum(3, dtype=wide).sum(1)
         sums = values.sum(1, dtype=wide)
         return sums.view(len(sums), self.fold, self.channels).sum(1) if self.fold > 1 else sums
 
@@ -50,22 +53,22 @@ def _is_channels_last(x: Tensor) -> bool:
     return False
 
 
-def rows(x: Tensor, like: Tensor | None = None) -> Rows:
-    """View an activation (N, C, *spatial) as rows in the layout of `like` (default: its own).
+def rows(x: Tensor, groups: int, like: Tensor | None = None) -> Rows:
+    """View an activation (N, C, *spatial) as rows of equal groups, in the layout of `like` (default: its own).
 
     Copies only where its memory is in another layout.
     """
     like = x if like is None else like
-    images, channels = x.shape[:2]
+    channels = x.shape[1]
     if x.dim() == 2:
-        return Rows(x.unsqueeze(1), channels, 1)
+        return Rows(x.contiguous().view(groups, -1, channels), channels, 1)
     if not _is_channels_last(like):
-        return Rows(x.contiguous().view(images, channels, -1), channels, 0)
-    flat = x.movedim(1, -1).contiguous().view(images, -1, channels)
+        return Rows(x.contiguous().view(groups, len(x) // groups, channels, -1), channels, 0)
+    flat = x.movedim(1, -1).contiguous().view(groups, -1, channels)
     fold = 1
     while fold * channels < _ROW and flat.shape[1] % (2 * fold) == 0:
         fold *= 2
-    return Rows(flat.view(images, -1, fold * channels), channels, fold)
+    return Rows(flat.view(groups, -1, fold * channels), channels, fold)
 
 
 def unrows(values: Tensor, like: Tensor) -> Tensor:
@@ -76,8 +79,8 @@ def unrows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(len(like), *spatial, like.shape[1]).movedim(-1, 1)
 
 
-def image_moments(x: Rows) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each image and channel, (N, C), by two passes about the mean."""
+def observe(x: Rows) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each group and channel, (G, C), by two passes about the mean."""
     mean = x.total(x.values) / x.positions
     centred = x.values - x.expand(mean)
     return mean, x.total(centred.square_()) / x.positions
@@ -92,7 +95,7 @@ def affine(x: Rows, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def weighted_sums(gradient: Rows, x: Rows, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ dy and Σ dy (x - centre) of each image and channel, (N, C)."""
+    """Return Σ dy and Σ dy (x - centre) of each group and channel, (G, C)."""
     centred = x.values - x.expand(centre)
     return gradient.total(gradient.values), gradient.total(centred.mul_(gradient.values))
 

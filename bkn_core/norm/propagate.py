@@ -102,9 +102,9 @@ class _ReLU(torch.autograd.Function):
         variance = variance.clamp_min(_VARIANCE_FLOOR)
         deviation = variance.sqrt()
         a = mean / deviation
-        cdf, pdf = torch.special.ndtr(a), _pdf(a)
-        above, below = a * cdf + pdf, pdf - a * torch.special.ndtr(-a)
-        return deviation * above, (variance * (cdf - above * below)).clamp_min_(0)
+        cdf, pdf = _cdf(a), _pdf(a)
+        above, below = torch.addcmul(pdf, a, cdf), torch.addcmul(pdf, a, _cdf(-a), value=-1)
+        return deviation * above, (variance * torch.addcmul(cdf, above, below, value=-1)).clamp_min_(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -116,11 +116,16 @@ class _ReLU(torch.autograd.Function):
         floored = variance.clamp_min(_VARIANCE_FLOOR)
         deviation = floored.sqrt()
         a = mean / deviation
-        cdf, pdf = torch.special.ndtr(a), _pdf(a)
-        above = a * cdf + pdf
-        to_mean = grad_mean * cdf + 2 * grad_variance * deviation * above * torch.special.ndtr(-a)
-        to_variance = grad_mean * pdf / (2 * deviation) + grad_variance * (cdf - above * pdf)
+        cdf, pdf = _cdf(a), _pdf(a)
+        above = torch.addcmul(pdf, a, cdf)
+        to_mean = torch.addcmul(grad_mean * cdf, grad_variance * deviation, above * _cdf(-a), value=2)
+        to_variance = grad_variance * torch.addcmul(cdf, above, pdf, value=-1)
+        to_variance = torch.addcmul(to_variance, grad_mean, pdf / deviation, value=0.5)
         return to_mean, to_variance * (variance >= _VARIANCE_FLOOR)
+
+
+def _cdf(a: Tensor) -> Tensor:
+    return torch.erfc(a * -math.sqrt(0.5)) * 0.5
 
 
 def _pdf(a: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ def leaky_relu(message: Gaussian, slope: float | Tensor) -> Gaussian:
     """Moments of max(X, 0) + s min(X, 0) = s X + (1-s) max(X, 0), with cov(X, max(X, 0)) = v Φ(a)."""
     variance = message.variance.clamp_min(_VARIANCE_FLOOR)
     positive = relu(message)
-    shared = variance * torch.special.ndtr(message.mean / variance.sqrt())
+    shared = variance * _cdf(message.mean / variance.sqrt())
     rest = 1 - slope
     mean = slope * message.mean + rest * positive.mean
     return Gaussian(mean, slope * slope * variance + rest * rest * positive.variance + 2 * slope * rest * shared)
@@ -147,7 +152,7 @@ def clipped(message: Gaussian, low: float, high: float) -> Gaussian:
     deviation = variance.sqrt()
     lower, upper = low - mean, high - mean
     alpha, beta = lower / deviation, upper / deviation
-    below, above = torch.special.ndtr(alpha), torch.special.ndtr(-beta)
+    below, above = _cdf(alpha), _cdf(-beta)
     first = lower * below + upper * above + deviation * (_pdf(alpha) - _pdf(beta))
     second = lower.square() * below + upper.square() * above + variance * (1 - below - above)
     second = second + deviation * (lower * _pdf(alpha) - upper * _pdf(beta))

@@ -244,3 +244,12 @@ def test_what_was_written_reads_back(tmp_path: Path) -> None:
     assert load_weights(tmp_path / "last.safetensors").tensors["weight"].unique() == 3
     with np.load(tmp_path / "predictions.npz") as arrays:
         assert arrays["population_losses"].shape == (100_000,)
+
+
+def test_a_line_that_cannot_be_appended_names_its_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.record({"kind": "step", "step": 1})
+    for append, name in ((folder.log, "train.log"), (lambda text: folder.record({"text": text}), "metrics.jsonl")):
+        with file_size_limit(100), pytest.raises(OutputError, match=f"{name} could not be written.*File too large"):
+            append("x" * 1000)
+    assert [row["step"] for row in folder.records()] == [1], "a torn line does not count"

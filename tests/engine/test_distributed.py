@@ -1,0 +1,161 @@
+"""Several processes train as one does with the joint batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import CPU, STEPS, tiny
+from torch import Tensor, nn
+
+from bkn_core.engine.checkpoint import load_state
+from bkn_core.engine.distributed import World, join_world
+from bkn_core.engine.loop import train
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.training import Training
+from bkn_core.errors import DeviceError, RecipeError
+from bkn_core.recipe import BatchConfig
+
+# 36 images in passes of 8: the last pass of two processes has four images for the first and none for the second.
+WORDS = ("batch.per_device=8", "train.epochs=2", "log.every=1", "norm.gain_schedule=constant", "eval.batch_size=40")
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from tiny_runs import stop_at, tiny
+from bkn_core.engine.loop import train
+from bkn_core.errors import InterruptedRun
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[2])
+try:
+    train(tiny(*sys.argv[4:]), should_stop=stop_at(int(sys.argv[3])), **({"resume": folder} if folder.exists() else {"out": folder}))
+except InterruptedRun:
+    pass
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart(World):
+    """A process among others that exchanges nothing, so that one test can play all of them."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+
+def first_gradients(run: Training, epoch_step: int) -> dict[str, Tensor]:
+    """The gradients of one step of the first epoch, from the weights that all runs start with."""
+    found: dict[str, Tensor] = {}
+
+    def remember(*_: Any) -> None:
+        found.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+
+    run.optimizer.register_step_pre_hook(remember)
+    run.take_step(0, list(run.epoch(0))[epoch_step])
+    return found
+
+
+def torchrun(folder: Path, *words: str, stop: int = 999) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = folder.parent / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    arguments = [str(Path(__file__).parent), str(folder), str(stop), *WORDS, *words]
+    done = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["whole", "uneven"])
+@pytest.mark.parametrize("per_device", [2, 8])
+def test_gradients_of_all_processes_average_to_those_of_one(per_device: int, step: int) -> None:
+    words = (*WORDS, f"batch.per_device={per_device}")
+    parts = [first_gradients(Training(tiny(*words), Apart(CPU.device, rank, 2)), step) for rank in range(2)]
+    joint = first_gradients(Training(tiny(*WORDS, "batch.per_device=16"), CPU), step)
+    for name, expected in joint.items():
+        average = (parts[0][name] + parts[1][name]) / 2
+        torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_processes_start_alike_and_draw_apart() -> None:
+    runs = [Training(tiny("data.augment=crop_flip"), Apart(CPU.device, rank, 2)) for rank in range(2)]
+    first, second = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    seen = [torch.cat([part.images for passes in run.epoch(0) for part in passes]) for run in runs]
+    assert sum(len(images) for images in seen) == 36
+
+
+@pytest.mark.parametrize(
+    ("gradient", "statistics", "per_device", "processes", "expected"),
+    [(16, 2, 8, 1, 8), (16, 2, 8, 2, 8), (16, 2, 16, 2, 8), (128, 2, 128, 4, 32), (64, 1, 16, 4, 16), (8, 2, 2, 2, 2)],
+)
+def test_the_gradient_batch_stays_what_the_recipe_says(
+    gradient: int, statistics: int, per_device: int, processes: int, expected: int
+) -> None:
+    batch = BatchConfig(gradient=gradient, statistics=statistics, per_device=per_device)
+    assert World(CPU.device, 0, processes).images_per_pass(batch) == expected
+
+
+@pytest.mark.parametrize(("gradient", "statistics", "processes"), [(16, 2, 3), (2, 2, 2), (16, 8, 4), (4, 2, 8)])
+def test_a_gradient_batch_that_cannot_be_shared_is_refused(gradient: int, statistics: int, processes: int) -> None:
+    batch = BatchConfig(gradient=gradient, statistics=statistics)
+    with pytest.raises(RecipeError, match=rf"batch\.gradient is {gradient}, which {processes} processes cannot share"):
+        World(CPU.device, 0, processes).images_per_pass(batch)
+
+
+def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world("cpu") as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert world.any(True) and not world.any(False)
+        assert not torch.distributed.is_initialized()
+    with pytest.raises(DeviceError), join_world("cuda:99"):
+        pass
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
+    words = ("optim.lr=0.02", "train.ema=0.9")
+    torchrun(tmp_path / "two", *words)
+    train(tiny(*WORDS, *words, "batch.per_device=16"), out=tmp_path / "one")
+    two, one = (load_state(RunFolder(tmp_path / name).state) for name in ("two", "one"))
+    assert two["step"] == one["step"] == STEPS
+    for name, expected in one["model"].items():
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            continue  # the last pass has no images for the second process: its moving statistics are a step behind
+        torch.testing.assert_close(
+            two["model"][name], expected, rtol=2e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    rows, others = (RunFolder(tmp_path / name).records() for name in ("two", "one"))
+    for row, other in zip(rows, others, strict=True):
+        for key in ("loss", "train_loss"):
+            assert row.get(key) == pytest.approx(other.get(key), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(tmp_path: Path) -> None:
+    torchrun(tmp_path / "straight")
+    torchrun(tmp_path / "parts", stop=2)
+    assert load_state(RunFolder(tmp_path / "parts").state)["step"] == 2
+    torchrun(tmp_path / "parts")
+    parts, straight = (load_state(RunFolder(tmp_path / name).state) for name in ("parts", "straight"))
+    assert parts["step"] == straight["step"] == STEPS
+    for name, expected in straight["model"].items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(parts["model"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_ends_all(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="DivergedError"):
+        torchrun(tmp_path / "run", "optim.lr=1e30")
+    assert RunFolder(tmp_path / "run").summary()["status"] == "failed"

@@ -1,0 +1,150 @@
+"""The verb `evaluate` on run folders and checkpoint files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import stop_at, tiny
+
+import bkn_core as bkn
+from bkn_core.engine.batches import normalize
+from bkn_core.engine.checkpoint import load_weights, weights_path
+from bkn_core.engine.data import load_test_images
+from bkn_core.engine.run_folder import RunFolder, newest_run
+from bkn_core.errors import BknError, DeviceError, InputError, InterruptedRun, RecipeError
+
+# A run of few images asks for as few where it is measured.
+ALL = ("data.train_images=null", "data.test_images=null")
+
+
+@pytest.fixture
+def run(straight: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, because evaluating writes into it."""
+    return Path(shutil.copytree(straight, tmp_path / "run"))
+
+
+def write_images(path: Path, classes: list[str], images: int = 30) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{name}": values
+        for split in ("train", "test")
+        for name, values in {
+            "images": draw.integers(0, 256, (images, 9, 9), dtype=np.uint8),
+            "labels": np.arange(images) % len(classes),
+        }.items()
+    }
+    np.savez(path, **arrays, classes=np.array(classes))
+
+
+def test_a_run_is_measured_as_its_best_epoch_was(run: Path) -> None:
+    found = bkn.evaluate(run, device="cpu")
+    rows = [row for row in RunFolder.open(run).records() if row["kind"] == "epoch"]
+    best = max(rows, key=lambda row: row["population_top1"])
+    for kind in ("population", "batch"):
+        assert found.metrics[kind].top1 == best[f"{kind}_top1"]
+        assert found.metrics[kind].topk == {5: best[f"{kind}_top5"]}
+        assert found.metrics[kind].loss == pytest.approx(best[f"{kind}_loss"], rel=1e-6)
+    assert (found.target, found.provider, found.warnings) == (run, "PyTorch on cpu", ())
+    assert found.predictions == run / "predictions.npz"
+    with np.load(found.predictions) as arrays:
+        assert (arrays["population_predictions"] == arrays["labels"]).mean() == found.metrics["population"].top1
+
+
+def test_a_checkpoint_file_is_measured_and_its_predictions_lie_beside_it(run: Path) -> None:
+    path = run / "checkpoints" / "last.safetensors"
+    before = (run / "predictions.npz").read_bytes()
+    found = bkn.evaluate(path, stats="population", device="cpu", batch_size=7)
+    last = [row for row in RunFolder.open(run).records() if row["kind"] == "epoch"][-1]
+    assert found.metrics["population"].top1 == last["population_top1"]
+    assert found.predictions == run / "checkpoints" / "last.predictions.npz"
+    assert found.predictions.is_file() and (run / "predictions.npz").read_bytes() == before
+
+
+def test_measuring_agrees_with_the_model_that_load_run_gives(run: Path) -> None:
+    found = bkn.evaluate(run, stats="population", device="cpu").metrics["population"]
+    preprocess = load_weights(weights_path(run)).preprocess
+    images = load_test_images("digits", root="data", preprocess=preprocess, test_images=40)
+    with torch.no_grad():
+        logits = bkn.load_run(run)(normalize(images.batch(torch.arange(40))[0], preprocess))
+    assert logits.argmax(1).tolist() == found.predictions.tolist()
+
+
+@pytest.mark.parametrize("stats", ["population", "batch"])
+def test_only_the_kind_that_was_asked_for_is_measured(run: Path, stats: str) -> None:
+    assert list(bkn.evaluate(run, stats=stats, device="cpu").metrics) == [stats]
+
+
+def test_without_a_target_the_newest_finished_run_is_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no finished run"):
+        bkn.evaluate()
+    shutil.move(run, tmp_path / "runs" / "finished")
+    with pytest.raises(InterruptedRun):
+        bkn.train(tiny(), should_stop=stop_at(1))
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "summary.json").write_text("[1")
+    assert newest_run() == Path("runs/finished")
+    assert bkn.evaluate(stats="population", device="cpu").target == Path("runs/finished")
+
+
+def test_other_test_images_are_measured_where_their_classes_agree(run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "other.npz", list("0123456789"))
+    found = bkn.evaluate(run, device="cpu", overrides=["data.name=npz", f"data.root={tmp_path}/other.npz", *ALL])
+    assert found.metrics["population"].images == 30
+    fewer = bkn.evaluate(run, device="cpu", overrides=["data.test_images=20"])
+    assert fewer.metrics["population"].images == 20
+
+
+@pytest.mark.parametrize("classes", [list("012"), list("0123456798"), list("abcdefghij")])
+def test_images_of_other_classes_are_refused(run: Path, tmp_path: Path, classes: list[str]) -> None:
+    write_images(tmp_path / "other.npz", classes)
+    with pytest.raises(InputError, match=rf"have {len(classes)} classes .* the model 10"):
+        bkn.evaluate(run, device="cpu", overrides=["data.name=npz", f"data.root={tmp_path}/other.npz", *ALL])
+
+
+@pytest.mark.parametrize("name", ["ähre", "a b", "🐟 fish", "it's: [1]", '"quoted"', "#7"])
+def test_data_in_a_folder_of_any_name_is_found_again(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / f"{name}.npz", list("01"), images=10)
+    words = ["data.name=npz", "train.epochs=1", "data.train_images=4", "data.test_images=4"]
+    recipe = tiny(*words)
+    data = recipe.data.model_copy(update={"root": str(tmp_path / f"{name}.npz")})
+    bkn.train(recipe.model_copy(update={"data": data}), out=tmp_path / "run")
+    assert bkn.evaluate(tmp_path / "run", device="cpu").metrics["population"].images == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"stats": "moving"}, RecipeError, "stats is 'moving'"),
+        ({"batch_size": 0}, RecipeError, "batch_size is 0"),
+        ({"device": "cuda:77"}, DeviceError, "cuda:77"),
+        ({"device": "abacus"}, DeviceError, "abacus"),
+        ({"overrides": ["norm.kind=bn"]}, RecipeError, "norm.kind=bn"),
+        ({"overrides": ["data.nonsense=1"]}, RecipeError, "nonsense"),
+        ({"overrides": ["data.name=npz", "data.root=nowhere.npz"]}, InputError, "nowhere"),
+        ({"overrides": ["data.test_images=9999"]}, RecipeError, "9999"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_said(
+    run: Path, arguments: dict[str, object], error: type[BknError], match: str
+) -> None:
+    before = (run / "predictions.npz").read_bytes()
+    with pytest.raises(error, match=match):
+        bkn.evaluate(run, **arguments)
+    assert (run / "predictions.npz").read_bytes() == before
+
+
+def test_a_target_that_is_missing_or_damaged_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        bkn.evaluate(tmp_path / "nowhere")
+    path = run / "checkpoints" / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match=r"best\.safetensors is damaged"):
+        bkn.evaluate(run)
