@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bkn_cli.options import NO_VALUE, Json, Verbose
+from bkn_cli.render import Reporter
 from bkn_cli.reporting import reporting
 
 
@@ -68,8 +69,10 @@ def export(
             f"agrees with the unfolded model on {result.images} images: largest difference {result.max_abs:.2e}, "
             f"top-1 {100 * result.top1_agreement:.1f} % ({result.provider})"
         )
-        for size, times in (result.latency or {}).items():
-            reporter.text(f"latency, {size}: " + ", ".join(f"{name} {value:.2f} ms" for name, value in times.items()))
+        if result.stats != stats:
+            reporter.warn("no layer of this model can observe single images; it normalizes as in training")
+        if result.latency is not None:
+            _show_latency(reporter, result.latency)
         reporter.say(f"next: bkn eval {shlex.quote(str(result.path))}")
         facts = {
             "path": str(result.path),
@@ -86,3 +89,12 @@ def export(
             "latency": result.latency,
         }
         reporter.finish(facts, {"onnx": str(result.path)})
+
+
+def _show_latency(reporter: Reporter, latency: dict[str, Any]) -> None:
+    for name, times in latency.items():
+        if name.startswith("batch_"):
+            reporter.text(
+                f"latency at batch {name.removeprefix('batch_')}: median {times['p50_ms']:.2f} ms, "
+                f"90th percentile {times['p90_ms']:.2f} ms over {latency['runs']} runs ({latency['provider']})"
+            )

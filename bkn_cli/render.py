@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from typing import Any, Literal, NoReturn
 
@@ -80,10 +81,10 @@ class Reporter:
         return self.signal is not None
 
     def load_library(self) -> None:
-        """Import the library, which takes seconds."""
+        """Import the library, which takes seconds; one process of several stops only together with the others."""
         import bkn_core  # noqa: F401
 
-        self.phase = "free"
+        self.phase = "stepping" if "WORLD_SIZE" in os.environ else "free"
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:

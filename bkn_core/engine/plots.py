@@ -9,6 +9,9 @@ from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import RecipeError
 
 
+_COLORS = {"population": "tab:blue", "batch": "tab:orange"}
+
+
 def plot_curves(folder: RunFolder) -> None:
     """Draw loss, top-1 and gain over the steps into plots/curves.png.
 
@@ -23,14 +26,15 @@ def plot_curves(folder: RunFolder) -> None:
     has_gain = any(row.get("gain") is not None for row in steps)
     figure = Figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
     axes = figure.subplots(1, 3 if has_gain else 2)
-    _line(axes[0], steps, "loss", "training loss", alpha=0.5)
-    for kind in ("population", "batch"):
-        _line(axes[0], epochs, f"{kind}_loss", f"test loss, {kind} statistics", marker="o")
-        _line(axes[1], epochs, f"{kind}_top1", f"test, {kind} statistics", marker="o", factor=100)
+    _line(axes[0], steps, "loss", "training loss", color="tab:gray")
+    for kind, color in _COLORS.items():
+        style: dict[str, Any] = {"marker": "o", "color": color}
+        _line(axes[0], epochs, f"{kind}_loss", f"test loss, {kind} statistics", **style)
+        _line(axes[1], epochs, f"{kind}_top1", f"test, {kind} statistics", factor=100, **style)
     axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
     axes[1].set(xlabel="step", ylabel="top-1 in %", title="Accuracy")
     if has_gain:
-        _line(axes[2], steps, "gain", "mean Kalman gain")
+        _line(axes[2], steps, "gain", "mean Kalman gain", color="tab:green")
         axes[2].set(xlabel="step", ylabel="gain q", title="Weight of the observation", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3)

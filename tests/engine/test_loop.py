@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def test_a_run_in_parts_equals_the_run_that_never_stopped(
     assert_same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("words", [ADAM, ("norm.kind=bn",), ("norm.kind=brn", "optim.schedule=multistep")], ids=str)
+@pytest.mark.parametrize("words", [ADAM, ("norm.kind=brn", "optim.schedule=multistep")], ids=str)
 def test_other_recipes_resume_to_the_same_bits(tmp_path: Path, words: tuple[str, ...]) -> None:
-    train(tiny(*words), out=tmp_path / "straight")
-    train_in_parts(tiny(*words), tmp_path / "parts", (1, 4))
+    recipe = tiny(*words, "train.epochs=1")
+    train(recipe, out=tmp_path / "straight")
+    train_in_parts(recipe, tmp_path / "parts", (1, 2))
     assert_same_run(tmp_path / "parts", tmp_path / "straight")
 
 
@@ -66,6 +68,7 @@ def test_a_network_with_dropout_resumes_to_the_same_bits(tmp_path: Path) -> None
     assert_same_run(tmp_path / "parts", tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_stopping_at_every_chance_ends_at_the_same_bits(tmp_path: Path) -> None:
     """Each evaluation is let through, because one that always stops never ends."""
     words = ("eval.batch_size=40",)
@@ -75,7 +78,7 @@ def test_stopping_at_every_chance_ends_at_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(straight: Path, tmp_path: Path) -> None:
-    train_in_parts(tiny(*FULL), tmp_path / "run", (2,))
+    shutil.copytree(straight, tmp_path / "run")
     again = train(tiny(*FULL), resume=tmp_path / "run")
     assert again.steps == STEPS and set(again.metrics) == {"population", "batch"}
     assert_same_run(tmp_path / "run", straight)
@@ -133,7 +136,7 @@ def test_logged_losses_average_to_the_loss_of_the_epoch(tmp_path: Path) -> None:
 
 def test_folders_are_numbered_where_their_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = tiny("train.epochs=1", "train.seed=5")
+    recipe = tiny("train.epochs=1", "train.seed=5", "data.train_images=8")
     runs = [train(recipe).run for _ in range(3)]
     name = "digits_micro-bkn-g16-s2-seed5"
     assert runs == [Path("runs") / f"{name}{number}" for number in ("", "-2", "-3")]
@@ -151,7 +154,7 @@ def test_a_named_folder_that_holds_a_run_is_left_alone(tmp_path: Path, straight:
 
 
 def test_two_runs_in_threads_do_not_hear_each_other(tmp_path: Path) -> None:
-    words = [("train.seed=1", "train.ema=0.9"), ("train.seed=2", "norm.kind=bn")]
+    words = [("train.epochs=1", "train.seed=1", "train.ema=0.9"), ("train.epochs=1", "train.seed=2", "norm.kind=bn")]
     for i, recipe in enumerate(tiny(*w) for w in words):
         train(recipe, out=tmp_path / f"alone{i}")
     faults: list[BaseException] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bkn_core.engine.training import Training
 from bkn_core.errors import BknError, DivergedError, InputError, InterruptedRun, OutputError
 
 # A run of two steps writes some fifteen files.
-WRITES = [n if n in (2, 6, 9, 11, 13) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20)]
+WRITES = [n if n in (2, 6, 9, 11) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20)]
 
 
 @pytest.mark.parametrize("word", ["optim.lr=0.2", "batch.statistics=1", "train.ema=0.5", "optim.name=adamw"])
@@ -79,7 +80,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: p
 def test_a_run_that_skips_says_so_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverge_at(2, monkeypatch)
     events: list[Event] = []
-    recipe = tiny("train.nonfinite=skip")
+    recipe = tiny("train.nonfinite=skip", "train.epochs=1")
     train(recipe, out=tmp_path / "straight", on_event=events.append)
     assert [e.text for e in events if isinstance(e, Notice)] == [
         "step 2 (epoch 1): the output of layer features.3 is not finite; the step is skipped"
@@ -133,8 +134,7 @@ def test_an_epoch_that_was_recorded_but_not_saved_is_recorded_once(
 
 
 def test_a_torn_last_line_of_the_metrics_is_written_again(straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedRun):
-        train(tiny(*FULL), out=tmp_path / "run", should_stop=stop_at(2))
+    shutil.copytree(straight, tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "step", "st')
     train(tiny(*FULL), resume=tmp_path / "run")

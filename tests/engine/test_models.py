@@ -11,7 +11,7 @@ from tiny_runs import tiny
 from torch import nn
 from torch.nn import functional as F
 
-from bkn_core.engine.build import build_model
+from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.models import (
     CifarResNet,
     build_network,
@@ -164,8 +164,6 @@ def test_pretrained_weights_are_kept_but_for_a_head_of_other_classes(
 
 
 def test_building_converts_every_norm_layer_and_measures_the_input() -> None:
-    from bkn_core.engine.build import load_splits
-
     recipe = tiny("model.name=cifar_resnet8")
     splits = load_splits(recipe)
     model = build_model(recipe, splits.preprocess, 10, images=splits.train)
@@ -180,8 +178,6 @@ def test_building_converts_every_norm_layer_and_measures_the_input() -> None:
 
 
 def test_a_model_without_images_has_room_for_what_was_measured_with_them() -> None:
-    from bkn_core.engine.build import load_splits
-
     recipe = tiny()
     splits = load_splits(recipe)
     with_images = build_model(recipe, splits.preprocess, 10, images=splits.train)

@@ -80,8 +80,7 @@ def test_a_step_takes_the_gradient_of_the_mean_over_all_its_passes() -> None:
     assert_close(gradients(run), {name: p.grad for name, p in net.named_parameters()})
 
 
-@pytest.mark.parametrize("kind", ["bkn", "bn"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("kind", "size"), [("bkn", 2), ("bkn", 4), ("bn", 2)])
 def test_small_passes_have_the_gradient_of_one_large_pass(kind: str, size: int) -> None:
     """The statistics groups are the same, so only the order of additions differs."""
     words = [f"norm.kind={kind}", "batch.statistics=2"]
@@ -121,7 +120,7 @@ def test_the_average_follows_the_weights_and_copies_the_statistics() -> None:
     assert run.evaluated is not run.model
 
 
-@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "data.augment=crop_flip"], ["train.deterministic=true"]])
+@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "data.augment=crop_flip", "train.deterministic=true"]])
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(words: list[str]) -> None:
     runs = [training(*words, f"train.seed={seed}") for seed in (1, 1, 2)]
     for run in runs:
@@ -183,7 +182,7 @@ POISONS: dict[str, Callable[[Training], None]] = {
 
 
 @pytest.mark.parametrize("where", POISONS)
-@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "norm.innovation=true"], ["norm.learn_gain=false"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["train.ema=0.9", "norm.innovation=true"]], ids=str)
 def test_what_is_not_finite_stops_the_run_named_with_its_step(words: list[str], where: str) -> None:
     run = training(*words)
     run.take_step(0, first_step(run))
@@ -232,7 +231,7 @@ def test_a_skipped_step_changes_nothing_and_the_next_is_taken() -> None:
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
-    run = training("train.nonfinite=skip", "train.epochs=9")
+    run = training("train.nonfinite=skip", "train.epochs=9", "data.train_images=4")
     poison_output(run)
     passes = first_step(run)
     for _ in range(10):
