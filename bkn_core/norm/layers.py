@@ -24,14 +24,14 @@ from bkn_core.norm.kalman import (
     log_innovation,
     moments,
     normalize,
-    predict,
     spread_over_images,
     unbiased,
     update,
 )
 
 Statistics = Literal["batch", "population"]
-INNOVATION_MOMENTUM = 0.02
+INNOVATION_MOMENTUM = 0.06
+INNOVATION_SHARE = 1 / 3  # of the log ratio; the whole of it is worse (docs/method.md)
 INNOVATION_LIMIT = 2.0
 GUARD_LIMIT = 100.0
 
@@ -50,14 +50,13 @@ class BatchKalmanNorm(_BatchNorm):
         momentum: weight α of the newest posterior in the moving statistics; None is the cumulative average.
         affine: whether γ and β are learned.
         track_running_stats: whether moving statistics are kept.
-        device: where the parameters live.
-        dtype: their type.
+        device, dtype: of the parameters.
         bias: whether an affine layer has β.
         statistics_batch_size: images per group; None is the whole batch.
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
-        innovation: multiply v' by the moving average of observed over predicted variance.
+        innovation: multiply v' by a moving average of observed over predicted variance, to the power of 1/3.
         previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
         covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
         guarded: drop a prior whose variance is 100 times the observed one.
@@ -144,11 +143,6 @@ class BatchKalmanNorm(_BatchNorm):
             return self.statistics[0] == "batch"
         return self.training or self.running_mean is None
 
-    def predict(self, previous: Gaussian, noise: Tensor) -> Gaussian:
-        """Predict this layer's statistics through its learned transition A and the shared noise r."""
-        assert self.transition is not None
-        return predict(previous, self.transition.to(previous.mean.dtype), noise)
-
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
         mean, variance = prior
@@ -231,9 +225,9 @@ class BatchKalmanNorm(_BatchNorm):
         if self.on_posterior is not None:
             return self.on_posterior(Gaussian(mean, variance), share, len(x))
         if self.innovation is not None and prior is not None:
-            ratio = log_innovation(diagonal(prior), observed, share, self.eps)
-            ratio = ratio.clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(self.innovation.dtype)
-            self.innovation.lerp_(ratio, INNOVATION_MOMENTUM)
+            ratio = self.innovation + log_innovation(diagonal(prior), observed, share, self.eps)
+            target = (INNOVATION_SHARE * ratio).clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT)
+            self.innovation.lerp_(target.to(self.innovation.dtype), INNOVATION_MOMENTUM)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
 from bkn_core.norm.handing import is_recomputation
-from bkn_core.norm.kalman import Gaussian, diagonal
+from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.program import Wiring
@@ -128,8 +128,8 @@ class _Relay:
         with _no_autocast(layer):
             value = self.post.evaluation.line(number)
             if self.post.messenger.transition == "learned":
-                assert self.post.noise is not None
-                value = layer.predict(value, self.post.noise)
+                assert self.post.noise is not None and layer.transition is not None
+                value = predict(value, layer.transition.to(value.mean.dtype), self.post.noise)
             return layer.refine(value)
 
     def publish(self, posterior: Gaussian) -> None:

@@ -69,8 +69,9 @@ def storm(folder: Path, kills: list[int | float]) -> list[int]:
     return deaths
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_the_one_that_never_was(tmp_path: Path) -> None:
-    """Before the state of step 1 has its name, at some moment (if it is not done by then), and before the weights have."""
+    """Before the state of step 1 has its name, at some moment if it still runs, before the weights have theirs."""
     first, _, last = storm(tmp_path / "run", [14, 0.5, 14])
     assert (first, last) == (-9, -9)
     assert_sound_but_for_litter(tmp_path / "run")

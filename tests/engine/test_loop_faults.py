@@ -128,6 +128,7 @@ def test_an_epoch_that_was_recorded_but_not_saved_is_recorded_once(
     monkeypatch.setattr(records, "save_predictions", lambda *_: (_ for _ in ()).throw(OutputError("full")))
     with pytest.raises(OutputError):
         train(tiny(*FULL), out=tmp_path / "run")
+    assert any(row["kind"] == "epoch" for row in RunFolder.open(tmp_path / "run").records())
     monkeypatch.undo()
     train(tiny(*FULL), resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", straight)
