@@ -109,7 +109,8 @@ def test_digits_are_enlarged_unless_told_otherwise() -> None:
 
 def test_automatic_gain_and_evaluation_follow_the_statistics_batch_size() -> None:
     single = load_recipe(None, ["batch.statistics=1"])
-    assert (single.resolved_gain, single.eval_stats) == (0.02, "batch")
+    assert (single.resolved_gain, single.eval_stats) == (0.1, "batch")
+    assert load_recipe(None, ["batch.statistics=1", "norm.gain_schedule=constant"]).resolved_gain == 0.02
     assert (load_recipe().resolved_gain, load_recipe().eval_stats) == (0.1, "population")
     told = load_recipe(None, ["batch.statistics=1", "norm.gain=0.3", "eval.stats=both"])
     assert (told.resolved_gain, told.eval_stats) == (0.3, "both")
@@ -181,7 +182,7 @@ def test_fault_names_place_key_value_and_what_is_allowed(write: Any, text: str, 
     [
         (["norm.gain=1"], "norm.gain is 1.0; norm.learn_gain true needs a number below 1"),
         (["optim.momentum=0"], "optim.momentum is 0.0; optim.nesterov true needs a number above 0"),
-        (["batch.statistics=3"], "batch.gradient is 32; give a multiple of batch.statistics (3)"),
+        (["batch.statistics=3"], "batch.gradient is 128; give a multiple of batch.statistics (3)"),
         (["batch.per_device=12"], "batch.per_device is 12; give a multiple of batch.statistics (2) that divides"),
     ],
 )

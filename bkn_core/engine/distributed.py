@@ -1,7 +1,7 @@
 """Training with several processes, as torchrun starts them: one model replica each, gradients averaged.
 
-Statistics groups never cross a process, so nothing but gradients is exchanged in a step. Checked with gloo on the CPU;
-not run on several GPUs.
+Statistics groups never cross a process, so nothing but gradients, the loss and innovations is exchanged in a step.
+Checked with gloo on the CPU; not run on several GPUs.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class World:
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
-    def average_(self, model: nn.Module) -> None:
-        """Average, in place, the floating-point buffers (moving statistics, innovations) over the processes."""
-        if self.size == 1:
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Average tensors in place over the processes, in one exchange."""
+        if self.size == 1 or not tensors:
             return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer.div_(self.size)
+        joint = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(joint)
+        for tensor, mean in zip(tensors, joint.div_(self.size).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over the processes."""

@@ -8,7 +8,6 @@ from bkn_core.engine.files import replacing
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import RecipeError
 
-
 _COLORS = {"population": "tab:blue", "batch": "tab:orange"}
 
 

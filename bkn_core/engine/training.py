@@ -76,6 +76,8 @@ class Training:
             self.model.compile()
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
+        layers = [m for m in self.model.modules() if isinstance(m, BatchKalmanNorm)]
+        self.innovations = [layer.innovation for layer in layers if layer.innovation is not None]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint
@@ -128,6 +130,7 @@ class Training:
         self.snapshot.take()
         images = sum(self.plan.joint_images(part.index) for part in passes)
         loss = self._backward(epoch, passes, images)
+        self.world.average_(self.innovations)  # the priors of the next step scale with them
         if self.recipe.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
@@ -202,7 +205,8 @@ class Training:
             DivergedError: the last update made a parameter infinite.
         """
         self._check_weights()
-        self.world.average_(nn.ModuleList([self.model, self.evaluated]))
+        buffers = nn.ModuleList([self.model, self.evaluated]).buffers()
+        self.world.average_([b for b in buffers if b.is_floating_point()])
         return {
             kind: measure_model(
                 self.evaluated,

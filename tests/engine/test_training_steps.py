@@ -82,8 +82,8 @@ def test_a_step_takes_the_gradient_of_the_mean_over_all_its_passes() -> None:
 
 @pytest.mark.parametrize(("kind", "size"), [("bkn", 2), ("bkn", 4), ("bn", 2)])
 def test_small_passes_have_the_gradient_of_one_large_pass(kind: str, size: int) -> None:
-    """The statistics groups are the same, so only the order of additions differs."""
-    words = [f"norm.kind={kind}", "batch.statistics=2"]
+    """The groups are the same, so only the order of additions differs; an innovation would move between passes."""
+    words = [f"norm.kind={kind}", "batch.statistics=2", "norm.innovation=false"]
     small, large = (training(*words, f"batch.per_device={n}") for n in (size, 16))
     assert len(first_step(small)) == 16 // size and len(first_step(large)) == 1
     assert_close(gradients(small), gradients(large))

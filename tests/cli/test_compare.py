@@ -1,0 +1,73 @@
+"""`bkn compare`: the matrix it asks for, its table, its JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import TINY, call
+
+import bkn_core
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the library was asked for; it answers with an error."""
+    seen: list[Any] = []
+
+    def compare(*positional: Any, on_event: Any, should_stop: Any, **options: Any) -> None:
+        seen.extend([*positional, options])
+        raise bkn_core.errors.InputError("enough")
+
+    monkeypatch.setattr(bkn_core, "compare", compare)
+    return seen
+
+
+def test_what_is_not_asked_for_is_left_to_the_library(asked: list[Any]) -> None:
+    assert call("compare").exit_code == 3
+    assert asked == [None, [], {"out": None}]
+
+
+def test_lists_and_numbers_are_read(asked: list[Any]) -> None:
+    call("compare", "digits_micro", "--norms", "bn, gn", "--statistics-batch-sizes", "2,16", "--seeds", "3", *TINY[:1])
+    assert asked == [
+        "digits_micro",
+        ["train.epochs=1"],
+        {"norms": ["bn", "gn"], "statistics_batch_sizes": [2, 16], "seeds": 3, "out": None},
+    ]
+
+
+def test_folders_are_finished_runs(asked: list[Any], run: Path) -> None:
+    call("compare", str(run), str(run))
+    assert asked[0] == [run, run]
+
+
+def test_a_matrix_ends_in_a_table_without_a_spread_of_one_seed(inside: Path) -> None:
+    result = call("compare", *TINY, "--norms", "bkn", "--statistics-batch-sizes", "2", "--out", "out")
+    assert result.exit_code == 0
+    assert "bkn" in result.stdout
+    assert "nan" not in result.stdout
+    assert "run 1 of 1: bkn, s = 2, seed 0" in result.stderr
+    assert (inside / "out" / "compare.json").is_file()
+    again = call("compare", *TINY, "--norms", "bkn", "--statistics-batch-sizes", "2", "--out", "out", "--json")
+    document = json.loads(again.stdout)
+    assert "already there" in again.stderr
+    assert [cell["norm"] for cell in document["result"]["cells"]] == ["bkn"]
+    assert document["result"]["summary"][0]["top1"]["population"]["sd"] is None
+
+
+def test_finished_runs_are_set_side_by_side(run: Path, inside: Path) -> None:
+    document = json.loads(call("compare", str(run), "--json").stdout)
+    cell = document["result"]["cells"][0]
+    assert (cell["norm"], cell["gradient"], cell["statistics"], cell["seed"]) == ("bkn", 16, 2, 0)
+    assert Path(document["artifacts"]["table"]).is_file()
+
+
+def test_runs_that_all_diverge_are_an_error(inside: Path) -> None:
+    words = (*TINY, "optim.lr=1e30", "--norms", "bn", "--statistics-batch-sizes", "2", "--json")
+    result = call("compare", *words)
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"]) == (6, "diverged")
+    assert "none of 1 runs finished" in error["message"]

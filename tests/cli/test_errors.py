@@ -1,0 +1,97 @@
+"""What goes wrong: each with its exit code, the name of the culprit, no traceback, one JSON object."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import TINY, call
+
+import bkn_core
+
+Refuse = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words", "named"),
+    [
+        (2, ("train", "nosuch"), "'nosuch'"),
+        (2, ("train", "norm.knid=bn"), "norm.knid"),
+        (2, ("train", "optim.lr=nan"), "optim.lr"),
+        (2, ("train", "digits_micro", "cifar10_smoke"), "'cifar10_smoke'"),
+        (2, ("train", "model.name=resnet1", *TINY), "'resnet1'"),
+        (2, ("train", "--resume", "x", "optim.lr=1"), "'optim.lr=1'"),
+        (2, ("train", "--resume", "x", "--out", "y"), "'--out y'"),
+        (2, ("eval", "a", "b"), "'b'"),
+        (2, ("compare", "--norms", "nosuch"), "nosuch"),
+        (2, ("compare", "--statistics-batch-sizes", "2,x"), "'2,x'"),
+        (2, ("compare", "runs/a", "runs/b", "--seeds", "2"), "--seeds"),
+        (2, ("export", "model.txt"), "model.txt"),
+        (3, ("train", "nosuch.yaml"), "nosuch.yaml"),
+        (3, ("train", "data.name=imagefolder", "data.root=nosuch"), "nosuch"),
+        (3, ("train", "--resume", "nosuch"), "nosuch"),
+        (3, ("eval",), "runs/"),
+        (3, ("eval", "nosuch"), "nosuch"),
+        (3, ("eval", "nosuch.onnx"), "nosuch.onnx"),
+        (3, ("compare", "runs/a", "runs/b"), "runs/a"),
+        (3, ("export", "model.onnx"), "runs/"),
+        (3, ("export", "model.onnx", "--run", "nosuch"), "nosuch"),
+    ],
+)
+def test_the_culprit_is_named(refuse: Refuse, exit_code: int, words: tuple[str, ...], named: str) -> None:
+    assert named in refuse(exit_code, *words)["message"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_missing_device_is_exit_code_five(refuse: Refuse, run: Path, verb: str) -> None:
+    target = TINY if verb == "train" else (str(run),)
+    assert "cuda" in refuse(5, verb, *target, "--device", "cuda")["message"]
+
+
+def test_a_run_is_not_overwritten(refuse: Refuse, run: Path) -> None:
+    assert "--resume" in refuse(3, "train", *TINY, "--out", str(run))["hint"]
+
+
+@pytest.mark.parametrize("verb", ["eval", "export"])
+def test_a_flipped_bit_is_found(refuse: Refuse, run: Path, inside: Path, verb: str) -> None:
+    shutil.copytree(run, "run")
+    weights = Path("run/checkpoints/best.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    words = ("eval", "run") if verb == "eval" else ("export", "model.onnx", "--run", "run")
+    assert "best.safetensors" in refuse(3, *words)["message"]
+    assert not Path("model.onnx").exists()
+
+
+def test_a_damaged_state_is_not_resumed(refuse: Refuse, run: Path, inside: Path) -> None:
+    shutil.copytree(run, "run")
+    Path("run/checkpoints/last.state.pt").write_bytes(b"nonsense")
+    assert "last.state.pt" in refuse(3, "train", "--resume", "run")["message"]
+
+
+def test_an_onnx_file_cut_short_is_refused(refuse: Refuse) -> None:
+    Path("cut.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    assert "cut.onnx" in refuse(3, "eval", "cut.onnx")["message"]
+
+
+def test_a_folder_in_the_place_of_the_output_is_refused(refuse: Refuse, run: Path) -> None:
+    Path("model.onnx").mkdir()
+    assert "model.onnx" in refuse(1, "export", "model.onnx", "--run", str(run))["message"]
+
+
+def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*positional: Any, **options: Any) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(bkn_core, "evaluate", evaluate)
+    short, long = call("eval"), call("eval", "--verbose")
+    assert (short.exit_code, long.exit_code) == (1, 1)
+    assert "ZeroDivisionError: oh" in short.stderr
+    assert "Traceback" not in short.stderr
+    assert "Traceback" in long.stderr

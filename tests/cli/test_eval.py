@@ -1,0 +1,59 @@
+"""`bkn eval`: targets, kinds of statistics, its JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import call
+
+import bkn_core
+
+
+def test_a_run_measures_as_its_training_did(answer: dict[str, Any], run: Path) -> None:
+    result = json.loads(call("eval", str(run), "--json").stdout)["result"]
+    for name in ("top1", "loss", "images"):
+        assert result[name] == pytest.approx(answer["result"][name])
+
+
+def test_both_kinds_of_statistics_have_their_own_measures(run: Path) -> None:
+    result = json.loads(call("eval", str(run), "--stats", "both", "--json").stdout)["result"]
+    assert {"top1", "loss"} <= result["population"].keys() & result["batch"].keys()
+    assert result["top1"] == result["population"]["top1"]
+
+
+def test_a_checkpoint_measures_as_its_run(run: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copy(run / "checkpoints" / "best.safetensors", tmp_path / "some.safetensors")
+    ours, theirs = (json.loads(call("eval", str(t), "--json").stdout)["result"] for t in (checkpoint, run))
+    assert ours["loss"] == theirs["loss"]
+
+
+def test_the_newest_finished_run_is_the_default(run: Path, inside: Path) -> None:
+    for name, age in (("new", 0), ("old", 1000)):
+        shutil.copytree(run, inside / "runs" / name)
+        summary = inside / "runs" / name / "summary.json"
+        os.utime(summary, (summary.stat().st_mtime - age,) * 2)
+    result = call("eval")
+    assert result.exit_code == 0
+    assert "runs/new (PyTorch on" in result.stdout
+    assert "runs/new/predictions.npz" in result.stderr
+
+
+def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def evaluate(*target: Any, **options: Any) -> None:
+        seen.extend([*target, options])
+        raise bkn_core.errors.InputError("enough")
+
+    monkeypatch.setattr(bkn_core, "evaluate", evaluate)
+    result = call("eval", "m.onnx", "data.root=x=y.zip", "--stats", "batch", "--batch-size", "7", "--device", "cpu")
+    assert result.exit_code == 3
+    assert seen == [
+        "m.onnx",
+        {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"]},
+    ]

@@ -1,0 +1,140 @@
+"""Ctrl-C and SIGTERM: exit codes, and checkpoints that go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import TINY, call
+
+import bkn_core
+from bkn_cli.progress import TrainingProgress
+
+PROGRAM = "from bkn_cli.app import app; app()"
+LONG = (*TINY[1:], "train.epochs=100000")
+
+
+def state(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(run / "checkpoints" / "last.state.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_step_saves_it_and_the_run_goes_on(
+    number: signal.Signals, code: int, run: Path, inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepped(self: TrainingProgress, event: Any) -> None:
+        if event.step == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as context:
+        context.setattr(TrainingProgress, "_stepped", stepped)
+        result = call("train", *TINY, "--out", "run", "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["code"], error["exit"]) == (code, "interrupted", code)
+    assert state(Path("run"))["step"] == 2
+    assert "bkn train --resume run" in error["hint"]
+    assert call("train", "--resume", "run").exit_code == 0
+    ours, straight = (state(path)["model"] for path in (Path("run"), run))
+    assert all(torch.equal(ours[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_steps_ends_at_once(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*positional: Any, **options: Any) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(bkn_core, "evaluate", evaluate)
+    result = call("eval", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["error"]["exit"]) == (code, code)
+
+
+def test_the_second_ctrl_c_does_not_wait_for_the_step(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stepped(self: TrainingProgress, event: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "_stepped", stepped)
+    result = call("train", *TINY, "--out", "run")
+    assert result.exit_code == 130
+    assert "stopped at once" in result.stderr
+    assert not Path("run/checkpoints").exists()
+
+
+def test_handlers_are_as_before_afterwards(run: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    call("eval", str(run))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def stop_after_an_epoch(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send a signal once an epoch is reported, and return standard output."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch"):
+            process.send_signal(number)
+            break
+    return process.communicate(timeout=60)[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_ends_with_one_json_object_and_a_checkpoint(inside: Path, number: signal.Signals, code: int) -> None:
+    process = start("train", *LONG, "--out", "run", "--json")
+    error = json.loads(stop_after_an_epoch(process, number))["error"]
+    assert (process.returncode, error["exit"]) == (code, code)
+    assert f"stopped after step {state(Path('run'))['step']} of" in error["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_two_processes_stop_at_the_same_step(inside: Path, number: signal.Signals, code: int) -> None:
+    process = start("train", *LONG, "--out", "run", "--nproc", "2", "--json")
+    error = json.loads(stop_after_an_epoch(process, number))["error"]
+    assert (process.returncode, error["exit"]) == (code, code)
+    assert f"stopped after step {state(Path('run'))['step']} of" in error["message"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_speak_once(inside: Path) -> None:
+    process = start("train", *TINY, "--out", "run", "--nproc", "2", "--json")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert json.loads(output)["result"]["run"] == "run"
+    assert errors.count("run folder: run") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once(inside: Path) -> None:
+    process = start("train", "nosuch", "--nproc", "2", "--json")
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, json.loads(output)["error"]["exit"]) == (2, 2)
+    assert errors.count("error:") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_with_an_error(inside: Path) -> None:
+    process = start("train", *LONG, "--out", "run", "--nproc", "2", "--json")
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("epoch"))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert json.loads(output)["error"]["message"] == "process 1 was ended by signal 9"
+    assert state(Path("run"))["step"] > 0

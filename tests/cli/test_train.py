@@ -1,0 +1,93 @@
+"""`bkn train`: words on screen, the values it hands on, its JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import TINY, call
+
+import bkn_core
+
+
+def test_json_is_one_object_with_the_promised_facts(answer: dict[str, Any], run: Path) -> None:
+    assert (answer["schema"], answer["ok"], answer["warnings"]) == ("bkn.train/1", True, [])
+    result = answer["result"]
+    assert result["run"] == str(run)
+    assert result["steps"] == 4
+    assert 0 <= result["top1"] <= 1
+    assert result["loss"] > 0
+    assert result["seconds"] > 0
+    assert result["images_per_second"] == pytest.approx(64 / result["seconds"])
+    assert answer["versions"]["bkn"] == "0.1.0"
+
+
+def test_every_artifact_exists(answer: dict[str, Any]) -> None:
+    assert set(answer["artifacts"]) == {"weights", "metrics", "predictions"}
+    assert all(Path(path).is_file() for path in answer["artifacts"].values())
+
+
+def test_paths_with_brackets_stay_whole_on_one_line(trained: tuple[Path, Any]) -> None:
+    folder, result = trained
+    assert f"run folder: {folder}\n" in result.stderr
+    assert f"bkn eval '{folder}'\n" in result.stderr
+
+
+def test_results_go_to_standard_output_and_the_rest_to_standard_error(inside: Path) -> None:
+    result = call("train", *TINY)
+    assert result.exit_code == 0
+    assert "population" in result.stdout
+    assert "4 steps in" in result.stdout
+    assert "epoch   1/1" in result.stderr
+    assert [path.name for path in (inside / "runs").iterdir()] == ["digits_micro-bkn-g16-s2-seed0"]
+
+
+def test_words_and_flags_become_the_recipe(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(recipe: bkn_core.Recipe, **options: Any) -> None:
+        seen.update(options, recipe=recipe)
+        raise bkn_core.errors.DivergedError("enough")
+
+    monkeypatch.setattr(bkn_core, "train", train)
+    result = call("train", "digits_micro", "norm.kind=bn", "train.device=mps", "--device", "cpu", "--out", "here")
+    assert result.exit_code == 6
+    assert (seen["recipe"].norm.kind, seen["recipe"].train.device) == ("bn", "cpu")
+    assert (seen["out"], seen["resume"]) == (Path("here"), None)
+
+
+def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
+    result = call("train", *TINY, "--dry-run")
+    assert result.exit_code == 0
+    assert "steps: 4" in result.stdout
+    assert "input -> conv1" in result.stdout
+    assert list(inside.iterdir()) == []
+
+
+def test_dry_run_json_holds_recipe_and_layers(inside: Path) -> None:
+    result = json.loads(call("train", *TINY, "--dry-run", "--json").stdout)["result"]
+    assert result["recipe"]["train"]["epochs"] == 1
+    assert result["layers"][0] == {"name": "bn1", "channels": 16, "prior": "input -> conv1", "reason": ""}
+
+
+def test_a_finished_run_resumes_to_the_same_result(answer: dict[str, Any], run: Path) -> None:
+    result = call("train", "--resume", str(run), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["result"]["steps"] == answer["result"]["steps"]
+
+
+def test_no_color_and_no_terminal_mean_no_escape_codes(trained: tuple[Path, Any]) -> None:
+    assert "\x1b" not in trained[1].output
+
+
+def test_what_libraries_print_stays_out_of_the_json(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(recipe: bkn_core.Recipe, **options: Any) -> None:
+        print("Files already downloaded and verified")
+        raise bkn_core.errors.DivergedError("enough")
+
+    monkeypatch.setattr(bkn_core, "train", train)
+    result = call("train", "--json")
+    assert json.loads(result.stdout)["error"]["code"] == "diverged"
+    assert "already downloaded" in result.stderr
