@@ -81,6 +81,9 @@ class Training:
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint
+        for layer in self.model.modules():
+            if isinstance(layer, BatchKalmanNorm):  # an innovation's memory is counted in steps, not in passes
+                layer.innovation_momentum = 1 - (1 - layer.innovation_momentum) ** (1 / self.accumulated)
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
         self.step = self.measured = self.skipped = self.images = 0

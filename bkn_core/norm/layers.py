@@ -110,7 +110,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.statistics_batch_size = statistics_batch_size
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
-        self.expects_prior = False
+        self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
         self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
         self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
         self.prior_is_live = False
@@ -227,7 +227,7 @@ class BatchKalmanNorm(_BatchNorm):
         if self.innovation is not None and prior is not None:
             ratio = self.innovation + log_innovation(diagonal(prior), observed, share, self.eps)
             target = (INNOVATION_SHARE * ratio).clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT)
-            self.innovation.lerp_(target.to(self.innovation.dtype), INNOVATION_MOMENTUM)
+            self.innovation.lerp_(target.to(self.innovation.dtype), self.innovation_momentum)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
