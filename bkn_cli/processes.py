@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def run_processes(reporter: Reporter, count: int) -> None:
     try:
         failed = _wait(reporter, workers)
     finally:
-        _stop(workers, signal.SIGKILL)
+        _kill(workers)
     speaker = workers[0]
     if failed is not None and workers[0].process.returncode != failed.process.returncode:
         speaker = failed
@@ -72,20 +71,21 @@ def _wait(reporter: Reporter, workers: list[Worker]) -> Worker | None:
     while any(worker.process.poll() is None for worker in workers):
         if reporter.signal is not None and not told:
             told = True
-            _stop(workers, reporter.signal)
+            for worker in workers:
+                worker.process.send_signal(reporter.signal)
         if failed is None:
             failed = next((worker for worker in workers if worker.process.poll()), None)
             deadline = time.monotonic() + _GRACE if failed is not None else deadline
         if time.monotonic() > deadline:
-            _stop(workers, signal.SIGKILL)
+            _kill(workers)
         time.sleep(_GLANCE)
     return failed or next((worker for worker in workers if worker.process.returncode), None)
 
 
-def _stop(workers: list[Worker], number: int) -> None:
+def _kill(workers: list[Worker]) -> None:
     for worker in workers:
-        if worker.process.poll() is None:
-            worker.process.send_signal(number)
+        worker.process.kill()
+        worker.process.wait()
 
 
 def _repeat(words: IO[bytes], target: IO[str]) -> None:

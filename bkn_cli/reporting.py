@@ -58,6 +58,8 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         reporter.fail(error.code, error.exit_code, error.message, error.hint)
     if reporter.should_stop():  # some libraries make another error of an interruption
         _explain_stop(reporter)
+    if isinstance(error, OSError):  # of the files that the library writes it makes errors of its own
+        reporter.fail("output", UNEXPECTED, f"the output cannot be written: {error}", "")
     if reporter.verbose:
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}"

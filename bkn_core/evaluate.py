@@ -91,7 +91,7 @@ def _evaluate_weights(
         )
         for kind in modes(stats or recipe.eval_stats)
     }
-    file = path / "predictions.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
+    file = path / "evaluation.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
     return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}")
 

@@ -98,6 +98,10 @@ def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | No
     return publish(Path("runs") / "compare-finished" if out is None else out, cells, warnings)
 
 
+# A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.
+_FREE = {"eval.stats", "train.device", "data.download", "log.every", "log.tensorboard", "log.plots"}
+
+
 def _check_unchanged(recipe: Recipe, path: Path) -> None:
     """Refuse a cell that was trained, or begun, by another recipe.
 
@@ -107,8 +111,7 @@ def _check_unchanged(recipe: Recipe, path: Path) -> None:
     if not (path / "config.yaml").is_file():
         return
     there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
-    # A run that could be measured in one way only has another eval.stats than was asked for.
-    changed = [key for key in wanted if there[key] != wanted[key] and key != "eval.stats"]
+    changed = [key for key in wanted if there[key] != wanted[key] and key not in _FREE]
     if changed:
         differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)
         raise RecipeError(f"{path} holds a run of another recipe: {differences}", "Use another folder with --out.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bkn_core.compare.cells import GROUPLESS
 from bkn_core.errors import RecipeError
-from bkn_core.recipe import BatchConfig, Recipe, dump_recipe, load_recipe
+from bkn_core.recipe import BatchConfig, NormConfig, Recipe, dump_recipe, load_recipe
 
 _POPULATION_ONLY = frozenset({"brn", "fixed"})  # their layers have no evaluation by an image's own statistics
 Load = Callable[[Sequence[str]], Recipe]
@@ -38,6 +38,11 @@ def plan_recipes(
         RecipeError: an axis of the matrix is empty, or one of its values does not exist or fit.
     """
     base = load(())
+    if base.norm.kind not in norms and base.norm.kind != NormConfig().kind:
+        raise RecipeError(
+            f"norm.kind is {base.norm.kind!r}, which is none of the norms to compare ({', '.join(norms)})",
+            f"Name it there: --norms {','.join([*norms, base.norm.kind])}.",
+        )
     sizes = _sizes(base, statistics_batch_sizes)
     numbers = range(base.train.seed, base.train.seed + seeds) if isinstance(seeds, int) else dict.fromkeys(seeds)
     if not norms or not numbers:

@@ -210,7 +210,7 @@ def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(target: Path) -> Path:
-    """Return the weights file of a run folder (the best one, else the last), or the file itself.
+    """Return the weights file of a run folder (the last one, else the best), or the file itself.
 
     Raises:
         InputError: there is none.
@@ -219,7 +219,7 @@ def weights_path(target: Path) -> Path:
         raise InputError(f"{target} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
     if target.is_file():
         return target
-    for name in ("best", "last"):
+    for name in ("last", "best"):  # the best epoch was chosen on the test images: the last is the honest one
         path = target / "checkpoints" / f"{name}.safetensors"
         if path.is_file():
             return path
@@ -244,7 +244,7 @@ def load_run(path: str | Path) -> nn.Module:
     """Return the trained model of a run folder or checkpoint, in evaluation mode.
 
     Args:
-        path: a run folder (its best weights) or a .safetensors file of one.
+        path: a run folder (its last weights) or a .safetensors file of one.
 
     Raises:
         InputError: it is missing, damaged or does not fit.

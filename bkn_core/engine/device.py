@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from bkn_core.errors import DeviceError
+from bkn_core.errors import DeviceError, RecipeError
 
 
 def choose_device(name: str) -> torch.device:
@@ -15,6 +15,7 @@ def choose_device(name: str) -> torch.device:
     Not run on a GPU.
 
     Raises:
+        RecipeError: there is no such kind of device.
         DeviceError: the device is not there.
     """
     if name == "auto":
@@ -24,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"device is {name!r}", "Choose auto, cpu, cuda, cuda:N or mps.") from error
+        raise RecipeError(f"device is {name!r}", "Choose auto, cpu, cuda, cuda:N or mps.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"device is {name!r}, but this PyTorch ({torch.__version__}) finds no CUDA device",
@@ -38,7 +39,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device is 'mps', but this machine has no Metal device", "Use --device cpu or auto.")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"device is {name!r}", "Choose auto, cpu, cuda, cuda:N or mps.")
+        raise RecipeError(f"device is {name!r}", "Choose auto, cpu, cuda, cuda:N or mps.")
     return device
 
 

@@ -46,7 +46,8 @@ class World:
             return
         joint = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(joint)
-        for tensor, mean in zip(tensors, joint.div_(self.size).split([t.numel() for t in tensors]), strict=True):
+        means = torch.split(joint.div_(self.size), [tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
             tensor.copy_(mean.view_as(tensor))
 
     def total(self, value: Tensor) -> Tensor:

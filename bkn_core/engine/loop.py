@@ -69,16 +69,15 @@ def train(
         BknError: any fault of recipe, data, device or disk.
     """
     with join_world(recipe.train.device) as world, _numerics(recipe):
-        folder = None
-        if world.is_main:
-            folder = RunFolder.create(recipe, out) if resume is None else RunFolder.open(resume)
-        records = Records(folder, on_event)
+        known = None if resume is None else RunFolder.open(resume)
+        if known is None and out is not None:
+            RunFolder.refuse_taken(out)
+        training = Training(recipe, world)  # before the folder is made: what cannot begin leaves none behind
+        if known is not None and known.state.exists():
+            training.restore(load_state(known.state))
+        folder = (known or RunFolder.create(recipe, out)) if world.is_main else None
+        records = Records(folder, on_event, training)
         with records.ending():
-            training = Training(recipe, world)
-            records.training = training
-            state = None if resume is None else RunFolder.open(resume).state
-            if state is not None and state.exists():
-                training.restore(load_state(state))
             return _run(training, records, should_stop)
 
 

@@ -25,11 +25,11 @@ class Records:
     Args:
         folder: where they are written; None in all processes but the main one, which then stay silent.
         on_event: called with every event.
+        training: the run.
     """
 
-    def __init__(self, folder: RunFolder | None, on_event: Callable[[Event], None]) -> None:
-        self.folder, self.on_event = folder, on_event
-        self.training: Training | None = None
+    def __init__(self, folder: RunFolder | None, on_event: Callable[[Event], None], training: Training) -> None:
+        self.folder, self.on_event, self.training = folder, on_event, training
         self.results: dict[str, Any] = {}
 
     @property
@@ -140,9 +140,7 @@ class Records:
         if self.folder is None:
             return
         self.folder.log(text)
-        values: dict[str, Any] = {}
-        if self.training is not None:
-            run = self.training
-            values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
-            values["images_per_second"] = run.images_per_second
+        run = self.training
+        values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
+        values["images_per_second"] = run.images_per_second
         self.folder.write_summary(status, **values, results=self.results, message=text)

@@ -54,11 +54,7 @@ class RunFolder:
         """
         try:
             if out is not None:
-                if (out / "config.yaml").exists():
-                    raise InputError(
-                        f"{out} holds a run already",
-                        f"Continue it with `bkn train --resume {out}`, or name another --out.",
-                    )
+                cls.refuse_taken(out)
                 out.mkdir(parents=True, exist_ok=True)
                 path = out
             else:
@@ -68,6 +64,19 @@ class RunFolder:
         folder = cls(path)
         write_text(path / "config.yaml", dump_recipe(recipe))
         return folder
+
+    @staticmethod
+    def refuse_taken(out: Path) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            InputError: it does.
+        """
+        if (out / "config.yaml").exists():
+            raise InputError(
+                f"{out} holds a run already",
+                f"Continue it with `bkn train --resume {out}`, or name another --out.",
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

@@ -76,8 +76,7 @@ class Training:
             self.model.compile()
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
-        layers = [m for m in self.model.modules() if isinstance(m, BatchKalmanNorm)]
-        self.innovations = [layer.innovation for layer in layers if layer.innovation is not None]
+        self.innovations = [buffer for name, buffer in self.model.named_buffers() if name.endswith(".innovation")]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint
@@ -159,10 +158,13 @@ class Training:
         """Add up the gradients of the mean loss over all passes, and return that loss."""
         losses = []
         for part in passes:
+            untouched = None if len(part.labels) else BufferSnapshot(self.model)
             with self._without_exchange(is_last=part is passes[-1]):
                 loss = self._loss(epoch, part) / images
                 self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
+            if untouched is not None:
+                untouched.restore()
         return self.world.total(torch.stack(losses).sum())
 
     def _loss(self, epoch: int, part: Pass) -> Tensor:
@@ -208,8 +210,7 @@ class Training:
             DivergedError: the last update made a parameter infinite.
         """
         self._check_weights()
-        buffers = nn.ModuleList([self.model, self.evaluated]).buffers()
-        self.world.average_([b for b in buffers if b.is_floating_point()])
+        self.world.average_([b for b in nn.ModuleList([self.model, self.evaluated]).buffers() if b.is_floating_point()])
         return {
             kind: measure_model(
                 self.evaluated,

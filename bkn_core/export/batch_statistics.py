@@ -86,7 +86,7 @@ class LiveImageNorm(BatchKalmanNorm):
             gain = self.gain
             if self.guarded:
                 gain = guard(diagonal(prior).variance, diagonal(observed).variance, gain, GUARD_LIMIT)
-            if observed.variance.dim() > prior.variance.dim():
+            if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
         if self.relay is not None:

@@ -21,6 +21,7 @@ from bkn_core.norm.layers import Statistics
 
 Fold = Literal["affine", "conv"]
 Precision = Literal["fp32", "fp16"]
+NEWEST_OPSET = 26  # what ONNX Runtime was found to run
 OLDEST_OPSET = 18  # what the exporter writes of itself; it cannot reliably go back
 
 
@@ -47,12 +48,14 @@ def check_options(*, stats: str, fold: str, precision: str, opset: int) -> None:
     """
     from onnx.defs import onnx_opset_version
 
+    newest = min(onnx_opset_version(), NEWEST_OPSET)
+
     allowed = {"stats": (stats, Statistics), "fold": (fold, Fold), "precision": (precision, Precision)}
     for name, (value, choices) in allowed.items():
         if value not in get_args(choices):
             raise RecipeError(f"{name} is {value!r}", f"Choose one of {', '.join(get_args(choices))}.")
-    if not OLDEST_OPSET <= opset <= onnx_opset_version():
-        raise RecipeError(f"opset is {opset}", f"Choose from {OLDEST_OPSET} to {onnx_opset_version()}.")
+    if not OLDEST_OPSET <= opset <= newest:
+        raise RecipeError(f"opset is {opset}", f"Choose from {OLDEST_OPSET} to {newest}.")
 
 
 def plan_export(model: nn.Module, stats: str, fold: str) -> Plan:

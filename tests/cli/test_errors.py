@@ -60,12 +60,12 @@ def test_a_run_is_not_overwritten(refuse: Refuse, run: Path) -> None:
 @pytest.mark.parametrize("verb", ["eval", "export"])
 def test_a_flipped_bit_is_found(refuse: Refuse, run: Path, inside: Path, verb: str) -> None:
     shutil.copytree(run, "run")
-    weights = Path("run/checkpoints/best.safetensors")
+    weights = Path("run/checkpoints/last.safetensors")
     content = bytearray(weights.read_bytes())
     content[-5] ^= 4
     weights.write_bytes(content)
     words = ("eval", "run") if verb == "eval" else ("export", "model.onnx", "--run", "run")
-    assert "best.safetensors" in refuse(3, *words)["message"]
+    assert "last.safetensors" in refuse(3, *words)["message"]
     assert not Path("model.onnx").exists()
 
 

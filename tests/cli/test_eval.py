@@ -40,7 +40,7 @@ def test_the_newest_finished_run_is_the_default(run: Path, inside: Path) -> None
     result = call("eval")
     assert result.exit_code == 0
     assert "runs/new (PyTorch on" in result.stdout
-    assert "runs/new/predictions.npz" in result.stderr
+    assert "runs/new/evaluation.npz" in result.stderr
 
 
 def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,9 @@ def test_a_recipe_given_as_a_value_takes_overrides_and_keeps_the_rest() -> None:
 
 
 def test_a_size_that_does_not_divide_the_gradient_batch_is_refused_with_one_that_all_divide() -> None:
-    with pytest.raises(RecipeError, match=r"size 3 .* batch\.gradient, which is 32") as caught:
+    with pytest.raises(RecipeError, match=r"size 3 .* batch\.gradient, which is 128") as caught:
         plan_recipes(recipe_loader(None, ()), norms=["bn"], statistics_batch_sizes=[2, 3, 4], seeds=1)
-    assert "batch.gradient=36" in caught.value.hint
+    assert "batch.gradient=132" in caught.value.hint
 
 
 @pytest.mark.parametrize(

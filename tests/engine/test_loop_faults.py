@@ -41,14 +41,13 @@ def test_a_damaged_state_is_not_resumed_from(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"last\.state\.pt is damaged"):
         train(tiny(), resume=tmp_path / "run")
-    assert status(tmp_path / "run")["status"] == "failed"
+    assert status(tmp_path / "run")["status"] == "interrupted"
 
 
-def test_a_run_that_failed_before_its_first_step_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         train(tiny("data.name=npz", f"data.root={tmp_path}/nowhere"), out=tmp_path / "run")
-    assert status(tmp_path / "run")["status"] == "failed" and "nowhere" in status(tmp_path / "run")["message"]
-    (tmp_path / "run" / "config.yaml").unlink()
+    assert not (tmp_path / "run").exists()
     train(tiny("train.epochs=1"), out=tmp_path / "run")
     assert status(tmp_path / "run")["status"] == "finished"
 
@@ -147,4 +146,4 @@ def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
     for words in (["data.train_images=99999"], ["model.args={nonsense: 1}"]):
         with pytest.raises(BknError):
             train(tiny(*words), out=tmp_path / words[0])
-        assert status(tmp_path / words[0])["status"] == "failed"
+        assert not (tmp_path / words[0]).exists()
