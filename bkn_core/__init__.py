@@ -4,7 +4,7 @@ from importlib.metadata import version as _version
 
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
-from bkn_core.convert import LayerReport, conversion_report, convert, fold
+from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_batch_norm
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_run
 from bkn_core.engine.loop import TrainResult, train
@@ -14,6 +14,7 @@ from bkn_core.export.from_run import export_onnx
 from bkn_core.export.onnx_file import ExportResult
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from bkn_core.norm.schedule import anneal_gain_
 from bkn_core.population import estimate_population, statistics
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
@@ -32,6 +33,7 @@ __all__ = [
     "LayerReport",
     "Recipe",
     "TrainResult",
+    "anneal_gain_",
     "build_model",
     "compare",
     "conversion_report",
@@ -45,5 +47,6 @@ __all__ = [
     "load_run",
     "shipped_recipes",
     "statistics",
+    "to_batch_norm",
     "train",
 ]

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.schedule import anneal_gain_
 from bkn_core.recipe import OptimConfig
 
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
-_ANNEALED = 0.9  # the part of training after which an annealed gain is 0
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -65,11 +64,6 @@ def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(part, 1.0))) / 2
 
 
-def gain_factor(schedule: str, step: int, steps: int) -> float:
-    """Return what multiplies the gains at a step: 1, or a line from 1 to 0 over the first 90 % of the steps."""
-    return 1.0 if schedule == "constant" else max(0.0, 1 - step / (_ANNEALED * steps))
-
-
 def set_step_(
     optimizer: torch.optim.Optimizer, model: nn.Module, config: OptimConfig, schedule: str, *, step: int, steps: int
 ) -> float:
@@ -77,8 +71,6 @@ def set_step_(
     rate = learning_rate(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    factor = gain_factor(schedule, step, steps)
-    for module in model.modules():
-        if isinstance(module, BatchKalmanNorm):
-            module.gain_factor.fill_(factor)
+    if schedule == "anneal":
+        anneal_gain_(model, step / steps)
     return rate

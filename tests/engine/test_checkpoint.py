@@ -188,12 +188,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, load: Callable[[Path]
         load(path)
 
 
-def test_the_best_weights_of_a_folder_come_before_the_last(tmp_path: Path) -> None:
+def test_the_last_weights_of_a_folder_come_before_the_best(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no checkpoint"):
         weights_path(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         load_run(tmp_path / "nowhere")
-    for name in ("last", "best"):
+    for name in ("best", "last"):
         path = tmp_path / "checkpoints" / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         path.touch()
