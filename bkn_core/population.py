@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.kalman import Gaussian, average_over_groups
 from bkn_core.norm.layers import BatchKalmanNorm, Statistics
 
 
@@ -86,9 +86,9 @@ class _PosteriorSums:
         self.weight, self.mean, self.variance = 0.0, torch.zeros(()), torch.zeros(())
         layer.on_posterior = self._add
 
-    def _add(self, posterior: Gaussian, share: Tensor, images: int) -> None:
-        self.mean = self.mean + images * (share * posterior.mean).double().sum(0)
-        self.variance = self.variance + images * (share * posterior.variance).double().sum(0)
+    def _add(self, posterior: Gaussian, share: Tensor | None, images: int) -> None:
+        self.mean = self.mean + images * average_over_groups(posterior.mean.double(), share)
+        self.variance = self.variance + images * average_over_groups(posterior.variance.double(), share)
         self.weight += images
 
     def close(self) -> None:

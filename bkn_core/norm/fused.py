@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import passes
-from bkn_core.norm.kalman import Gaussian, Moments, guard, update
+from bkn_core.norm.kalman import Gaussian, Moments, guard
+from bkn_core.norm.nodes import with_signature
 
 _LARGEST = 1e30
 
@@ -85,7 +86,7 @@ def _equal_groups(
     groups: int,
 ) -> tuple[Tensor, Gaussian, Moments]:
     prior_mean, prior_variance = prior if prior is not None else (None, None)
-    y, mean, variance, observed_mean, observed_variance = _KalmanNormalize.apply(
+    y, mean, variance, observed_mean, observed_variance, _ = _KalmanNormalize.apply(
         x, prior_mean, prior_variance, gain, weight, bias, settings, groups
     )
     count = observed_mean.new_full((groups,), x[0].numel() // x.shape[1] * (len(x) // groups))
@@ -108,6 +109,7 @@ def images_per_group(images: int, statistics_batch_size: int | None, like: Tenso
     return column
 
 
+@with_signature
 class _KalmanNormalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,34 +121,35 @@ class _KalmanNormalize(torch.autograd.Function):
         bias: Tensor | None,
         settings: FilterSettings,
         groups: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Observe, update, apply."""
         view = passes.rows(x, groups)
         observed_mean, observed_variance = passes.observe(view)
-        mean, variance = observed_mean, observed_variance
-        if prior_mean is not None and prior_variance is not None:
+        if prior_mean is None or prior_variance is None:
+            mean, variance = observed_mean.clone(), observed_variance.clone()  # no tensor may be returned twice
+        else:
             gain = _effective_gain(prior_variance, observed_variance, gain, settings)
-            prior, observed = Gaussian(prior_mean, prior_variance), Gaussian(observed_mean, observed_variance)
-            mean, variance = update(prior, observed, gain)
-        scale = (variance + settings.eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        shift = -scale * mean if bias is None else bias - scale * mean
-        y = passes.affine(view, scale, shift)
-        if mean is observed_mean:  # an autograd function must not return one tensor twice
-            mean, variance = mean.clone(), variance.clone()
+            difference = observed_mean - prior_mean
+            surplus = _surplus(difference, observed_variance, prior_variance, 1 - gain)
+            mean = torch.addcmul(prior_mean, difference, gain)
+            variance = torch.addcmul(prior_variance, surplus, gain)
+        inverse = (variance + settings.eps).rsqrt_()
+        scale = inverse if weight is None else inverse * weight
+        shift = -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
+        y = passes.affine(view, scale, shift).to(x.dtype)
         # `.data`, because what follows may write in place into y, which autograd forbids for a view.
-        return passes.unrows(y.to(x.dtype), x).data, mean, variance, observed_mean, observed_variance
+        return passes.unrows(y, x).data, mean, variance, observed_mean, observed_variance, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the activation and O(G·C) numbers, no more than batch normalization keeps."""
         x, prior_mean, prior_variance, gain, weight, bias, settings, groups = inputs
-        _, mean, variance, observed_mean, observed_variance = output
-        ctx.mark_non_differentiable(observed_mean, observed_variance)
+        _, mean, _, observed_mean, observed_variance, inverse = output
+        ctx.mark_non_differentiable(observed_mean, observed_variance, inverse)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.groups, ctx.has_bias = settings, groups, bias is not None
         ctx.save_for_backward(
-            x, prior_mean, prior_variance, gain, weight, mean, variance, observed_mean, observed_variance
+            x, prior_mean, prior_variance, gain, weight, mean, observed_mean, observed_variance, inverse
         )
 
     @staticmethod
@@ -155,38 +158,53 @@ class _KalmanNormalize(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         """The closed form of the module's docstring."""
-        x, prior_mean, prior_variance, gain, weight, mean, variance, observed_mean, observed_variance = (
-            ctx.saved_tensors
-        )
+        x, prior_mean, prior_variance, gain, weight, mean, observed_mean, observed_variance, inverse = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
         view, gradient = passes.rows(x, ctx.groups), passes.rows(dy, ctx.groups, like=x)
         total, weighted = passes.weighted_sums(gradient, view, mean)
-        inverse = (variance + ctx.settings.eps).rsqrt()
         scale = inverse if weight is None else inverse * weight
-        gm = -scale * total
-        gv = -0.5 * scale * inverse.square() * weighted
-        gm = gm if grad_mean is None else gm + grad_mean
+        scaled = inverse * weighted
+        gm = -scale * total if grad_mean is None else torch.addcmul(grad_mean, scale, total, value=-1)
+        gv = (scale * inverse).mul_(scaled).mul_(-0.5)
         gv = gv if grad_variance is None else gv + grad_variance
-        g_weight = (inverse * weighted).sum(0) if weight is not None else None
+        g_weight = scaled.sum(0) if weight is not None else None
         g_bias = total.sum(0) if ctx.has_bias else None
-        g_prior_mean = g_prior_variance = g_gain = None
         gx, gs = gm, gv
+        g_prior: tuple[Tensor | None, ...] = (None, None, None)
         if prior_mean is not None:
             q = _effective_gain(prior_variance, observed_variance, gain, ctx.settings)
-            d = observed_mean - prior_mean
-            cross = 2 * q * (1 - q) * d * gv
-            gx, gs = q * gm + cross, q * gv
-            g_prior_mean = ((1 - q) * gm - cross).sum_to_size(prior_mean.shape)
-            g_prior_variance = ((1 - q) * gv).sum_to_size(prior_variance.shape)
-            to_gain = gv * (observed_variance - prior_variance + (1 - 2 * q) * d.square())
-            to_gain = gm * d + torch.where(gv == 0, gv, to_gain)  # 0 · ∞ where a variance overflows
-            to_gain = to_gain.clamp(-_LARGEST, _LARGEST)  # infinities of both signs must not meet in the sum
-            g_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain)).sum().to(gain.dtype)
+            p, d = 1 - q, observed_mean - prior_mean
+            cross = (gv * (2 * p * q)).mul_(d)
+            g_prior = _prior_gradients(gm, gv, cross, d, q, (prior_mean, prior_variance, gain, observed_variance))
+            gx, gs = torch.addcmul(cross, gm, q), q * gv
         count = view.positions
-        slope, offset = 2 / count * gs, (gx - 2 * gs * observed_mean) / count
-        dx = passes.unrows(passes.affine_pair(gradient, view, (scale, slope, offset)).to(x.dtype), x)
-        return dx, g_prior_mean, g_prior_variance, g_gain, g_weight, g_bias, None, None
+        offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
+        dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset)).to(x.dtype)
+        return passes.unrows(dx, x), *g_prior, g_weight, g_bias, None, None
+
+
+def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:
+    """Return S - v' + factor d², finite where a square has overflowed: 0 · ∞ must not make a NaN of a gain of 0."""
+    spread = (difference * difference).clamp_max_(_LARGEST)
+    return torch.addcmul(observed.clamp_max(_LARGEST) - prior, spread, factor)
+
+
+def _prior_gradients(
+    gm: Tensor, gv: Tensor, cross: Tensor, d: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of µ', v' and the gain."""
+    prior_mean, prior_variance, gain, observed_variance = saved
+    p = 1 - q
+    to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
+    if prior_mean.dim() == 1:
+        to_mean, to_variance = to_mean.sum(0), to_variance.sum(0)
+    surplus = _surplus(d, observed_variance, prior_variance, p - q)
+    # Infinities of both signs must not meet in the sum.
+    to_gain = torch.addcmul((gv * surplus).clamp_(-_LARGEST, _LARGEST), gm, d)
+    if q.dim():  # groups whose prior was dropped do not depend on the gain
+        to_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain))
+    return to_mean, to_variance, to_gain.sum().to(gain.dtype)
 
 
 def _effective_gain(prior: Tensor, observed: Tensor, gain: Tensor, settings: FilterSettings) -> Tensor:

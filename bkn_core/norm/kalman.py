@@ -147,12 +147,17 @@ def unbiased(posterior: Gaussian, observed: Moments, gain: Tensor | float) -> Ga
         posterior and observed (G, C) -> (G, C).
     """
     seen, count = diagonal(Gaussian(observed.mean, observed.variance)).variance, observed.count[:, None]
-    extra = torch.where(count > 1, gain * seen / (count - 1).clamp_min(1), torch.zeros_like(seen))
+    weight = gain * (count > 1) / (count - 1).clamp_min(1)
     mean, variance = diagonal(posterior)
-    return Gaussian(mean, variance + extra)
+    return Gaussian(mean, torch.addcmul(variance, seen, weight.to(seen.dtype)))
 
 
-def log_innovation(prior: Gaussian, observed: Moments, share: Tensor, eps: float) -> Tensor:
+def average_over_groups(values: Tensor, share: Tensor | None) -> Tensor:
+    """Average (G, C) over groups by the part of the images that each holds, or plainly where all are equal."""
+    return values.mean(0) if share is None else (share * values).sum(0)
+
+
+def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, eps: float) -> Tensor:
     """Return by how much observed variances about the prior mean exceed the prior's, as a logarithm.
 
         log( mean_G(S + (x̄ - µ')²) / v' )
@@ -160,15 +165,15 @@ def log_innovation(prior: Gaussian, observed: Moments, share: Tensor, eps: float
     Args:
         prior: µ', v', for all groups or for each.
         observed: x̄, S.
-        share: the part of the images that each group holds.
+        share: the part of the images that each group holds; None where all are equal.
         eps: keeps the logarithm finite.
 
     Shape:
         prior (C,) or (G, C), observed (G, C), share (G, 1) -> (C,).
     """
-    seen = diagonal(Gaussian(observed.mean, observed.variance))
-    spread = (share * (seen.variance + (seen.mean - prior.mean).square())).sum(0)
-    predicted = prior.variance if prior.variance.dim() == 1 else (share * prior.variance).sum(0)
+    difference = observed.mean - prior.mean
+    spread = average_over_groups(torch.addcmul(observed.variance, difference, difference), share)
+    predicted = prior.variance if prior.variance.dim() == 1 else average_over_groups(prior.variance, share)
     return torch.log((spread + eps) / (predicted + eps))
 
 

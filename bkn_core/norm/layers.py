@@ -18,6 +18,7 @@ from bkn_core.norm.handing import Relay, is_recomputation
 from bkn_core.norm.kalman import (
     Gaussian,
     Moments,
+    average_over_groups,
     diagonal,
     guard,
     in_form_of,
@@ -114,7 +115,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
         self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
         self.prior_is_live = False
-        self.on_posterior: Callable[[Gaussian, Tensor, int], None] | None = None  # see `population`
+        self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(gain, device=device, dtype=wide)
         zeros = start.new_zeros(num_features)
@@ -220,21 +221,23 @@ class BatchKalmanNorm(_BatchNorm):
     def _track(
         self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
     ) -> None:
-        share = images_per_group(len(x), size, observed.mean) / len(x)
+        is_even = size is None or len(x) % min(size, len(x)) == 0
+        share = None if is_even else images_per_group(len(x), size, observed.mean) / len(x)
         mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
         if self.on_posterior is not None:
             return self.on_posterior(Gaussian(mean, variance), share, len(x))
         if self.innovation is not None and prior is not None:
-            ratio = self.innovation + log_innovation(diagonal(prior), observed, share, self.eps)
-            target = (INNOVATION_SHARE * ratio).clamp(-INNOVATION_LIMIT, INNOVATION_LIMIT)
+            seen = diagonal(Gaussian(observed.mean, observed.variance))
+            ratio = self.innovation + log_innovation(diagonal(prior), seen, share, self.eps)
+            target = (INNOVATION_SHARE * ratio).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
             self.innovation.lerp_(target.to(self.innovation.dtype), self.innovation_momentum)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         kept = self.running_mean.dtype
         factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
-        self.running_mean.lerp_((share * mean).sum(0).to(kept), factor)
-        self.running_var.lerp_((share * variance).sum(0).to(kept), factor)
+        self.running_mean.lerp_(average_over_groups(mean, share).to(kept), factor)
+        self.running_var.lerp_(average_over_groups(variance, share).to(kept), factor)
 
     def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor:
         if prior is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ROW = 512  # values per row of the channels-last form: long enough to vectorize, short enough to stay in cache
+_SMALL = 1 << 17  # below this many values, laying coefficients out for long rows costs more than it saves
 
 
 class Rows(NamedTuple):
@@ -66,7 +67,7 @@ def rows(x: Tensor, groups: int, like: Tensor | None = None) -> Rows:
         return Rows(x.contiguous().view(groups, len(x) // groups, channels, -1), channels, 0)
     flat = x.movedim(1, -1).contiguous().view(groups, -1, channels)
     fold = 1
-    while fold * channels < _ROW and flat.shape[1] % (2 * fold) == 0:
+    while x.numel() > _SMALL and fold * channels < _ROW and flat.shape[1] % (2 * fold) == 0:
         fold *= 2
     return Rows(flat.view(groups, -1, fold * channels), channels, fold)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.nodes import with_signature
 
 _VARIANCE_FLOOR = 1e-12  # under the square roots: a layer with γ = 0 predicts variance 0 and must keep finite gradients
 
@@ -39,14 +40,14 @@ def convolution(message: Gaussian, weight: Tensor, bias: Tensor | None, groups: 
     return Gaussian(mean if bias is None else mean + bias, variance)
 
 
+@with_signature
 class _Convolution(torch.autograd.Function):
     """One node that reads W once forward and once backward instead of keeping W-sized temporaries."""
 
     @staticmethod
     def forward(mean: Tensor, variance: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-        sums, squares = taps.sum(2), taps.square().sum(2)
-        return _matrix(mean, sums, groups), _matrix(variance, squares, groups)
+        matrix, per_tap = _taps(weight, groups)
+        return _matrix(per_tap(mean), matrix, groups), _matrix(per_tap(variance), matrix * matrix, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -56,12 +57,46 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         mean, variance, weight = ctx.saved_tensors
-        taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-        to_sums = _outer(grad_mean, mean, ctx.groups).unsqueeze(2)
-        to_squares = _outer(grad_variance, variance, ctx.groups).unsqueeze(2)
-        to_weight = torch.addcmul(to_sums, taps, to_squares, value=2).view(weight.shape)
-        to_mean = _matrix_transposed(grad_mean, taps.sum(2), ctx.groups)
-        return to_mean, _matrix_transposed(grad_variance, taps.square().sum(2), ctx.groups), to_weight, None
+        matrix, per_tap = _taps(weight, ctx.groups)
+        to_matrix = _outer(grad_variance, per_tap(variance), ctx.groups).mul_(matrix)
+        to_matrix = torch.add(_outer(grad_mean, per_tap(mean), ctx.groups), to_matrix, alpha=2)
+        to_mean = _matrix_transposed(grad_mean, matrix, ctx.groups)
+        to_variance = _matrix_transposed(grad_variance, matrix * matrix, ctx.groups)
+        return (
+            _over_taps(to_mean, weight),
+            _over_taps(to_variance, weight),
+            _untaps(to_matrix, weight, ctx.groups),
+            None,
+        )
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def _taps(weight: Tensor, groups: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return W as a matrix (O, I · taps) in the order of its memory, and what lays a message out for its columns."""
+    count = weight[0, 0].numel()
+    if _is_channels_last(weight) and groups == 1:
+        return weight.movedim(1, -1).flatten(1), lambda message: message.repeat(*[1] * (message.dim() - 1), count)
+    return weight.flatten(1), lambda message: message.repeat_interleave(count, -1) if count > 1 else message
+
+
+def _over_taps(values: Tensor, weight: Tensor) -> Tensor:
+    """Add up what the taps of each input channel contribute: (..., I · taps) -> (..., I)."""
+    count, inputs = weight[0, 0].numel(), values.shape[-1] // weight[0, 0].numel()
+    if count == 1:
+        return values
+    if _is_channels_last(weight) and inputs == weight.shape[1]:
+        return values.view(*values.shape[:-1], count, inputs).sum(-2)
+    return values.view(*values.shape[:-1], inputs, count).sum(-1)
+
+
+def _untaps(matrix: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Give a matrix in the order of `_taps` the shape of W."""
+    if _is_channels_last(weight) and groups == 1:
+        return matrix.view(len(weight), *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
+    return matrix.view(weight.shape)
 
 
 def _matrix(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
@@ -79,6 +114,8 @@ def _matrix_transposed(vector: Tensor, matrix: Tensor, groups: int) -> Tensor:
 
 
 def _outer(rows: Tensor, columns: Tensor, groups: int) -> Tensor:
+    if groups == 1 and rows.dim() == columns.dim() == 1:
+        return torch.outer(rows, columns)
     rows = rows.reshape(-1, groups, rows.shape[-1] // groups)
     columns = columns.reshape(-1, groups, columns.shape[-1] // groups)
     return torch.einsum("bgo,bgi->goi", rows, columns).flatten(0, 1)
@@ -94,6 +131,7 @@ def relu(message: Gaussian) -> Gaussian:
     return Gaussian(*_ReLU.apply(message.mean, message.variance))
 
 
+@with_signature
 class _ReLU(torch.autograd.Function):
     """∂E/∂m = Φ, ∂E/∂v = φ / 2√v, ∂var/∂m = 2 E (1-Φ), ∂var/∂v = Φ - e φ."""
 
