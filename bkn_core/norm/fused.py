@@ -124,7 +124,7 @@ class _KalmanNormalize(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Observe, update, apply."""
         view = passes.rows(x, groups)
-        observed_mean, observed_variance = passes.observe(view)
+        observed_mean, observed_variance, buffer = passes.observe(view)
         if prior_mean is None or prior_variance is None:
             mean, variance = observed_mean.clone(), observed_variance.clone()  # no tensor may be returned twice
         else:
@@ -136,7 +136,7 @@ class _KalmanNormalize(torch.autograd.Function):
         inverse = (variance + settings.eps).rsqrt_()
         scale = inverse if weight is None else inverse * weight
         shift = -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
-        y = passes.affine(view, scale, shift).to(x.dtype)
+        y = passes.affine(view, scale, shift, buffer).to(x.dtype)
         # `.data`, because what follows may write in place into y, which autograd forbids for a view.
         return passes.unrows(y, x).data, mean, variance, observed_mean, observed_variance, inverse
 
@@ -162,7 +162,7 @@ class _KalmanNormalize(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(x)
         view, gradient = passes.rows(x, ctx.groups), passes.rows(dy, ctx.groups, like=x)
-        total, weighted = passes.weighted_sums(gradient, view, mean)
+        total, weighted, buffer = passes.weighted_sums(gradient, view, mean)
         scale = inverse if weight is None else inverse * weight
         scaled = inverse * weighted
         gm = -scale * total if grad_mean is None else torch.addcmul(grad_mean, scale, total, value=-1)
@@ -180,7 +180,7 @@ class _KalmanNormalize(torch.autograd.Function):
             gx, gs = torch.addcmul(cross, gm, q), q * gv
         count = view.positions
         offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
-        dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset)).to(x.dtype)
+        dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
         return passes.unrows(dx, x), *g_prior, g_weight, g_bias, None, None
 
 

@@ -80,28 +80,32 @@ def unrows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(len(like), *spatial, like.shape[1]).movedim(-1, 1)
 
 
-def observe(x: Rows) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each group and channel, (G, C), by two passes about the mean."""
+def observe(x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of each group and channel, (G, C), by two passes about the mean, and a buffer.
+
+    The buffer has the shape of the values and is free: whoever needs one more of that size takes it instead of asking
+    for new memory, whose first touch costs more than the arithmetic.
+    """
     mean = x.total(x.values) / x.positions
-    centred = x.values - x.expand(mean)
-    return mean, x.total(centred.square_()) / x.positions
+    buffer = x.values - x.expand(mean)
+    return mean, x.total(buffer.square_()) / x.positions, buffer
 
 
-def affine(x: Rows, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return scale · x + shift."""
+def affine(x: Rows, scale: Tensor, shift: Tensor, buffer: Tensor) -> Tensor:
+    """Return scale · x + shift, written into the buffer."""
     if x.fold:
-        return torch.addcmul(x.expand(shift), x.values, x.expand(scale))
+        return torch.addcmul(x.expand(shift), x.values, x.expand(scale), out=buffer)
     # One constant per inner loop keeps the channels-first loops vectorized on the CPU; two do not.
-    return (x.values * x.expand(scale)).add_(x.expand(shift))
+    return torch.mul(x.values, x.expand(scale), out=buffer).add_(x.expand(shift))
 
 
-def weighted_sums(gradient: Rows, x: Rows, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ dy and Σ dy (x - centre) of each group and channel, (G, C)."""
-    centred = x.values - x.expand(centre)
-    return gradient.total(gradient.values), gradient.total(centred.mul_(gradient.values))
+def weighted_sums(gradient: Rows, x: Rows, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ dy and Σ dy (x - centre) of each group and channel, (G, C), and a buffer that is free."""
+    buffer = x.values - x.expand(centre)
+    return gradient.total(gradient.values), gradient.total(buffer.mul_(gradient.values)), buffer
 
 
-def affine_pair(gradient: Rows, x: Rows, coefficients: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Return a · dy + b · x + c."""
+def affine_pair(gradient: Rows, x: Rows, coefficients: tuple[Tensor, Tensor, Tensor], buffer: Tensor) -> Tensor:
+    """Return a · dy + b · x + c, written into the buffer."""
     a, b, c = coefficients
-    return affine(x, b, c).addcmul_(gradient.values, x.expand(a))
+    return affine(x, b, c, buffer).addcmul_(gradient.values, x.expand(a))
