@@ -91,6 +91,12 @@ def predict(previous: Gaussian, transition: Tensor, noise: Tensor) -> Gaussian:
     return Gaussian(mean, transition @ previous.variance @ transition.T + noise * identity)
 
 
+def rectangular_identity(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return the initial transition A (rows, columns): A[i, i mod columns] = 1, of the type and device of `like`."""
+    numbers = torch.arange(rows, device=like.device)[:, None] % columns
+    return (numbers == torch.arange(columns, device=like.device)).to(like.dtype)
+
+
 def update(prior: Gaussian, observed: Moments | Gaussian, gain: Tensor) -> Gaussian:
     """Blend what was predicted with what was observed.
 

@@ -25,6 +25,7 @@ from bkn_core.norm.kalman import (
     log_innovation,
     moments,
     normalize,
+    rectangular_identity,
     spread_over_images,
     unbiased,
     update,
@@ -102,12 +103,7 @@ class BatchKalmanNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         check_gain(gain, learn_gain)
-        if covariance not in ("diagonal", "full"):
-            raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
-        if statistics_batch_size is not None and statistics_batch_size < 1:
-            raise ConversionError(
-                f"statistics_batch_size is {statistics_batch_size}", "It must be at least 1, or None."
-            )
+        _check_form(covariance, statistics_batch_size)
         self.statistics_batch_size = statistics_batch_size
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
@@ -125,11 +121,8 @@ class BatchKalmanNorm(_BatchNorm):
         self.prior_offset = nn.Parameter(zeros.clone()) if correction else None
         self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
         self.register_buffer("innovation", zeros if innovation else None)
-        self.transition = None
-        if previous_features is not None:
-            columns = torch.arange(previous_features, device=device)
-            identity = torch.arange(num_features, device=device)[:, None] % previous_features == columns
-            self.transition = nn.Parameter(identity.to(wide))
+        identity = None if previous_features is None else rectangular_identity(num_features, previous_features, start)
+        self.transition = None if identity is None else nn.Parameter(identity)
 
     @property
     def gain(self) -> Tensor:
@@ -284,6 +277,13 @@ class BatchKalmanNorm3d(BatchKalmanNorm):
     """`BatchKalmanNorm` over (N, C, D, H, W)."""
 
     dimensions = (5,)
+
+
+def _check_form(covariance: str, size: int | None) -> None:
+    if covariance not in ("diagonal", "full"):
+        raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
+    if size is not None and size < 1:
+        raise ConversionError(f"statistics_batch_size is {size}", "It must be at least 1, or None.")
 
 
 def check_gain(gain: float, learn_gain: bool) -> None:
