@@ -76,7 +76,7 @@ class LiveImageNorm(BatchKalmanNorm):
         """Always: so the messenger serves it."""
         return True
 
-    def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
+    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize every image and pass its posterior on."""
         prior = None if self.relay is None else self.relay.prior()
         _check_values(self.name, x, has_prior=prior is not None)
@@ -91,7 +91,7 @@ class LiveImageNorm(BatchKalmanNorm):
             posterior = update(prior, observed, gain)
         if self.relay is not None:
             self.relay.publish(posterior)
-        return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps), posterior
+        return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 
 def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:

@@ -13,28 +13,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError, StatisticsError
-from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
+from bkn_core.norm import together
+from bkn_core.norm.covariance import matrix_normalize
+from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.handing import Relay, is_recomputation
-from bkn_core.norm.kalman import (
-    Gaussian,
-    Moments,
-    average_over_groups,
-    diagonal,
-    guard,
-    in_form_of,
-    log_innovation,
-    moments,
-    normalize,
-    rectangular_identity,
-    spread_over_images,
-    unbiased,
-    update,
-)
+from bkn_core.norm.kalman import Gaussian, rectangular_identity
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
-INNOVATION_SHARE = 1 / 3  # of the log ratio; the whole of it is worse (docs/method.md)
-INNOVATION_LIMIT = 2.0
 GUARD_LIMIT = 100.0
 
 
@@ -108,9 +94,8 @@ class BatchKalmanNorm(_BatchNorm):
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
-        self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
-        self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
-        self.prior_is_live = False
+        self.relay: Relay | None = None  # set at every forward of the converted model that holds the layer
+        self.is_in_forward = False
         self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(gain, device=device, dtype=wide)
@@ -138,65 +123,64 @@ class BatchKalmanNorm(_BatchNorm):
         return self.training or self.running_mean is None
 
     def refine(self, prior: Gaussian) -> Gaussian:
-        """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
-        mean, variance = prior
-        if self.prior_offset is not None and self.prior_log_scale is not None:
-            mean = mean + self.prior_offset * (variance + self.eps).sqrt()
-            scale = self.prior_log_scale if self.innovation is None else self.prior_log_scale + self.innovation
-            return Gaussian(mean, variance * scale.exp())
-        return Gaussian(mean, variance if self.innovation is None else variance * self.innovation.exp())
+        """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
+        return together.refine([self], [prior])[0]
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
-        return self.filter(x, prior)[0]
+        self._check_input_dim(x)
+        return self._filtered(x, prior).y if self.uses_batch_statistics else self._by_population(x)
 
     def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
         """Normalize and return the posterior beside the result (None where population statistics were used)."""
         self._check_input_dim(x)
         if not self.uses_batch_statistics:
             return self._by_population(x), None
-        prior = self._handed_prior() if prior is None else self.refine(prior)
+        filtered = self._filtered(x, prior)
+        return filtered.y, filtered.posterior
+
+    def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
+        relay = self._relay_of_forward(warn=prior is None)
+        gain = None if relay is None else relay.gain()
+        if prior is not None:
+            prior = self.refine(prior)
+        elif relay is not None and self.expects_prior:
+            prior = relay.prior()
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
         self._check_values(x, size, has_prior=prior is not None)
-        y, posterior, observed = self._by_batch(x, prior, size)
-        is_tracked = self.training and self.statistics is None and not is_recomputation()
-        if is_tracked or self.on_posterior is not None:
-            self._track(x, prior, posterior, observed, size)
-        if self.relay is not None and self.prior_is_live:
-            self.relay.publish(posterior)
-        return y, posterior
+        filtered = self._by_batch(x, prior, self.gain if gain is None else gain, size)
+        if relay is not None and relay.reads_posteriors:
+            relay.publish(filtered.posterior)
+        if self.on_posterior is not None:
+            share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
+            self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
+        elif self.training and self.statistics is None and not is_recomputation():
+            seen = together.Seen(self, prior, filtered.statistics.detach(), len(x))
+            together.track([seen]) if relay is None else relay.record(seen)
+        return filtered
 
     def _by_population(self, x: Tensor) -> Tensor:
         if self.running_mean is None:
             raise StatisticsError("this layer keeps no population statistics", "Use track_running_stats=True.")
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def _by_batch(self, x: Tensor, prior: Gaussian | None, size: int | None) -> tuple[Tensor, Gaussian, Moments]:
+    def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
+        limit = GUARD_LIMIT if self.guarded else math.inf
         if self.covariance == "diagonal":
-            limit = GUARD_LIMIT if self.guarded else math.inf
-            return kalman_normalize(x, prior, self.gain, weight, bias, FilterSettings(self.eps, size, limit))
-        observed = moments(x, size, covariance=self.covariance == "full")
-        posterior = Gaussian(observed.mean, observed.variance)
-        if prior is not None:
-            gain = self._weight_of_observation(prior, observed)
-            posterior = update(in_form_of(prior, observed), observed, gain)
-        rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
-        return normalize(x, rows, weight, bias, self.eps), posterior, observed
+            return kalman_normalize(x, prior, gain, weight, bias, FilterSettings(self.eps, size, limit))
+        return matrix_normalize(x, prior, gain, weight, bias, FilterSettings(self.eps, size, limit))
 
-    def _handed_prior(self) -> Gaussian | None:
-        if not self.expects_prior:
-            return None
-        if self.prior_is_live or is_recomputation():
-            prior = self.prior if self.relay is None else self.relay.prior()
-            if prior is not None:
-                return prior
-        warnings.warn(
-            f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
-            "it normalizes by its batch alone",
-            stacklevel=4,
-        )
+    def _relay_of_forward(self, *, warn: bool) -> Relay | None:
+        if self.relay is not None and (self.is_in_forward or is_recomputation()):
+            return self.relay
+        if self.expects_prior and warn:
+            warnings.warn(
+                f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
+                "it normalizes by its batch alone",
+                stacklevel=5,
+            )
         return None
 
     def _check_values(self, x: Tensor, size: int | None, *, has_prior: bool) -> None:
@@ -210,36 +194,6 @@ class BatchKalmanNorm(_BatchNorm):
                 "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
             )
 
-    @torch.no_grad()
-    def _track(
-        self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
-    ) -> None:
-        is_even = size is None or len(x) % min(size, len(x)) == 0
-        share = None if is_even else images_per_group(len(x), size, observed.mean) / len(x)
-        mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
-        if self.on_posterior is not None:
-            return self.on_posterior(Gaussian(mean, variance), share, len(x))
-        if self.innovation is not None and prior is not None:
-            seen = diagonal(Gaussian(observed.mean, observed.variance))
-            ratio = self.innovation + log_innovation(diagonal(prior), seen, share, self.eps)
-            target = (INNOVATION_SHARE * ratio).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
-            self.innovation.lerp_(target.to(self.innovation.dtype), self.innovation_momentum)
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        kept = self.running_mean.dtype
-        factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
-        self.running_mean.lerp_(average_over_groups(mean, share).to(kept), factor)
-        self.running_var.lerp_(average_over_groups(variance, share).to(kept), factor)
-
-    def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor:
-        if prior is None:
-            return torch.ones_like(self.gain_factor)
-        if not self.guarded:
-            return self.gain
-        seen = diagonal(Gaussian(observed.mean, observed.variance)).variance
-        return guard(diagonal(prior).variance, seen, self.gain, GUARD_LIMIT)
-
     def _check_input_dim(self, input: Tensor) -> None:
         if self.dimensions and input.dim() not in self.dimensions:
             wanted = " or ".join(f"{n}-D" for n in self.dimensions)
@@ -248,9 +202,9 @@ class BatchKalmanNorm(_BatchNorm):
             raise ValueError(f"expected {self.num_features} channels (got input of shape {tuple(input.shape)})")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the prior of the last forward: it belongs to that forward's graph, not to the layer."""
+        """Leave out the relay of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "prior": None, "relay": None, "on_posterior": None, "prior_is_live": False}
+        return {**state, "relay": None, "on_posterior": None, "is_in_forward": False}
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.handing import is_recomputation
+from bkn_core.norm import native, together
+from bkn_core.norm.handing import Handed, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.together import Seen
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
+from bkn_core.wiring.native_program import NativeProgram, native_program
 from bkn_core.wiring.program import Wiring
 
 Transition = Literal["learned", "network"]
@@ -41,6 +44,8 @@ class Messenger:
     message: Message
     names: tuple[str, ...]
     noise: str = ""
+    native: NativeProgram | None = dataclasses.field(default=None, repr=False, compare=False)
+    was_compiled: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
@@ -53,40 +58,61 @@ class Messenger:
         return self.transition == "network" and self.message == "normalized"
 
     def __call__(self, model: nn.Module, arguments: Any = None) -> None:
-        """Hand out the priors of the forward that begins."""
+        """Open the relays of the forward that begins."""
         layers = {name: layer_of(model, name) for name in self.names}
         if not any(layer.uses_batch_statistics for layer in layers.values()):
             return
+        ledger: list[Seen] = []
         if self.is_static:
-            for name, prior in self.priors(model).items():
-                layers[name].prior, layers[name].prior_is_live = prior, True
+            priors, gains = self.priors(model), together.gains(list(layers.values()))
+            relays: list[Relay] = [
+                Handed(ledger, priors.get(name), gain) for name, gain in zip(layers, gains, strict=True)
+            ]
         else:
             post = _Post(self, model)
-            for name, layer in layers.items():
-                layer.relay, layer.prior_is_live = _Relay(post, name), True
+            relays = [_Relay(ledger, post, name) for name in layers]
+        for layer, relay in zip(layers.values(), relays, strict=True):
+            layer.relay, layer.is_in_forward = relay, True
 
     def priors(self, model: nn.Module) -> dict[str, Gaussian]:
         """Compute the refined priors of all layers from the model's parameters, each line once."""
         with _no_autocast(layer_of(model, self.names[0])):
+            tensors = self._native_tensors(model)
+            if tensors is not None and self.native is not None:
+                return self.native.priors(tensors)
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
-            return {
-                name: layer_of(model, name).refine(evaluation.line(number))
-                for name, number in self.wiring.priors.items()
-            }
+            layers = [layer_of(model, name) for name in self.wiring.priors]
+            refined = together.refine(layers, [evaluation.line(number) for number in self.wiring.priors.values()])
+        return dict(zip(self.wiring.priors, refined, strict=True))
+
+    def _native_tensors(self, model: nn.Module) -> list[Tensor] | None:
+        """Return what the CPU kernels read to compute the priors, None where they cannot."""
+        if not native.are_usable():
+            return None
+        if not self.was_compiled:
+            self.native, self.was_compiled = native_program(self.wiring, model), True
+        return None if self.native is None else self.native.tensors(model)
 
 
 class Farewell:
-    """Mark the end of a forward, so that a layer called on its own afterwards does not use that forward's prior."""
+    """The end of a forward: moves the moving statistics and closes the relays.
+
+    A layer called on its own afterwards does not use that forward's prior, which stays readable for recomputation in
+    the backward pass.
+    """
 
     def __init__(self, messenger: Messenger) -> None:
         self.messenger = messenger
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Close the priors; they stay readable for recomputation in the backward pass."""
+        """Close the relays."""
+        ledger: list[Seen] = []
         for name in self.messenger.names:
             layer = model.get_submodule(name)
-            if isinstance(layer, BatchKalmanNorm):  # a model that was changed has been refused before
-                layer.prior_is_live = False
+            if isinstance(layer, BatchKalmanNorm) and layer.is_in_forward:  # a changed model has been refused before
+                layer.is_in_forward = False
+                ledger = ledger if layer.relay is None else layer.relay.ledger
+        together.track(ledger)
 
 
 class _Post:
@@ -109,11 +135,14 @@ class _Post:
         return posterior if self.messenger.transition == "learned" else diagonal(posterior)
 
 
+@dataclasses.dataclass
 class _Relay:
     """One layer's access to the post."""
 
-    def __init__(self, post: _Post, name: str) -> None:
-        self.post, self.name = post, name
+    ledger: list[Seen]
+    post: _Post
+    name: str
+    reads_posteriors = True
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior of the layer, from the posteriors that have arrived."""
@@ -132,9 +161,16 @@ class _Relay:
                 value = predict(value, layer.transition.to(value.mean.dtype), self.post.noise)
             return layer.refine(value)
 
+    def gain(self) -> None:
+        """Leave it to the layer."""
+
     def publish(self, posterior: Gaussian) -> None:
         """Take the posterior of the layer for those that follow."""
         self.post.posteriors[self.name] = posterior
+
+    def record(self, seen: Seen) -> None:
+        """Keep it for the end of the forward."""
+        self.ledger.append(seen)
 
 
 def _no_autocast(layer: BatchKalmanNorm) -> torch.autocast:

@@ -84,7 +84,7 @@ def test_mixed_precision_keeps_statistics_in_float32(options: dict[str, Any]) ->
     torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0.02)
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model).values())
     if options == {}:
-        assert model.layer.bn2.prior.variance.dtype == torch.float32
+        assert model.layer.bn2.relay.prior().variance.dtype == torch.float32
 
 
 @every_variant
@@ -198,7 +198,7 @@ def test_exception_in_a_forward_harms_no_later_one(options: dict[str, Any]) -> N
     state = {n: b.clone() for n, b in model.named_buffers()}
     with pytest.raises(KeyError, match="mid"):
         model(x)
-    assert not any(getattr(m, "prior_is_live", False) for m in model.modules())
+    assert not any(getattr(m, "is_in_forward", False) for m in model.modules())
     handle.remove()
     model.load_state_dict(state, strict=False)
     step(model, x), step(other, x)
