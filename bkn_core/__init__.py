@@ -16,6 +16,7 @@ from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from bkn_core.norm.schedule import anneal_gain_
 from bkn_core.population import estimate_population, statistics
+from bkn_core.quality import PriorError, PriorQuality, prior_quality
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
 __version__ = _version("bkn")
@@ -31,6 +32,8 @@ __all__ = [
     "ExportResult",
     "Gaussian",
     "LayerReport",
+    "PriorError",
+    "PriorQuality",
     "Recipe",
     "TrainResult",
     "anneal_gain_",
@@ -45,6 +48,7 @@ __all__ = [
     "fold",
     "load_recipe",
     "load_run",
+    "prior_quality",
     "shipped_recipes",
     "statistics",
     "to_batch_norm",
