@@ -137,7 +137,7 @@ def _errors(
             return message(name)
         known = seen[name].outputs if messenger.is_static else seen[name].inputs
         like = message(name).mean
-        return Gaussian(*(values.to(like.dtype).view_as(like) for values in known.moments()))
+        return Gaussian(*(values.to(like).view_as(like) for values in known.moments()))
 
     analytic, local = (_predictions(root, messenger, leaf) for leaf in (message, measured))
     errors = {}
@@ -173,11 +173,9 @@ def _population(root: nn.Module, name: str) -> Gaussian:
 
 
 def _error(prior: Gaussian, observed: Gaussian, eps: float) -> PriorError:
-    mean, variance = (values.double().flatten() for values in diagonal(prior))
+    mean, variance = (values.cpu().double().flatten() for values in diagonal(prior))
     spread = observed.variance + eps
-    return PriorError(
-        ((mean - observed.mean).abs() / spread.sqrt()).cpu(), (spread.log() - (variance + eps).log()).cpu()
-    )
+    return PriorError((mean - observed.mean).abs() / spread.sqrt(), spread.log() - (variance + eps).log())
 
 
 @contextlib.contextmanager
@@ -218,7 +216,9 @@ class _Sums:
         self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        variance, mean = torch.var_mean(x.double(), [i for i in range(x.dim()) if i != 1], correction=0)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no float64
+        dimensions = [i for i in range(x.dim()) if i != 1]
+        variance, mean = (v.cpu().double() for v in torch.var_mean(x.to(wide), dimensions, correction=0))
         count = x.numel() // x.shape[1]
         total = self.count + count
         difference = mean - self.mean

@@ -55,5 +55,5 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 3
     assert seen == [
         "m.onnx",
-        {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"]},
+        {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"], "priors": False},
     ]
