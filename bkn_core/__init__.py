@@ -8,6 +8,7 @@ from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_b
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_run
 from bkn_core.engine.loop import TrainResult, train
+from bkn_core.engine.priors import plot_prior_quality
 from bkn_core.errors import BknError
 from bkn_core.evaluate import EvaluationResult, evaluate
 from bkn_core.export.from_run import export_onnx
@@ -48,6 +49,7 @@ __all__ = [
     "fold",
     "load_recipe",
     "load_run",
+    "plot_prior_quality",
     "prior_quality",
     "shipped_recipes",
     "statistics",

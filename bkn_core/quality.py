@@ -169,7 +169,8 @@ def _population(root: nn.Module, name: str) -> Gaussian:
             f"{name} keeps no population statistics for the priors of other layers",
             "Use message='normalized', or track_running_stats=True.",
         )
-    return Gaussian(norm.running_mean[None].float(), norm.running_var[None].float())
+    wide = torch.promote_types(norm.running_mean.dtype, torch.float32)
+    return Gaussian(norm.running_mean[None].to(wide), norm.running_var[None].to(wide))
 
 
 def _error(prior: Gaussian, observed: Gaussian, eps: float) -> PriorError:
