@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from bkn_core.calibration import calibrate_priors_
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
 from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_batch_norm
@@ -39,6 +40,7 @@ __all__ = [
     "TrainResult",
     "anneal_gain_",
     "build_model",
+    "calibrate_priors_",
     "compare",
     "conversion_report",
     "convert",

@@ -130,7 +130,7 @@ def _errors(
     """Return the errors, in the order of `ERRORS`, of each layer that has a prior and was reached."""
 
     def message(name: str) -> Gaussian:
-        return normalized_message(norm_of(root, name)) if messenger.is_static else _population(root, name)
+        return known_message(root, messenger, name)
 
     def measured(name: str) -> Gaussian:
         if name not in seen:
@@ -139,7 +139,7 @@ def _errors(
         like = message(name).mean
         return Gaussian(*(values.to(like).view_as(like) for values in known.moments()))
 
-    analytic, local = (_predictions(root, messenger, leaf) for leaf in (message, measured))
+    analytic, local = (analytic_priors(root, messenger, leaf) for leaf in (message, measured))
     errors = {}
     for name in analytic.keys() & seen.keys():
         layer, observed = layer_of(root, name), seen[name].inputs.moments()
@@ -148,7 +148,7 @@ def _errors(
     return errors  # type: ignore[return-value]
 
 
-def _predictions(root: nn.Module, messenger: Messenger, message: Callable[[str], Gaussian]) -> dict[str, Gaussian]:
+def analytic_priors(root: nn.Module, messenger: Messenger, message: Callable[[str], Gaussian]) -> dict[str, Gaussian]:
     """Return the prior of each layer before its refinement, from the messages of all layers."""
     learned = messenger.transition == "learned"
     evaluation = Evaluation(messenger.wiring, root, message, STRUCTURE if learned else RULES)
@@ -162,8 +162,15 @@ def _predictions(root: nn.Module, messenger: Messenger, message: Callable[[str],
     return predictions
 
 
-def _population(root: nn.Module, name: str) -> Gaussian:
+def known_message(root: nn.Module, messenger: Messenger, name: str) -> Gaussian:
+    """Return what a layer sends without any forward: (β, γ²), or its population statistics where it sends them raw.
+
+    Raises:
+        StatisticsError: it keeps none.
+    """
     norm = norm_of(root, name)
+    if messenger.is_static:
+        return normalized_message(norm)
     if norm.running_mean is None or norm.running_var is None:
         raise StatisticsError(
             f"{name} keeps no population statistics for the priors of other layers",

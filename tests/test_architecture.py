@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"wiring", "norm"},
     "population": {"convert", "wiring", "norm"},
     "quality": {"convert", "wiring", "norm"},
+    "calibration": {"quality", "convert", "wiring", "norm"},
     "engine": {"recipe", "convert", "population", "quality", "wiring", "norm"},
     "evaluate": {"engine", "export", "recipe", "convert", "population", "quality", "norm"},
     "export": {"engine", "recipe", "convert", "population", "wiring", "norm"},
