@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.engine.batches import normalize
-from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
+from bkn_core.engine.build import build_model
+from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import replacing, write_json
 from bkn_core.engine.preprocess import Preprocess
+from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
 from bkn_core.quality import PriorQuality, prior_quality
+from bkn_core.recipe import Recipe
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "local": {"color": "tab:green", "marker": "^", "label": "closed form alone, from measured messages"},
     "analytic": {"color": "tab:orange", "marker": "s", "label": "without correction and innovation"},
     "refined": {"color": "tab:blue", "marker": "o", "label": "as the layer uses it"},
 }
+_INITIAL_IMAGES, _INITIAL_PIXELS = 256, 2**19  # seconds on the CPU, whatever the size of the images
 _FACTORS = (0.01, 0.03, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 10, 30, 100)  # marked where they fall within the picture
 
 
@@ -72,6 +76,25 @@ def report_priors(
     write_json(files["priors"], report.summary())
     plot_prior_quality(rows, files["priors_plot"])
     return report
+
+
+def initial_priors(recipe: Recipe, splits: DataSplits) -> list[PriorQuality]:
+    """Measure the priors of a recipe's untrained model on a few training images, grouped as in training.
+
+    There are no population statistics yet, so its layers normalize as in training. An error here is one of the closed
+    form on this network and these images; none for pretrained models, whose weights are not fetched for this.
+    """
+    if recipe.norm.kind != "bkn" or recipe.model.pretrained:
+        return []
+    height, width = splits.preprocess.image_size
+    count = min(max(_INITIAL_PIXELS // (height * width), 2 * recipe.batch.statistics), _INITIAL_IMAGES)
+    chosen = choose(splits.train.labels, min(count, len(splits.train)))
+    sample = ImageSet(*splits.train.batch(chosen), splits.classes)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(recipe.train.seed)
+        model = build_model(recipe, splits.preprocess, len(splits.classes), images=sample)
+    with statistics(model, "batch", recipe.batch.statistics):
+        return prior_quality(model, normalize(sample.images, splits.preprocess))
 
 
 def plot_prior_quality(rows: Sequence[PriorQuality], path: str | Path) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import tiny
+from tiny_runs import tiny, training
 
 import bkn_core as bkn
 from bkn_core.engine.batches import normalize
+from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
+from bkn_core.engine.priors import initial_priors
 from bkn_core.errors import RecipeError
 from bkn_core.quality import PriorError, PriorQuality
 
@@ -64,6 +66,27 @@ def test_norms_and_files_without_priors_are_refused_before_anything_is_measured(
     assert not (run / "evaluation.npz").exists()
     with pytest.raises(RecipeError, match="it holds no priors"):
         bkn.evaluate(tmp_path / "model.onnx", priors=True)
+
+
+def test_priors_before_training_are_those_of_the_model_that_would_be_trained(tmp_path: Path) -> None:
+    recipe = tiny()
+    splits = load_splits(recipe)
+    state = torch.get_rng_state()
+    rows = initial_priors(recipe, splits)
+    assert torch.equal(torch.get_rng_state(), state)
+    start = training().model
+    images = normalize(splits.train.batch(torch.arange(36))[0], splits.preprocess)
+    with bkn.statistics(start, "batch", recipe.batch.statistics):
+        expected = bkn.prior_quality(start, images)
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours.refined is not None and theirs.refined is not None
+        assert ours.refined.summary() == pytest.approx(theirs.refined.summary(), abs=1e-4)
+
+
+@pytest.mark.parametrize("words", ["norm.kind=bn", "model.pretrained=true"])
+def test_priors_before_training_need_priors_and_no_foreign_weights(words: str) -> None:
+    recipe = tiny(words)
+    assert initial_priors(recipe, load_splits(recipe)) == []
 
 
 def row(name: str, *ratios: float) -> PriorQuality:
