@@ -108,7 +108,9 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
     norms = {name: module for name, module in root.named_modules() if isinstance(module, _BatchNorm)}
     with _observing(model, norms) as seen:
         for batch in [images] if isinstance(images, Tensor) else images:
-            model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+            inputs = batch if isinstance(batch, Tensor) else batch[0]
+            if len(inputs):
+                model(inputs.to(device))
     if not seen:
         raise ConversionError("prior_quality was given no image", "Give a batch of images as the model sees them.")
     with torch.autocast(device.type, enabled=False):

@@ -248,9 +248,10 @@ def test_moments_far_from_zero_keep_their_variance() -> None:
     assert_error(row.refined, find_messenger(model)[1].priors(model)["1"], values)
 
 
-def test_no_image_is_refused() -> None:
+@pytest.mark.parametrize("images", [[], torch.empty(0, 3, 6, 6)], ids=["no batch", "an empty batch"])
+def test_no_image_is_refused(images: Any) -> None:
     with pytest.raises(bkn.BknError, match="no image"):
-        prior_quality(converted(), [])
+        prior_quality(converted(), images)
 
 
 def test_a_model_that_was_not_converted_is_refused() -> None:
