@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from bkn_core.wiring.interpreter import Interpreter
 from bkn_core.wiring.operations import name_of
 from bkn_core.wiring.program import Wiring
-from bkn_core.wiring.values import Arguments, Running, Value, argument
+from bkn_core.wiring.values import Arguments, Running, Step, Value, argument
 
 
 def discover(model: nn.Module, example_input: Any) -> Wiring:
@@ -71,7 +71,7 @@ class Recorder(TorchFunctionMode):
         """Run the function and note what it did."""
         arguments: Arguments = (args, kwargs or {})
         name = name_of(func)
-        if name == "batch_norm":
+        if name == "batch_norm" and not self._is_parameter(argument(arguments, 0, "input")):
             return self._norm(arguments)
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         operands = [self.value(t) for t in tensors]
@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
         if outputs and any(operand is not None for operand in operands):
             if name == "data":  # what is written through it leaves no version behind
                 self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))
-            results = self.program.interpret(name, func, arguments, operands, outputs)
+            results = self.program.interpret(Step(name, func, arguments, operands, outputs))
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
         return result
@@ -90,15 +90,20 @@ class Recorder(TorchFunctionMode):
         self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
 
     def value(self, tensor: Tensor) -> Value | None:
-        """Return what is known of a tensor; None for parameters and buffers, which are no activations."""
+        """Return what is known of a tensor; None for a number that was made in the forward."""
         found = self.values.get(id(tensor))
         if found is None:
-            if id(tensor) in self.program.parameters or id(tensor) in self.program.buffers or tensor.dim() == 0:
-                return None
+            known = self.program.parameter(tensor)
+            if known is not None or tensor.dim() == 0:
+                return known
             return Value(reason="a tensor without history (scripted code, NumPy, or made in the forward)")
         if found.version != tensor._version:
             return Value(reason="a tensor written in place through a view")
         return found
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        value = self.value(tensor)
+        return value is not None and value.parameter is not None  # a weight that is being standardized
 
     def wiring(self) -> Wiring:
         """Return the program, cleared of lines that no prior needs."""
@@ -111,7 +116,7 @@ class Recorder(TorchFunctionMode):
                 reasons[name] = str(calls[0])
             else:
                 reasons[name] = "called more than once in a forward" if calls else "not reached by the example forward"
-        return Wiring(tuple(self.program.lines), priors, reasons).only(priors, reasons)
+        return Wiring(tuple(self.program.listing.lines), priors, reasons).only(priors, reasons)
 
     def _norm(self, arguments: Arguments) -> Tensor:
         x: Tensor = argument(arguments, 0, "input")
@@ -120,14 +125,14 @@ class Recorder(TorchFunctionMode):
         if name is None:
             self.keep(output, Value(reason="batch_norm outside a normalization layer"))
             return output
-        value = self.value(x) or Value(reason="a parameter")
+        value = self.value(x) or Value()
         if value.is_input:
-            value = self.program.write("measured", [], x.shape[1], dimension=1, name=name, words="input")
+            value = self.program.listing.write("measured", [], x.shape[1], dimension=1, name=name, words="input")
         if value.line >= 0 and value.dimension == 1:
             self.calls[name].append(value.line)
         else:
             self.calls[name].append(value.reason or "its channels are not in dimension 1")
-        self.keep(output, self.program.write("norm", [], x.shape[1], dimension=1, name=name, words=name))
+        self.keep(output, self.program.listing.write("norm", [], x.shape[1], dimension=1, name=name, words=name))
         return output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.norm import propagate
+from bkn_core.norm import positions, propagate
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.wiring.parameters import Call, Parameter
+from bkn_core.wiring.parameters import parameter as parameter
 from bkn_core.wiring.program import Line, Wiring
 
 Leaf = Callable[[str], Gaussian]
@@ -19,12 +20,6 @@ Rule = Callable[[Line, list[Gaussian], nn.Module], Gaussian]
 
 # Where a module keeps the moments of what it reads from the network input (see `input_moments`).
 INPUT_MEAN, INPUT_COVARIANCE = "input_mean", "input_covariance"
-
-
-def parameter(model: nn.Module, path: str) -> Tensor:
-    """Return a parameter, buffer or parametrized weight by its path, in float32 or wider."""
-    tensor: Tensor = functools.reduce(getattr, path.split("."), model)  # type: ignore[assignment]
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _convolution(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
@@ -85,21 +80,43 @@ def _elementwise(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussi
 
 
 def _fused(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
-    return propagate.elementwise(inputs[0], lambda x: _expression(line.options[0], x))
+    return propagate.elementwise(inputs[0], lambda x: _expression(line.options[0], x, model))
 
 
-def _expression(expression: Any, x: Tensor) -> Any:
+def _expression(expression: Any, x: Tensor, model: nn.Module) -> Any:
     """Evaluate a nested (name, arguments, options) on the points x; "x" stands for them."""
-    if isinstance(expression, str):
+    if expression == "x":
         return x
+    if isinstance(expression, Parameter | Call):
+        return parameter(model, expression).flatten()
     if not isinstance(expression, tuple):
         return expression
     name, args, pairs = expression
-    return _function(name)(*(_expression(a, x) for a in args), **dict(pairs))
+    return _function(name)(*(_expression(a, x, model) for a in args), **dict(pairs))
 
 
 def _gather(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
     return propagate.gather(inputs[0], torch.tensor(line.options[0], device=inputs[0].mean.device))
+
+
+def _scale(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.affine(inputs[0], parameter(model, line.name).flatten(), 0.0)
+
+
+def _shift(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.affine(inputs[0], 1.0, parameter(model, line.name).flatten())
+
+
+def _transposed_convolution(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    bias, groups, stride, dilation = line.options
+    return positions.transposed_convolution(
+        inputs[0],
+        parameter(model, line.name),
+        parameter(model, bias) if bias else None,
+        groups=groups,
+        stride=stride,
+        dilation=dilation,
+    )
 
 
 def _prelu(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
@@ -108,6 +125,7 @@ def _prelu(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
 
 RULES: dict[str, Rule] = {
     "convolution": _convolution,
+    "transposed_convolution": _transposed_convolution,
     "patches": _patches,
     "measured": _measured,
     "elementwise": _elementwise,
@@ -115,6 +133,8 @@ RULES: dict[str, Rule] = {
     "prelu": _prelu,
     "gather": _gather,
     "pass": lambda _, inputs, __: inputs[0],
+    "scale": _scale,
+    "shift": _shift,
     "affine": lambda line, inputs, _: propagate.affine(inputs[0], *line.options),
     "add": lambda _, inputs, __: propagate.add(*inputs),
     "multiply": lambda _, inputs, __: propagate.multiply(*inputs),
@@ -190,5 +210,5 @@ class Evaluation:
 
     def _evaluated(self, line: Line) -> Gaussian:
         if line.operation == "norm":
-            return self.leaf(line.name)
+            return self.leaf(str(line.name))
         return self.rules[line.operation](line, [self.results[i] for i in line.inputs], self.model)

@@ -14,8 +14,9 @@ def _names(text: str) -> frozenset[str]:
 
 # Elementwise functions of one tensor. Those with a closed form are named in `evaluate.CLOSED_FORMS`.
 ELEMENTWISE = _names(
-    """abs celu clamp clamp_min clamp_max clip elu erf exp gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
-    logsigmoid mish relu relu6 selu sigmoid silu softplus softshrink softsign sqrt square tanh tanhshrink threshold"""
+    """abs absolute atan celu clamp clamp_min clamp_max clip cos elu erf exp gelu hardshrink hardsigmoid hardswish
+    hardtanh leaky_relu log1p logsigmoid mish neg negative pow relu relu6 rrelu selu sigmoid silu sin softplus
+    softshrink softsign sqrt square tanh tanhshrink threshold"""
 )
 
 # Functions that only move values. They are replayed on channel numbers, so no table of layouts is needed.
@@ -46,7 +47,17 @@ OVER_POSITIONS = {
     "pad": None,
 }
 
-CONVOLUTIONS = _names("conv1d conv2d conv3d")
+TRANSPOSED = _names("conv_transpose1d conv_transpose2d conv_transpose3d")
+LINEAR = _names("conv1d conv2d conv3d linear") | TRANSPOSED
+CONCATENATING = _names("cat concat concatenate")
+
+# Functions of two tensors, or of a tensor and a number, and what each computes of its left and right operand (those
+# that begin with r exchange them).
+BINARY = {
+    **{name: name for name in ("add", "sub", "mul", "div")},
+    **{"multiply": "mul", "subtract": "sub", "divide": "div", "truediv": "div", "true_divide": "div"},
+    **{"rsub": "sub", "reversed_sub": "sub", "reversed_truediv": "div", "reversed_div": "div"},
+}
 
 
 def name_of(function: Callable[..., Any]) -> str:

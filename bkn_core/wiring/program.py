@@ -17,7 +17,8 @@ class Line:
         operation: name of a rule in `evaluate.RULES`, "unknown" where there is none.
         inputs: numbers of the lines it reads.
         channels: channels of its result.
-        name: the module (or parameter) that the rule reads, by its path in the model.
+        name: the module (or parameter) that the rule reads, by its path in the model, or what is computed from
+            parameters (`parameters.Call`).
         options: plain values that the rule needs.
         words: how the report calls it; for an unknown line the reason.
     """
@@ -25,7 +26,7 @@ class Line:
     operation: str
     inputs: tuple[int, ...] = ()
     channels: int = 0
-    name: str = ""
+    name: Any = ""
     options: tuple[Any, ...] = ()
     words: str = ""
 
@@ -52,7 +53,7 @@ class Wiring:
 
     @staticmethod
     def _arguments(line: Line) -> str:
-        return ", ".join([*(f"%{number}" for number in line.inputs), *([line.name] if line.name else [])])
+        return ", ".join([*(f"%{number}" for number in line.inputs), *([str(line.name)] if line.name else [])])
 
     def words(self, number: int) -> str:
         """Say what a line computes, such as `relu(bn1) -> conv2`."""
@@ -83,17 +84,19 @@ class Wiring:
 
 
 def _words(line: Line, inputs: list[str]) -> str:
-    if line.operation in ("convolution", "linear"):
+    if line.operation in ("convolution", "transposed_convolution"):
         text = f"{inputs[0]} -> {line.words}"
     elif line.operation == "add":
         text = " + ".join(inputs)
     elif line.operation == "multiply":
         text = " * ".join(f"({text})" if " + " in text else text for text in inputs)
+    elif line.operation == "scale":
+        text = f"{line.words} * ({inputs[0]})" if " " in inputs[0] else f"{line.words} * {inputs[0]}"
     elif line.operation == "concatenate":
         text = f"[{', '.join(inputs)}]"
     elif line.operation in ("norm", "patches", "measured"):
         text = line.words
-    elif line.operation in ("pass", "gather", "affine"):
+    elif line.operation in ("pass", "gather", "affine", "shift"):
         text = inputs[0]
     else:
         text = f"{line.words}({', '.join(inputs)})"

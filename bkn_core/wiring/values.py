@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 class Value:
     """What is known of one tensor: a program line and the dimension its channels lie along, the input, or a reason.
 
+    Or, where it is computed from parameters alone, their expression (see `parameters`).
+
     `numbers` holds the channel number of every element where they are spread over several dimensions for a moment, as
     in the middle of a channel shuffle.
     """
@@ -26,6 +28,7 @@ class Value:
     numbers: Tensor | None = None
     is_input: bool = False
     reason: str = ""
+    parameter: Any = None
     tensor: Tensor | None = None
     version: int = 0
 
@@ -38,6 +41,48 @@ class Running(NamedTuple):
     given: Tensor | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One function of the forward.
+
+    Args:
+        name: its bare name.
+        function: itself.
+        arguments: what it was called with.
+        operands: what is known of each tensor among them; None for a number that was made in the forward.
+        outputs: the tensors that it returned.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Arguments
+    operands: list[Value | None]
+    outputs: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, nested ones too."""
+        return tensors(self.arguments)
+
+    @property
+    def features(self) -> list[Value]:
+        """What is known of the operands that are no parameters."""
+        return [v for v in self.operands if v is not None and v.parameter is None]
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The expressions of the operands that are computed from parameters alone."""
+        return [v.parameter for v in self.operands if v is not None and v.parameter is not None]
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an argument that may be given by position or by name."""
+        return argument(self.arguments, position, name)
+
+    def known(self, tensor: Any) -> Value | None:
+        """Return what is known of one of the tensors."""
+        return next((v for t, v in zip(self.tensors, self.operands, strict=True) if t is tensor), None)
+
+
 def number_channels(value: Value, channels: int) -> Tensor:
     """Return a tensor of the value's shape that holds the channel number of every element."""
     assert value.tensor is not None
@@ -45,7 +90,8 @@ def number_channels(value: Value, channels: int) -> Tensor:
     if numbers is None:
         shape = [1] * value.tensor.dim()
         shape[value.dimension] = channels
-        numbers = torch.arange(channels, device=value.tensor.device).view(shape).expand(value.tensor.shape)
+        device = "cpu" if value.tensor.is_meta else value.tensor.device  # a meta tensor holds no numbers
+        numbers = torch.arange(channels, device=device).view(shape).expand(value.tensor.shape)
     return numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
 
 

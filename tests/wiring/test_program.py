@@ -93,6 +93,7 @@ def test_every_elementwise_function_has_moments(name: str) -> None:
         "clamp_min": (0.1,),
         "clamp_max": (1.0,),
         "threshold": (0.1, 0.0),
+        "pow": (3,),
     }
     line = Line("elementwise", (0,), 2, options=(name, options.get(name, ()), ()))
     result = RULES["elementwise"](line, [Gaussian(torch.full((2,), 4.0), torch.full((2,), 0.01))], nn.Module())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bkn_core.norm.kalman import Gaussian
 from bkn_core.wiring.discover import discover
+from bkn_core.wiring.evaluate import Evaluation
 
 
 class Base(nn.Module):
@@ -126,6 +129,36 @@ class Functional(Base):
         return self.bn2(F.conv2d(h, weight))
 
 
+class Standardized(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.conv1.weight
+        variance, mean = torch.var_mean(w, dim=[1, 2, 3], keepdim=True, correction=0)
+        w = (w - mean) * torch.rsqrt(variance + 1e-5) * self.bn3.weight.view(-1, 1, 1, 1)
+        h = F.conv2d(F.relu(self.bn1(self.stem(x))), w, self.conv1.bias)
+        rows = F.batch_norm(self.conv2.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0)
+        return self.bn3(F.conv2d(F.relu(self.bn2(h)), rows.reshape_as(self.conv2.weight)))
+
+
+class Dynamic(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.stem(x)))
+        return self.bn2(F.conv2d(h, self.conv1.weight * torch.sigmoid(h.mean())))
+
+
+class RandomWeight(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.stem(x)))
+        return self.bn2(F.conv2d(h, torch.bernoulli(self.conv1.weight.sigmoid())))
+
+
+class WrittenWeight(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.stem(x)))
+        with torch.no_grad():
+            self.conv1.weight[0].mul_(2)
+        return self.bn2(self.conv1(h))
+
+
 class Depthwise(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -186,6 +219,8 @@ RIGHT: dict[type[Base], set[str]] = {
     Tied: {"bn2", "bn3"},
     DictOutput: {"bn2", "bn3"},
     WeightNorm: {"bn2"},
+    Functional: {"bn2"},
+    Standardized: {"bn2", "bn3"},
     Checkpointed: {"bn2"},
     FrozenStem: {"bn2"},
     Flattened: {"bn4"},
@@ -234,9 +269,25 @@ def test_excitation_reads_the_words_of_its_branches() -> None:
     assert words == "relu(bn1) * sigmoid(relu(relu(bn1) -> down) -> up) -> conv1"
 
 
-def test_computed_weight_has_no_prior() -> None:
-    wiring = discover(Functional(), EXAMPLE)
+@pytest.mark.parametrize("kind", [Dynamic, RandomWeight, WrittenWeight])
+def test_weight_that_no_parameter_determines_has_no_prior(kind: type[Base]) -> None:
+    wiring = discover(kind(), EXAMPLE)
     assert "bn2" not in wiring.priors and wiring.reasons["bn2"]
+
+
+def test_priors_follow_the_parameters_that_weights_are_computed_from() -> None:
+    model = Standardized()
+    wiring = discover(model, EXAMPLE)
+    leaf = Gaussian(torch.zeros(8), torch.ones(8))
+    evaluation = Evaluation(wiring, model, lambda _: leaf)
+    evaluation.line(wiring.priors["bn2"]).variance.sum().backward()
+    assert model.bn3.weight.grad is not None and model.bn3.weight.grad.abs().min() > 0
+    with torch.no_grad():
+        before = Evaluation(wiring, model, lambda _: leaf).line(wiring.priors["bn2"]).variance
+        model.bn3.weight.mul_(2)
+        after = Evaluation(wiring, model, lambda _: leaf).line(wiring.priors["bn2"]).variance
+    torch.testing.assert_close(after, 4 * before)
+    assert pickle.loads(pickle.dumps(wiring)) == wiring and hash(wiring.lines)
 
 
 def test_norm_of_the_input_is_measured() -> None:
@@ -253,7 +304,7 @@ def test_layer_that_the_example_does_not_reach_is_named() -> None:
 
 
 def test_every_layer_has_a_prior_or_a_reason() -> None:
-    for kind in [*RIGHT, NormTwice, Functional, SqueezeExcite, Head]:
+    for kind in [*RIGHT, NormTwice, Dynamic, RandomWeight, SqueezeExcite, Head]:
         model = kind()
         wiring = discover(model, EXAMPLE)
         names = {name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}

@@ -1,0 +1,50 @@
+"""Moments of a Gaussian per channel, pushed through operations that treat positions unequally or mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bkn_core.norm.kalman import Gaussian
+
+
+def transposed_convolution(
+    message: Gaussian,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    groups: int,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Gaussian:
+    """Moments over all positions after a transposed convolution, borders left out.
+
+    The outputs at phase f of the stride are reached by the taps t with t · dilation = f (mod stride):
+
+        mean_of = b_o + Σ_i m_i Σ_{t in f} W[i,o,t],   var_of = Σ_i v_i Σ_{t in f} W[i,o,t]²
+
+    and the moments over all positions are mean_o = E_f mean_of, var_o = E_f var_of + Var_f mean_of.
+
+    Shape:
+        message (..., I), weight (I, O / groups, *taps), bias (O,) -> (..., O).
+    """
+    phases = _phases(weight, stride, dilation)
+    matrix = weight.reshape(groups, -1, weight.shape[1], phases.shape[0])
+    leading = message.mean.shape[:-1]
+    mean, variance = (t.reshape(*leading, groups, -1) for t in message)
+    means = torch.einsum("...gi,giof->...gof", mean, matrix @ phases).flatten(-3, -2)
+    variances = torch.einsum("...gi,giof->...gof", variance, matrix.square() @ phases).flatten(-3, -2)
+    expected = means.mean(-1)
+    return Gaussian(expected if bias is None else expected + bias, variances.mean(-1) + means.var(-1, correction=0))
+
+
+def _phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Say which phase of the stride each tap reaches: (taps, phases), all axes flattened."""
+    table = weight.new_ones(1, 1)
+    for taps, step, spread in zip(weight.shape[2:], stride, dilation, strict=True):
+        reached = torch.arange(taps, device=weight.device) * spread % step
+        table = torch.kron(table, F.one_hot(reached, step).to(weight.dtype))
+    return table

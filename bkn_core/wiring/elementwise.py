@@ -1,0 +1,166 @@
+"""Lines of elementwise functions, sums and products.
+
+Functions of one tensor are fused: x * sigmoid(x) is one function of x, not a product of independent factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bkn_core.wiring.listing import Listing
+from bkn_core.wiring.operations import BINARY
+from bkn_core.wiring.parameters import Call, Expression, Parameter, applied
+from bkn_core.wiring.values import Step, Value
+
+_NUMBER = (int, float)
+
+
+def function(listing: Listing, step: Step, value: Value) -> Value:
+    """A function of one tensor, with numbers and words as options."""
+    if not all(isinstance(a, (*_NUMBER, str, type(None))) for a in pytree.tree_leaves(step.arguments)[1:]):
+        return Value(reason=f"{step.name} with unusual options")
+    name, args = step.name, tuple(a for a in step.arguments[0][1:] if not isinstance(a, bool))  # but for `inplace`
+    options = tuple((k, v) for k, v in step.arguments[1].items() if k not in ("input", "inplace"))
+    if name == "pow" and not (isinstance(args[0], _NUMBER) and args[0] > 0):
+        return Value(reason="pow with something else than a positive number")
+    if name == "rrelu":  # its slope is drawn: the expected one
+        lower, upper = _range(step)
+        name, args, options = "leaky_relu", ((lower + upper) / 2,), ()
+    root, expression = listing.origin(value.line)
+    expression = (name, (expression, *args), options)
+    rest: dict[str, Any] = {"dimension": value.dimension, "words": step.name}
+    if listing.is_gaussian(value.line):
+        result = listing.write(
+            "elementwise", [value.line], listing.channels(value), options=(name, args, options), **rest
+        )
+    else:  # a function of a function of a Gaussian is one function of it
+        result = listing.write("fused", [root], listing.channels(value), options=(expression,), **rest)
+    listing.origins[result.line] = (root, expression)
+    return result
+
+
+def _range(step: Step) -> tuple[float, float]:
+    lower, upper = step.argument(1, "lower"), step.argument(2, "upper")
+    return 1 / 8 if lower is None else lower, 1 / 3 if upper is None else upper
+
+
+def prelu(listing: Listing, step: Step, value: Value) -> Value:
+    """A rectifier with a learned slope for each channel, or one for all."""
+    slope = step.known(step.argument(1, "weight"))
+    if slope is None or slope.parameter is None or not listing.is_gaussian(value.line):
+        return Value(reason="prelu whose slope is not a parameter, or of a function of features")
+    path = _path(slope.parameter)
+    return listing.write(
+        "prelu", [value.line], listing.channels(value), dimension=value.dimension, name=path, words="prelu"
+    )
+
+
+def gated_linear_unit(listing: Listing, step: Step, value: Value) -> Value:
+    """The first half of the channels times the sigmoid of the second."""
+    dim, half = step.argument(1, "dim"), listing.channels(value) // 2
+    assert value.tensor is not None
+    if (-1 if dim is None else dim) % value.tensor.dim() != value.dimension:
+        return Value(reason="glu across something else than channels")
+    parts = [tuple(range(half)), tuple(range(half, 2 * half))]
+    rest = {"dimension": value.dimension}
+    left, right = (listing.write("gather", [value.line], half, options=(index,), **rest) for index in parts)
+    if not listing.is_gaussian(value.line):
+        return Value(reason="glu of a function of features")
+    gate = listing.write("elementwise", [right.line], half, options=("sigmoid", (), ()), words="sigmoid", **rest)
+    return listing.write("multiply", [left.line, gate.line], half, **rest)
+
+
+def binary(listing: Listing, step: Step, values: list[Value]) -> Value:
+    """A sum, difference, product or quotient."""
+    name, left, right = step.name, step.argument(0, "input"), step.argument(1, "other")
+    if step.arguments[1].get("alpha", 1) != 1 or step.arguments[1].get("rounding_mode") is not None:
+        return Value(reason=f"{name} with a factor or rounding")
+    if name.startswith("r"):  # rsub, reversed_sub, reversed_div
+        left, right = right, left
+    name = BINARY[name]
+    if isinstance(left, _NUMBER) or isinstance(right, _NUMBER):
+        return _with_number(listing, name, left, right, values[0])
+    if len(values) == 1:
+        return _with_parameter(listing, step, name, left, right)
+    if name == "div":
+        return Value(reason="div of features by features")
+    return _with_features(listing, name, values, step.outputs[0])
+
+
+def _with_number(listing: Listing, name: str, left: Any, right: Any, value: Value) -> Value:
+    if isinstance(left, _NUMBER):
+        pairs = {"add": (1.0, left), "mul": (left, 0.0), "sub": (-1.0, left)}
+    else:
+        pairs = {"add": (1.0, right), "mul": (right, 0.0), "sub": (1.0, -right), "div": (1 / (right or 1), 0.0)}
+    if name not in pairs:
+        return Value(reason=f"{name} of a number by a tensor")
+    scale, shift = (float(number) for number in pairs[name])
+    result = _affine(listing, value, scale, shift)
+    root, expression = listing.origin(value.line)
+    listing.origins[result.line] = (root, ("add", (("mul", (expression, scale), ()), shift), ()))
+    return result
+
+
+def _affine(listing: Listing, value: Value, scale: float, shift: float) -> Value:
+    options = (scale, shift)
+    return listing.write("affine", [value.line], listing.channels(value), dimension=value.dimension, options=options)
+
+
+def _with_parameter(listing: Listing, step: Step, name: str, left: Any, right: Any) -> Value:
+    """Scale or shift features by a parameter that has one number for each channel, or one for all."""
+    reverse = (known := step.known(left)) is not None and known.parameter is not None
+    tensor, value = (left, step.known(right)) if reverse else (right, known)
+    operand = step.known(tensor)
+    if operand is None or operand.parameter is None or value is None:
+        return Value(reason=f"{name} with a number tensor made in the forward")
+    if not _is_per_channel(tensor, value, step.outputs[0]):
+        return Value(reason=f"{name} with a parameter that has not one number for each channel")
+    expression: Expression = operand.parameter
+    if name == "div":
+        if reverse:
+            return Value(reason="div of a parameter by features")
+        expression = applied("reciprocal", expression)
+    elif name == "sub" and not reverse:
+        expression = applied("neg", expression)
+    elif name == "sub":
+        value = _affine(listing, value, -1.0, 0.0)
+    operation, symbol = ("scale", "mul") if name in ("mul", "div") else ("shift", "add")
+    path = _path(expression)
+    rest: dict[str, Any] = {"dimension": value.dimension, "name": path, "words": str(expression)}
+    result = listing.write(operation, [value.line], listing.channels(value), **rest)
+    root, inner = listing.origin(value.line)
+    listing.origins[result.line] = (root, (symbol, (inner, expression), ()))
+    return result
+
+
+def _path(expression: Expression) -> str | Call:
+    return expression.path if isinstance(expression, Parameter) else expression
+
+
+def _is_per_channel(tensor: Tensor, value: Value, output: Tensor) -> bool:
+    assert value.tensor is not None
+    place = value.dimension - value.tensor.dim()  # from the right, as broadcasting aligns
+    sizes = {i: size for i, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True) if size != 1}
+    return output.shape == value.tensor.shape and set(sizes) <= {place}
+
+
+def _with_features(listing: Listing, name: str, values: list[Value], output: Tensor) -> Value:
+    first, second = values
+    assert first.tensor is not None and second.tensor is not None
+    if first.dimension - first.tensor.dim() != second.dimension - second.tensor.dim():
+        return Value(reason=f"{name} of tensors whose channels are not aligned")
+    dimension = output.dim() + first.dimension - first.tensor.dim()
+    channels = max(listing.channels(v) for v in values)
+    (root, left), (other, right) = listing.origin(first.line), listing.origin(second.line)
+    if root == other:  # both are functions of one tensor, as in x * sigmoid(x): not independent, so one function
+        expression = (name, (left, right), ())
+        result = listing.write("fused", [root], channels, dimension=dimension, options=(expression,), words=name)
+        listing.origins[result.line] = (root, expression)
+        return result
+    lines = [first.line, second.line]
+    if name == "sub":
+        lines[1] = _affine(listing, second, -1.0, 0.0).line
+    return listing.write("multiply" if name == "mul" else "add", lines, channels, dimension=dimension)
