@@ -48,3 +48,28 @@ def _phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> T
         reached = torch.arange(taps, device=weight.device) * spread % step
         table = torch.kron(table, F.one_hot(reached, step).to(weight.dtype))
     return table
+
+
+def over_positions(parameter: Tensor, place: int) -> Gaussian:
+    """Moments of a parameter over the positions that it differs between; `place` is the dimension of its channels."""
+    rows = parameter.unsqueeze(0).movedim(place, -1).flatten(0, -2)
+    return Gaussian(rows.mean(0), rows.var(0, correction=0))
+
+
+def normalized(message: Gaussian, groups: int, eps: float, *, is_pointwise: bool) -> Gaussian:
+    """Moments after normalization within groups of n channels, over all positions or at each position by itself.
+
+        mean_c = (m_c - m̄) / s,   var_c = v_c / s²,   s² = v̄ + mean (m_c - m̄)² + ε
+
+    At each position by itself the mean of n channels is random too: v_c becomes v_c (1 - 2/n) + v̄ / n and v̄ in s²
+    becomes v̄ (1 - 1/n). That s² is random as well is left out, so groups should not be small.
+    """
+    mean, variance = (t.reshape(*t.shape[:-1], groups, -1) for t in message)
+    count = mean.shape[-1]
+    mean = mean - mean.mean(-1, keepdim=True)
+    average = variance.mean(-1, keepdim=True)
+    if is_pointwise:
+        variance = variance * (1 - 2 / count) + average / count
+        average = average * (1 - 1 / count)
+    square = average + mean.square().mean(-1, keepdim=True) + eps
+    return Gaussian((mean / square.sqrt()).flatten(-2), (variance / square).flatten(-2))

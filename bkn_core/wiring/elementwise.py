@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bkn_core.wiring.listing import Listing
 from bkn_core.wiring.operations import BINARY
-from bkn_core.wiring.parameters import Call, Expression, Parameter, applied
+from bkn_core.wiring.parameters import Expression, applied, name_or_call
 from bkn_core.wiring.values import Step, Value
 
 _NUMBER = (int, float)
@@ -39,6 +39,7 @@ def function(listing: Listing, step: Step, value: Value) -> Value:
     else:  # a function of a function of a Gaussian is one function of it
         result = listing.write("fused", [root], listing.channels(value), options=(expression,), **rest)
     listing.origins[result.line] = (root, expression)
+    result.numbers = value.numbers
     return result
 
 
@@ -52,7 +53,7 @@ def prelu(listing: Listing, step: Step, value: Value) -> Value:
     slope = step.known(step.argument(1, "weight"))
     if slope is None or slope.parameter is None or not listing.is_gaussian(value.line):
         return Value(reason="prelu whose slope is not a parameter, or of a function of features")
-    path = _path(slope.parameter)
+    path = name_or_call(slope.parameter)
     return listing.write(
         "prelu", [value.line], listing.channels(value), dimension=value.dimension, name=path, words="prelu"
     )
@@ -98,26 +99,28 @@ def _with_number(listing: Listing, name: str, left: Any, right: Any, value: Valu
     if name not in pairs:
         return Value(reason=f"{name} of a number by a tensor")
     scale, shift = (float(number) for number in pairs[name])
-    result = _affine(listing, value, scale, shift)
+    return _affine(listing, value, scale, shift)
+
+
+def _affine(listing: Listing, value: Value, scale: float, shift: float) -> Value:
+    options = (scale, shift)
+    result = listing.write("affine", [value.line], listing.channels(value), dimension=value.dimension, options=options)
     root, expression = listing.origin(value.line)
     listing.origins[result.line] = (root, ("add", (("mul", (expression, scale), ()), shift), ()))
     return result
 
 
-def _affine(listing: Listing, value: Value, scale: float, shift: float) -> Value:
-    options = (scale, shift)
-    return listing.write("affine", [value.line], listing.channels(value), dimension=value.dimension, options=options)
-
-
 def _with_parameter(listing: Listing, step: Step, name: str, left: Any, right: Any) -> Value:
-    """Scale or shift features by a parameter that has one number for each channel, or one for all."""
+    """Scale or shift features by a parameter: a number for each channel, one for all, or one for each position."""
     reverse = (known := step.known(left)) is not None and known.parameter is not None
     tensor, value = (left, step.known(right)) if reverse else (right, known)
     operand = step.known(tensor)
     if operand is None or operand.parameter is None or value is None:
         return Value(reason=f"{name} with a number tensor made in the forward")
-    if not _is_per_channel(tensor, value, step.outputs[0]):
-        return Value(reason=f"{name} with a parameter that has not one number for each channel")
+    if value.tensor is None or step.outputs[0].shape != value.tensor.shape:
+        return Value(reason=f"{name} with a parameter of unexpected shape")
+    shape = value.tensor.shape
+    place = value.dimension - len(shape)  # from the right, as broadcasting aligns
     expression: Expression = operand.parameter
     if name == "div":
         if reverse:
@@ -128,23 +131,22 @@ def _with_parameter(listing: Listing, step: Step, name: str, left: Any, right: A
     elif name == "sub":
         value = _affine(listing, value, -1.0, 0.0)
     operation, symbol = ("scale", "mul") if name in ("mul", "div") else ("shift", "add")
-    path = _path(expression)
-    rest: dict[str, Any] = {"dimension": value.dimension, "name": path, "words": str(expression)}
-    result = listing.write(operation, [value.line], listing.channels(value), **rest)
-    root, inner = listing.origin(value.line)
-    listing.origins[result.line] = (root, (symbol, (inner, expression), ()))
+    is_per_channel = all(size == 1 or i == place for i, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True))
+    if not is_per_channel and (tensor.dim() < -place or tensor.shape[place] != shape[place]):
+        return Value(reason=f"{name} with a parameter that differs between positions alike for all channels")
+    result = listing.write(
+        operation,
+        [value.line],
+        listing.channels(value),
+        dimension=value.dimension,
+        name=name_or_call(expression),
+        options=() if is_per_channel else (place,),
+        words=str(expression),
+    )
+    if is_per_channel:
+        root, inner = listing.origin(value.line)
+        listing.origins[result.line] = (root, (symbol, (inner, expression), ()))
     return result
-
-
-def _path(expression: Expression) -> str | Call:
-    return expression.path if isinstance(expression, Parameter) else expression
-
-
-def _is_per_channel(tensor: Tensor, value: Value, output: Tensor) -> bool:
-    assert value.tensor is not None
-    place = value.dimension - value.tensor.dim()  # from the right, as broadcasting aligns
-    sizes = {i: size for i, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True) if size != 1}
-    return output.shape == value.tensor.shape and set(sizes) <= {place}
 
 
 def _with_features(listing: Listing, name: str, values: list[Value], output: Tensor) -> Value:

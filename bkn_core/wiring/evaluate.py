@@ -100,11 +100,23 @@ def _gather(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
 
 
 def _scale(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    if line.options:
+        return propagate.multiply(inputs[0], positions.over_positions(parameter(model, line.name), *line.options))
     return propagate.affine(inputs[0], parameter(model, line.name).flatten(), 0.0)
 
 
 def _shift(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    if line.options:
+        return propagate.add(inputs[0], positions.over_positions(parameter(model, line.name), *line.options))
     return propagate.affine(inputs[0], 1.0, parameter(model, line.name).flatten())
+
+
+def _normalized(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    groups, eps, bias, is_pointwise = line.options
+    message = positions.normalized(inputs[0], groups, eps, is_pointwise=is_pointwise)
+    if line.name:
+        message = propagate.affine(message, parameter(model, line.name), 0.0)
+    return propagate.affine(message, 1.0, parameter(model, bias)) if bias else message
 
 
 def _transposed_convolution(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
@@ -134,6 +146,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "pass": lambda _, inputs, __: inputs[0],
     "scale": _scale,
+    "normalized": _normalized,
     "shift": _shift,
     "affine": lambda line, inputs, _: propagate.affine(inputs[0], *line.options),
     "add": lambda _, inputs, __: propagate.add(*inputs),

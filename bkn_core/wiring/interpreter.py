@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bkn_core.wiring import elementwise, linear, parameters, positions
+from bkn_core.wiring import attention, elementwise, linear, parameters, positions
 from bkn_core.wiring.listing import Listing
-from bkn_core.wiring.operations import BINARY, CONCATENATING, ELEMENTWISE, IDENTITY, LINEAR, OVER_POSITIONS, SHAPE_ONLY
+from bkn_core.wiring.operations import (
+    BINARY,
+    CONCATENATING,
+    ELEMENTWISE,
+    IDENTITY,
+    LINEAR,
+    NORMALIZING,
+    OVER_POSITIONS,
+    SHAPE_ONLY,
+)
 from bkn_core.wiring.values import Running, Step, Value
 
 
@@ -40,6 +49,9 @@ class Interpreter:
         features, count = step.features, len(step.outputs)
         if step.name in LINEAR and step.operands[0] in features:
             features = [v for v in step.operands[:1] if v is not None]
+        special = attention.weights(step) or attention.average(self.listing, step) if features else None
+        if special is not None:
+            return [self._checked(step.name, special, step.outputs[0])] * count
         unknown = next((v for v in features if v.reason), None)
         if unknown is not None:
             return [Value(reason=unknown.reason)] * count
@@ -63,6 +75,8 @@ class Interpreter:
         first = features[0]
         if step.name in IDENTITY:
             return first
+        if step.name in ELEMENTWISE and len(step.tensors) == 1:
+            return elementwise.function(self.listing, step, first)
         if any(v.numbers is not None for v in features):
             return Value(reason=f"{step.name} of channels that lie along several dimensions")
         if step.name in OVER_POSITIONS:
@@ -75,8 +89,8 @@ class Interpreter:
             return elementwise.prelu(self.listing, step, first)
         if step.name == "glu":
             return elementwise.gated_linear_unit(self.listing, step, first)
-        if step.name in ELEMENTWISE and len(step.tensors) == 1:
-            return elementwise.function(self.listing, step, first)
+        if step.name in NORMALIZING:
+            return positions.normalized(self.listing, step, first)
         if step.name in BINARY:
             return elementwise.binary(self.listing, step, features)
         return Value(reason=f"{step.name} has no rule")

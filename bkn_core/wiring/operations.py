@@ -49,6 +49,8 @@ OVER_POSITIONS = {
 
 TRANSPOSED = _names("conv_transpose1d conv_transpose2d conv_transpose3d")
 LINEAR = _names("conv1d conv2d conv3d linear") | TRANSPOSED
+MATRIX_PRODUCTS = _names("matmul bmm")
+NORMALIZING = _names("layer_norm group_norm instance_norm")
 CONCATENATING = _names("cat concat concatenate")
 
 # Functions of two tensors, or of a tensor and a number, and what each computes of its left and right operand (those

@@ -74,6 +74,11 @@ def _resolved(path: str) -> Callable[..., Any]:
     return found
 
 
+def name_or_call(expression: Expression) -> str | Call:
+    """Return the path of a parameter, or the expression itself where it is computed."""
+    return expression.path if isinstance(expression, Parameter) else expression
+
+
 def sources(expression: Expression) -> list[str]:
     """Return the paths of all parameters and buffers that an expression reads."""
     if isinstance(expression, Parameter):

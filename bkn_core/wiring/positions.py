@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bkn_core.wiring.listing import Listing
 from bkn_core.wiring.operations import OVER_POSITIONS, REARRANGING
+from bkn_core.wiring.parameters import name_or_call
 from bkn_core.wiring.values import Step, Value, find_channels, number_channels, tensors
 
 
@@ -17,12 +19,42 @@ def over_positions(listing: Listing, step: Step, value: Value) -> Value:
     rank = step.outputs[0].dim()
     acted = OVER_POSITIONS[step.name]
     if step.name == "pad":
-        acted = len(step.argument(1, "pad")) // 2
+        sides = list(step.argument(1, "pad"))
+        while sides and not any(sides[-2:]):
+            sides = sides[:-2]
+        acted = len(sides) // 2
+        if value.dimension >= rank - acted and not any(sides[2 * (rank - 1 - value.dimension) :][:2]):
+            acted = 0  # the channels themselves are not padded
     elif acted is None:
         acted = rank - 2
     if value.tensor is None or rank != value.tensor.dim() or value.dimension >= rank - acted:
         return Value(reason=f"{step.name} across channels")
     return listing.passed(value)
+
+
+def normalized(listing: Listing, step: Step, value: Value) -> Value:
+    """Layer, group or instance normalization."""
+    channels = listing.channels(value)
+    assert value.tensor is not None
+    is_layer = step.name == "layer_norm"
+    at, groups = {
+        "layer_norm": ((2, 3, 4), 1),
+        "group_norm": ((2, 3, 4), step.argument(1, "num_groups")),
+        "instance_norm": ((3, 4, 7), channels),
+    }[step.name]
+    fits = value.dimension == (value.tensor.dim() - 1 if is_layer else 1)
+    if not fits or (is_layer and tuple(step.argument(1, "normalized_shape")) != (channels,)):
+        return Value(reason=f"{step.name} across something else than channels")
+    weight, bias = (step.argument(i, n) for i, n in zip(at, ("weight", "bias"), strict=False))
+    eps = step.argument(at[2], "eps")
+    known = [step.known(t) for t in (weight, bias) if t is not None]
+    if any(v is None or v.parameter is None for v in known):
+        return Value(reason=f"{step.name} whose weight is not a parameter")
+    names = iter(name_or_call(v.parameter) for v in known if v is not None)
+    name, bias = ("" if t is None else next(names) for t in (weight, bias))
+    options = (groups, 1e-5 if eps is None else eps, bias, is_layer)
+    rest: dict[str, Any] = {"dimension": value.dimension, "name": name, "options": options, "words": step.name}
+    return listing.write("normalized", [value.line], channels, **rest)
 
 
 def mean(listing: Listing, step: Step, value: Value) -> Value:
@@ -59,24 +91,29 @@ def concatenate(listing: Listing, step: Step, values: list[Value]) -> Value:
 
 def moved(listing: Listing, step: Step, value: Value) -> list[Value]:
     """Replay a function that only moves values on channel numbers and read off where each channel went."""
+    numbers = moved_numbers(step, value, number_channels(value, listing.channels(value)))
+    if not numbers:
+        return [Value(reason=f"{step.name} of something else than features")] * len(step.outputs)
+    results = [placed(listing, value, result) for result in numbers]
+    if step.name in REARRANGING:
+        return results
+    # Values that were picked by position are others now, and have a line of their own.
+    return [listing.passed(result) if result.line == value.line else result for result in results]
+
+
+def moved_numbers(step: Step, value: Value, numbers: Tensor) -> list[Tensor]:
+    """Replay a function that only moves values on numbers; nothing where it is not the values that it moves."""
     args, kwargs = step.arguments
-    count = len(step.outputs)
-    if not args or args[0] is not value.tensor:
-        return [Value(reason=f"{step.name} of something else than features")] * count
-    if value.tensor.is_meta and any(not t.is_meta or step.name == "getitem" for t in tensors((args[1:], kwargs))):
-        return [Value(reason=f"{step.name} by numbers that a meta tensor does not hold")] * count
-    numbers = number_channels(value, listing.channels(value))
+    tensor = value.tensor
+    if not args or tensor is None or args[0] is not tensor:
+        return []
+    if tensor.is_meta and step.name == "getitem" and tensors((args[1:], kwargs)):
+        return []  # an index of which only the shape is known
     results = pytree.tree_leaves(step.function(numbers, *args[1:], **kwargs))
-    placed = [_placed(listing, value, result) for result in results if isinstance(result, Tensor)]
-    return placed if step.name in REARRANGING else [_elsewhere(listing, value, result) for result in placed]
+    return [result for result in results if isinstance(result, Tensor)]
 
 
-def _elsewhere(listing: Listing, before: Value, after: Value) -> Value:
-    """Give values that were picked by position a line of their own."""
-    return listing.passed(after) if after.line == before.line else after
-
-
-def _placed(listing: Listing, value: Value, numbers: Tensor) -> Value:
+def placed(listing: Listing, value: Value, numbers: Tensor) -> Value:
     """Read off where a function put the channels of a value."""
     place = find_channels(numbers, listing.channels(value))
     if isinstance(place, str):

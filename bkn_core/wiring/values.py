@@ -17,7 +17,8 @@ Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 class Value:
     """What is known of one tensor: a program line and the dimension its channels lie along, the input, or a reason.
 
-    Or, where it is computed from parameters alone, their expression (see `parameters`).
+    Or, where it is computed from parameters alone, their expression (see `parameters`); or, of weights that sum to one
+    along a dimension, which one.
 
     `numbers` holds the channel number of every element where they are spread over several dimensions for a moment, as
     in the middle of a channel shuffle.
@@ -29,6 +30,7 @@ class Value:
     is_input: bool = False
     reason: str = ""
     parameter: Any = None
+    sums_to_one: int = -1
     tensor: Tensor | None = None
     version: int = 0
 

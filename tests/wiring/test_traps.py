@@ -108,6 +108,7 @@ PREDICTED: dict[str, tuple[Between, str]] = {
     "residual of a scaled function": (lambda t, h: h + t.scale * F.silu(h), ""),
     "swish with a learned slope": (lambda t, h: h * torch.sigmoid(t.scale * h), ""),
     "one of two parameters": (lambda t, h: h * t.scale.chunk(2, 1)[1].repeat(1, 2, 1, 1), ""),
+    "parameter repeated over positions": (lambda t, h: h * t.scale.repeat(1, 1, 8, 8), ""),
     "cube": (lambda t, h: h.pow(3) / 10, ""),
     "gated linear unit": (lambda t, h: torch.cat([F.glu(h, 1), t.side(h)[:, :4]], 1), ""),
     "batch cut and joined": (lambda t, h: torch.cat(h.split(1), 0), "bn1 -> conv"),
@@ -186,6 +187,17 @@ def test_prior_is_right_or_absent(name: str) -> None:
         assert wiring.reasons["bn2"]
 
 
+@pytest.mark.parametrize("name", ["add", "multiply"])
+def test_parameter_for_each_position_counts_by_its_moments(name: str) -> None:
+    def embedded(trap: Trap, h: Tensor) -> Tensor:
+        return torch.add(h, trap.table) if name == "add" else torch.mul(trap.table, h)
+
+    model = Trap(embedded, kernel=1)
+    model.table = nn.Parameter(torch.randn(8, 32, 32))
+    prior = predicted(model, torch.randn(2, 3, 32, 32))["bn2"]
+    assert_right(prior, sampled(model, images(100, 32))["bn2"], mean=0.06, variance=0.1)
+
+
 def write_through_view(trap: Trap, h: Tensor) -> Tensor:
     h[:, :4].relu_()
     return h
@@ -227,12 +239,12 @@ ABSENT: dict[str, tuple[Between, str]] = {
     "NumPy": (by_numpy, "without history"),
     "softmax": (lambda t, h: F.softmax(h, 1), "softmax"),
     "matmul": (lambda t, h: h.transpose(1, 3) @ torch.ones(8, 8), "without history"),
-    "scale that differs between positions": (lambda t, h: h * t.scale.view(8), "one number for each channel"),
+    "scale that differs between positions": (lambda t, h: h * t.scale.view(8), "alike for all channels"),
+    "shift that differs between positions": (lambda t, h: h + t.scale.view(8, 1), "alike for all channels"),
     "parameter by features": (lambda t, h: t.scale / h, "div of a parameter"),
     "constant tensor": (lambda t, h: h * torch.full((8, 1, 1), 3.0), "without history"),
     "constant number": (lambda t, h: h * torch.tensor(3.0), "made in the forward"),
     "constant shift of a parameter": (lambda t, h: h * (t.scale + torch.full((1, 8, 1, 1), 3.0)), "without history"),
-    "parameter repeated over positions": (lambda t, h: h * t.scale.repeat(1, 1, 8, 8), "one number for each channel"),
     "mean over channels": (lambda t, h: h - h.mean(1, keepdim=True), "mean over channels"),
     "pooling across channels": (
         lambda t, h: F.avg_pool1d(h.flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).view_as(h),
