@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.propagate import quadrature
 
 
 def transposed_convolution(
@@ -48,6 +49,24 @@ def _phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> T
         reached = torch.arange(taps, device=weight.device) * spread % step
         table = torch.kron(table, F.one_hot(reached, step).to(weight.dtype))
     return table
+
+
+def maximum(message: Gaussian, function: Callable[[Tensor], Tensor], count: float) -> Gaussian:
+    """Moments of the maximum of k independent f(X), by quadrature on the k-th power of their distribution.
+
+    Args:
+        message: moments of X.
+        function: f.
+        count: k, not necessarily whole.
+    """
+    points, mass = quadrature(message)
+    values = function(points)
+    values, order = values.sort(0)
+    below = mass.expand_as(values).gather(0, order).cumsum(0).clamp(max=1).pow(count)
+    mass = below.diff(dim=0, prepend=torch.zeros_like(below[:1]))
+    mass = mass / mass.sum(0)
+    mean = (mass * values).sum(0)
+    return Gaussian(mean, (mass * (values - mean).square()).sum(0))
 
 
 def over_positions(parameter: Tensor, place: int) -> Gaussian:

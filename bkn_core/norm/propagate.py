@@ -208,13 +208,19 @@ def elementwise(message: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaus
 
     Accurate to rounding for smooth f, and to a few parts in a thousand where f has a kink.
     """
+    points, mass = quadrature(message)
+    values = function(points)
+    mean = (mass * values).sum(0)
+    return Gaussian(mean, (mass * (values - mean).square()).sum(0))
+
+
+def quadrature(message: Gaussian) -> tuple[Tensor, Tensor]:
+    """Return points of each channel's distribution and their mass: (81, ..., C) and (81, 1, ...)."""
     nodes, weights = _nodes()
     shape = (-1, *([1] * message.mean.dim()))
     points = torch.tensor(nodes, dtype=message.mean.dtype, device=message.mean.device).view(shape)
     mass = torch.tensor(weights, dtype=message.mean.dtype, device=message.mean.device).view(shape)
-    values = function(message.mean + message.variance.clamp_min(_VARIANCE_FLOOR).sqrt() * points)
-    mean = (mass * values).sum(0)
-    return Gaussian(mean, (mass * (values - mean).square()).sum(0))
+    return message.mean + message.variance.clamp_min(_VARIANCE_FLOOR).sqrt() * points, mass
 
 
 @functools.cache

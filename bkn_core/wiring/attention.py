@@ -55,7 +55,8 @@ def average(listing: Listing, step: Step) -> Value | None:
     numbers = number_channels(features, listing.channels(features))
     if numbers.dim() != step.outputs[0].dim() or bool((numbers.diff(dim=contracted) != 0).any()):
         return Value(reason="attention across channels")
-    return listing.passed(placed(listing, features, _spread(numbers, contracted, step.outputs[0])))
+    result = placed(listing, features, _spread(numbers, contracted, step.outputs[0]))
+    return listing.averaged(result, features.tensor.shape[contracted])
 
 
 def _spread(numbers: Tensor, dim: int, output: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ from bkn_core.wiring.program import Line, Wiring
 Leaf = Callable[[str], Gaussian]
 Rule = Callable[[Line, list[Gaussian], nn.Module], Gaussian]
 
+# Neighbouring positions are neither independent nor equal: k of them count as k^0.5 independent ones for a maximum and
+# as k^0.4 for an average. Of the powers 0 (equal) to 1 (independent) these fit photographs best (docs/coverage.md).
+MAXIMUM_POWER, AVERAGE_POWER = 0.5, 0.4
+
 # Where a module keeps the moments of what it reads from the network input (see `input_moments`).
 INPUT_MEAN, INPUT_COVARIANCE = "input_mean", "input_covariance"
 
@@ -77,6 +81,15 @@ def _elementwise(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussi
     if name in CLOSED_FORMS:
         return CLOSED_FORMS[name](inputs[0], *args, **options)
     return propagate.elementwise(inputs[0], lambda x: _function(name)(x, *args, **options))
+
+
+def _max_pool(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    count, expression = line.options
+    return positions.maximum(inputs[0], lambda x: _expression(expression, x, model), count**MAXIMUM_POWER)
+
+
+def _average(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return Gaussian(inputs[0].mean, inputs[0].variance / line.options[0] ** AVERAGE_POWER)
 
 
 def _fused(line: Line, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
@@ -142,6 +155,8 @@ RULES: dict[str, Rule] = {
     "measured": _measured,
     "elementwise": _elementwise,
     "fused": _fused,
+    "max_pool": _max_pool,
+    "average": _average,
     "prelu": _prelu,
     "gather": _gather,
     "pass": lambda _, inputs, __: inputs[0],

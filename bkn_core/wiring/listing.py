@@ -33,6 +33,15 @@ class Listing:
         result.numbers = value.numbers
         return result
 
+    def averaged(self, value: Value, count: float) -> Value:
+        """Write the average over `count` positions."""
+        if count <= 1:
+            return self.passed(value)
+        rest: dict[str, Any] = {"dimension": value.dimension, "options": (count,), "words": "average"}
+        result = self.write("average", [value.line], self.channels(value), **rest)
+        result.numbers = value.numbers
+        return result
+
     def before_passing(self, line: int) -> int:
         """Return the line whose moments a line passes on."""
         while self.lines[line].operation == "pass":

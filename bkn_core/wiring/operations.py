@@ -37,9 +37,9 @@ IDENTITY = _names(
     dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth"""
 )
 
-# Functions over positions whose result has, approximately, the moments of its input. Average pooling keeps the mean and
-# lowers the variance, max pooling raises the mean, padding lowers both at the border; resizing mixes neighbours. These
-# errors are left to the layer's correction and innovation. The number is how many trailing dimensions they act on.
+# Functions over positions. Pooling has rules. Padding and resizing pass the moments on: padding lowers both at the
+# border, resizing mixes neighbours; that is left to the layer's correction and innovation. The number is how many
+# trailing dimensions they act on.
 OVER_POSITIONS = {
     **{f"{kind}_pool{n}d": n for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)},
     "interpolate": None,

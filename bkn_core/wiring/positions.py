@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,24 @@ def over_positions(listing: Listing, step: Step, value: Value) -> Value:
         acted = rank - 2
     if value.tensor is None or rank != value.tensor.dim() or value.dimension >= rank - acted:
         return Value(reason=f"{step.name} across channels")
-    return listing.passed(value)
+    count = _window(step, value.tensor)
+    if "max" in step.name and count > 1:
+        root, expression = listing.origin(value.line)
+        rest: dict[str, Any] = {"dimension": value.dimension, "options": (count, expression), "words": "max_pool"}
+        return listing.write("max_pool", [root], listing.channels(value), **rest)
+    return listing.averaged(value, count) if "avg" in step.name else listing.passed(value)
+
+
+def _window(step: Step, tensor: Tensor) -> float:
+    """Count the positions that each result of a pooling function reads."""
+    if step.name.startswith("adaptive"):
+        return tensor.numel() / max(step.outputs[0].numel(), 1)
+    size = step.argument(1, "kernel_size")
+    if size is None:
+        return 1.0
+    axes = int(step.name[-2])  # avg_pool2d
+    sizes = (size,) * axes if isinstance(size, int) else tuple(size) * (axes if len(size) == 1 else 1)
+    return float(math.prod(sizes))
 
 
 def normalized(listing: Listing, step: Step, value: Value) -> Value:
@@ -69,7 +87,8 @@ def mean(listing: Listing, step: Step, value: Value) -> Value:
         return Value(reason="mean over channels or images")
     kept = step.argument(2, "keepdim") or False
     dimension = value.dimension - (0 if kept else sum(d < value.dimension for d in gone))
-    return dataclasses.replace(listing.passed(value), dimension=dimension)
+    count = math.prod(value.tensor.shape[d] for d in gone)
+    return dataclasses.replace(listing.averaged(value, count), dimension=dimension)
 
 
 def concatenate(listing: Listing, step: Step, values: list[Value]) -> Value:

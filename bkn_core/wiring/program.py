@@ -94,12 +94,24 @@ def _words(line: Line, inputs: list[str]) -> str:
         text = f"{line.words} * ({inputs[0]})" if " " in inputs[0] else f"{line.words} * {inputs[0]}"
     elif line.operation == "concatenate":
         text = f"[{', '.join(inputs)}]"
+    elif line.operation == "max_pool":
+        text = f"max_pool({_function_words(line.options[1], inputs[0])})"
     elif line.operation in ("norm", "patches", "measured"):
         text = line.words
-    elif line.operation in ("pass", "gather", "affine", "shift"):
+    elif line.operation in ("pass", "average", "gather", "affine", "shift"):
         text = inputs[0]
     else:
         text = f"{line.words}({', '.join(inputs)})"
     if len(text) <= _LONGEST_WORDS:
         return text
     return f"{text[: _LONGEST_WORDS // 2]} ... {text[-_LONGEST_WORDS // 2 :]}"
+
+
+def _function_words(expression: Any, text: str) -> str:
+    """Say what a nested (name, arguments, options) computes of a text; "x" stands for it."""
+    if expression == "x":
+        return text
+    if not isinstance(expression, tuple):
+        return str(expression)
+    name, args, _ = expression
+    return f"{name}({', '.join(_function_words(a, text) for a in args)})"

@@ -100,7 +100,7 @@ def test_resnet18_reads_as_its_author_would_say_it() -> None:
     words = {r.name: r.prior for r in conversion_report(convert(model, images[:1], input_prior=images))}
     assert words["bn1"] == "input -> conv1"
     assert words["layer1.0.bn2"] == "relu(layer1.0.bn1) -> layer1.0.conv2"
-    assert words["layer1.1.bn1"] == "relu(layer1.0.bn2 + relu(bn1)) -> layer1.1.conv1"
+    assert words["layer1.1.bn1"] == "relu(layer1.0.bn2 + max_pool(relu(bn1))) -> layer1.1.conv1"
     assert words["layer2.0.downsample.1"].endswith("-> layer2.0.downsample.0")
     assert len(words) == 20
 

@@ -73,6 +73,8 @@ def test_learning_moves_what_is_learned(options: dict[str, Any]) -> None:
     guarded = {"bn4.gain_logit", "bn4.transition"} if options.get("transition") == "learned" else set()
     for name, parameter in model.named_parameters():
         # With two values per channel some variance is nearly 0, so the guard drops the prior and all it depends on.
+        if name == "linear.bias":  # it moves the observed and the predicted mean alike, so rounding alone moves it
+            continue
         assert name in guarded or not torch.equal(parameter, before[name]), name
     if options.get("transition") == "learned":
         names = list(before)
