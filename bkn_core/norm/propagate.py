@@ -203,6 +203,21 @@ def clipped(message: Gaussian, low: float, high: float) -> Gaussian:
     return Gaussian(mean + first, (second - first.square()).clamp_min(0))
 
 
+def thresholded(message: Gaussian, low: float, high: float, value: float) -> Gaussian:
+    """Moments of X outside (low, high) and of a value inside, taken about m.
+
+    With d = value - m, P = Φ(β) - Φ(α), α = (low - m) / √v, β = (high - m) / √v:
+    E - m = d P + √v (φ(β) - φ(α)),   E2 = d² P + v (1 - P + β φ(β) - α φ(α))
+    """
+    mean, variance = message.mean, message.variance.clamp_min(_VARIANCE_FLOOR)
+    deviation = variance.sqrt()
+    alpha, beta = ((bound - mean).div(deviation).clamp(-40, 40) for bound in (low, high))
+    inside = torch.where(alpha > 0, _cdf(-alpha) - _cdf(-beta), _cdf(beta) - _cdf(alpha))
+    first = (value - mean) * inside + deviation * (_pdf(beta) - _pdf(alpha))
+    second = (value - mean).square() * inside + variance * (1 - inside + beta * _pdf(beta) - alpha * _pdf(alpha))
+    return Gaussian(mean + first, (second - first.square()).clamp_min(0))
+
+
 def elementwise(message: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
     """Moments of f(X) by the trapezoidal rule on 81 points per channel, from -8 to 8 standard deviations.
 

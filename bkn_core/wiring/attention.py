@@ -1,8 +1,14 @@
-"""Attention averages features over positions with weights that sum to one: their mean stays."""
+"""Attention averages features over positions with weights that sum to one: their mean stays.
+
+Their variance is passed on as it is: how far the average lowers it depends on how sharp the weights are. At random
+initialization it falls, on photographs, to 0.8 in LeViT and to 0.7 in Visformer.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bkn_core.wiring.listing import Listing
 from bkn_core.wiring.operations import IDENTITY, MATRIX_PRODUCTS, SHAPE_ONLY
@@ -37,27 +43,38 @@ def weights(step: Step) -> Value | None:
 
 def average(listing: Listing, step: Step) -> Value | None:
     """Return the value of features averaged with such weights, or None where this is something else."""
+    features = next((v for v in step.operands if v is not None and v.line >= 0 and v.tensor is not None), None)
     if step.name == "scaled_dot_product_attention":
-        features, contracted = step.known(step.argument(2, "value")), -2
-    elif step.name in MATRIX_PRODUCTS and len(step.operands) == 2:
-        left, right = step.operands
-        rank = step.outputs[0].dim()
-        if left is not None and left.sums_to_one == rank - 1:
-            features, contracted = right, -2
-        elif right is not None and right.sums_to_one == rank - 2:
-            features, contracted = left, -1
-        else:
-            return None
-    else:
-        return None
-    if features is None or features.line < 0 or features.tensor is None:
+        features = step.known(step.argument(2, "value"))
+    if features is None or features.line < 0:
         return None
     numbers = number_channels(features, listing.channels(features))
-    if numbers.dim() != step.outputs[0].dim() or bool((numbers.diff(dim=contracted) != 0).any()):
+    if step.name == "scaled_dot_product_attention":
+        if bool((numbers.diff(dim=-2) != 0).any()):
+            return Value(reason="attention across channels")
+        numbers = numbers[..., :1, :].expand(step.outputs[0].shape).contiguous()
+        return listing.passed(placed(listing, features, numbers))
+    weighing = next((v for v in step.operands if v is not None and v.sums_to_one >= 0), None)
+    if step.name not in MATRIX_PRODUCTS or weighing is None or len(step.tensors) != 2:
+        return None
+    averaged = _averaged_numbers(step, weighing, features, numbers)
+    if averaged is None:
         return Value(reason="attention across channels")
-    result = placed(listing, features, _spread(numbers, contracted, step.outputs[0]))
-    return listing.averaged(result, features.tensor.shape[contracted])
+    return listing.passed(placed(listing, features, averaged))
 
 
-def _spread(numbers: Tensor, dim: int, output: Tensor) -> Tensor:
-    return numbers.narrow(dim, 0, 1).expand(output.shape).contiguous()
+def _averaged_numbers(step: Step, weighing: Value, features: Value, numbers: Tensor) -> Tensor | None:
+    """Replay a product on channel numbers: None unless it takes each result from one channel, wherever the weight lies.
+
+    All the weight on the first position and all of it on the last must give the same, and ones must stay ones.
+    """
+    assert weighing.tensor is not None and features.tensor is not None
+    results = []
+    for position, values in ((0, numbers), (-1, numbers), (0, torch.ones_like(numbers))):
+        weight = torch.zeros(weighing.tensor.shape, device=numbers.device, dtype=torch.float64)
+        weight.select(weighing.sums_to_one, position).fill_(1.0)
+        replaced = {id(weighing.tensor): weight, id(features.tensor): values.double()}
+        args, kwargs = pytree.tree_map(lambda a, by=replaced: by.get(id(a), a), (step.arguments[0], step.arguments[1]))
+        results.append(step.function(*args, **kwargs))
+    first, last, ones = results
+    return first.long() if torch.equal(first, last) and bool((ones == 1).all()) else None

@@ -80,10 +80,18 @@ class Recorder(TorchFunctionMode):
         if outputs and any(operand is not None for operand in operands):
             if name == "data":  # what is written through it leaves no version behind
                 self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))
-            results = self.program.interpret(Step(name, func, arguments, operands, outputs))
+            results = self._interpreted(Step(name, func, arguments, operands, outputs))
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
         return result
+
+    def _interpreted(self, step: Step) -> list[Value]:
+        """Interpret a function; one that is called in a way nobody foresaw costs a prior, not the conversion."""
+        try:
+            return self.program.interpret(step)
+        except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            reason = f"{step.name} in a form that is not understood ({type(error).__name__})"
+            return [Value(reason=reason)] * len(step.outputs)
 
     def keep(self, tensor: Tensor, value: Value) -> None:
         """Attach a value to a tensor and keep it alive, so that its identity stays its own."""

@@ -50,13 +50,21 @@ def _range(step: Step) -> tuple[float, float]:
 
 def prelu(listing: Listing, step: Step, value: Value) -> Value:
     """A rectifier with a learned slope for each channel, or one for all."""
-    slope = step.known(step.argument(1, "weight"))
-    if slope is None or slope.parameter is None or not listing.is_gaussian(value.line):
-        return Value(reason="prelu whose slope is not a parameter, or of a function of features")
-    path = name_or_call(slope.parameter)
-    return listing.write(
-        "prelu", [value.line], listing.channels(value), dimension=value.dimension, name=path, words="prelu"
-    )
+    known = step.known(step.argument(1, "weight"))
+    if known is None or known.parameter is None:
+        return Value(reason="prelu whose slope is not a parameter")
+    slope: Expression = known.parameter
+    root, inner = listing.origin(value.line)
+    above = ("mul", (("relu", (inner,), ()), applied("rsub", slope, 1)), ())
+    expression = ("add", (("mul", (inner, slope), ()), above), ())  # s x + (1 - s) max(x, 0)
+    options: dict[str, Any] = {"dimension": value.dimension, "words": "prelu"}
+    if listing.is_gaussian(value.line):
+        name = name_or_call(slope)
+        result = listing.write("prelu", [value.line], listing.channels(value), name=name, **options)
+    else:
+        result = listing.write("fused", [root], listing.channels(value), options=(expression,), **options)
+    listing.origins[result.line] = (root, expression)
+    return result
 
 
 def gated_linear_unit(listing: Listing, step: Step, value: Value) -> Value:

@@ -56,11 +56,24 @@ def _leaky_relu(message: Gaussian, negative_slope: float = 0.01, **_: Any) -> Ga
     return propagate.leaky_relu(message, negative_slope)
 
 
+_FAR = 1e9  # instead of infinity, whose gradient would be no number
+
+
+def _threshold(message: Gaussian, threshold: float, value: float) -> Gaussian:
+    return propagate.thresholded(message, -_FAR, threshold, value)
+
+
+def _hardshrink(message: Gaussian, lambd: float = 0.5) -> Gaussian:
+    return propagate.thresholded(message, -lambd, lambd, 0.0)
+
+
 # Activations with a closed form; every other elementwise function goes through quadrature.
 CLOSED_FORMS: dict[str, Callable[..., Gaussian]] = {
     "relu": lambda message, **_: propagate.relu(message),
     "relu6": lambda message, **_: propagate.clipped(message, 0.0, 6.0),
     "hardtanh": lambda message, *a, **k: _hardtanh(message, *a[:2], **_renamed(k)),
+    "threshold": _threshold,
+    "hardshrink": _hardshrink,
     "leaky_relu": lambda message, *a, **k: _leaky_relu(message, *a[:1], **k),
 }
 

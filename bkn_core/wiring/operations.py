@@ -49,7 +49,7 @@ OVER_POSITIONS = {
 
 TRANSPOSED = _names("conv_transpose1d conv_transpose2d conv_transpose3d")
 LINEAR = _names("conv1d conv2d conv3d linear") | TRANSPOSED
-MATRIX_PRODUCTS = _names("matmul bmm")
+MATRIX_PRODUCTS = _names("matmul bmm einsum")
 NORMALIZING = _names("layer_norm group_norm instance_norm")
 CONCATENATING = _names("cat concat concatenate")
 

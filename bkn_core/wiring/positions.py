@@ -32,19 +32,28 @@ def over_positions(listing: Listing, step: Step, value: Value) -> Value:
         return Value(reason=f"{step.name} across channels")
     count = _window(step, value.tensor)
     if "max" in step.name and count > 1:
-        root, expression = listing.origin(value.line)
-        rest: dict[str, Any] = {"dimension": value.dimension, "options": (count, expression), "words": "max_pool"}
-        return listing.write("max_pool", [root], listing.channels(value), **rest)
+        return Value(line=_maximum(listing, value.line, count), dimension=value.dimension)
     return listing.averaged(value, count) if "avg" in step.name else listing.passed(value)
+
+
+def _maximum(listing: Listing, line: int, count: float) -> int:
+    """Write the maximum of the function of a Gaussian that a line is; of joined lines, of each by itself."""
+    operation, inputs, channels = (getattr(listing.lines[line], n) for n in ("operation", "inputs", "channels"))
+    if operation == "concatenate":
+        parts = [_maximum(listing, part, count) for part in inputs]
+        return listing.write("concatenate", parts, channels, dimension=1).line
+    root, expression = listing.origin(line)
+    rest: dict[str, Any] = {"dimension": 1, "options": (count, expression), "words": "max_pool"}
+    return listing.write("max_pool", [root], channels, **rest).line
 
 
 def _window(step: Step, tensor: Tensor) -> float:
     """Count the positions that each result of a pooling function reads."""
     if step.name.startswith("adaptive"):
         return tensor.numel() / max(step.outputs[0].numel(), 1)
-    size = step.argument(1, "kernel_size")
-    if size is None:
+    if "pool" not in step.name:
         return 1.0
+    size = step.argument(1, "kernel_size")
     axes = int(step.name[-2])  # avg_pool2d
     sizes = (size,) * axes if isinstance(size, int) else tuple(size) * (axes if len(size) == 1 else 1)
     return float(math.prod(sizes))

@@ -13,7 +13,7 @@ from scipy import integrate
 from torch import Tensor
 from torch.nn import functional as F
 
-from bkn_core.norm import propagate
+from bkn_core.norm import positions, propagate
 from bkn_core.norm.kalman import Gaussian
 
 MEANS = [-3.0, -1.0, -0.2, 0.0, 0.4, 1.5, 5.0]
@@ -65,6 +65,13 @@ def test_clipped(low: float, high: float, dtype: torch.dtype, tolerance: float) 
     assert_moments(propagate.clipped(grid(dtype), low, high), lambda x: min(max(x, low), high), tolerance)
 
 
+@pytest.mark.parametrize(("low", "high", "value"), [(-1e9, 1.0, -3.0), (-1.0, 1.0, 0.0), (-3.0, 6.0, 2.0)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-5)])
+def test_thresholded(low: float, high: float, value: float, dtype: torch.dtype, tolerance: float) -> None:
+    result = propagate.thresholded(grid(dtype), low, high, value)
+    assert_moments(result, lambda x: value if low < x < high else x, tolerance)
+
+
 @pytest.mark.parametrize(
     ("name", "function", "tolerance"),
     [
@@ -95,7 +102,10 @@ FUNCTIONS: dict[str, Callable[[Gaussian], Gaussian]] = {
     "relu": propagate.relu,
     "leaky": lambda message: propagate.leaky_relu(message, 0.2),
     "clipped": lambda message: propagate.clipped(message, 0.0, 6.0),
+    "thresholded": lambda message: propagate.thresholded(message, -1e9, 0.3, -1.0),
     "tanh": lambda message: propagate.elementwise(message, torch.tanh),
+    "maximum": lambda message: positions.maximum(message, torch.tanh, 3.0),
+    "normalized": lambda message: positions.normalized(message, 1, 1e-5, is_pointwise=True),
 }
 
 
@@ -104,6 +114,17 @@ def test_activation_gradients_equal_finite_differences(name: str) -> None:
     mean = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     variance = (torch.rand(2, 5, dtype=torch.float64) + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(lambda m, v: tuple(FUNCTIONS[name](Gaussian(m, v))), (mean, variance))
+
+
+def test_transposed_convolution_gradients_equal_finite_differences() -> None:
+    leaves = [torch.randn(4), torch.rand(4) + 0.1, torch.randn(4, 3, 3, 2), torch.randn(6)]
+    leaves = [t.double().requires_grad_() for t in leaves]
+
+    def function(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"groups": 2, "stride": (2, 1), "dilation": (1, 2)}
+        return tuple(positions.transposed_convolution(Gaussian(mean, variance), weight, bias, **options))
+
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky", "clipped"])
