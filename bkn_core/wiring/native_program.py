@@ -17,10 +17,13 @@ from torch.autograd.function import once_differentiable
 from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.wiring.evaluate import INPUT_COVARIANCE, INPUT_MEAN
+from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
 from bkn_core.wiring.program import Line, Wiring
 
-_NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE = range(10)
+_NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL = (
+    range(12)
+)
+_MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling may pool: a Gaussian, or a rectified one
 _FIELDS, _PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 23, 13, 11, 12, 21  # places in the structure of `program.h`
 
 
@@ -109,6 +112,11 @@ class NativeProgram:
             self._row(_ADD if line.operation == "add" else _MULTIPLY, out, *inputs)
         elif line.operation == "affine" and all(isinstance(number, int | float) for number in line.options):
             self._row(_AFFINE, out, inputs[0], numbers=tuple(map(float, line.options)))
+        elif line.operation == "average":
+            self._row(_AVERAGE, out, inputs[0], numbers=(line.options[0] ** -AVERAGE_POWER,))
+        elif line.operation == "max_pool" and line.options[1] in _MAXIMA:
+            numbers = (line.options[0] ** MAXIMUM_POWER, float(line.options[1] != "x"))
+            self._row(_MAX_POOL, out, inputs[0], numbers=numbers)
         elif line.operation == "gather":
             self._row(_GATHER, out, inputs[0], index=tuple(line.options[0]))
         else:
@@ -157,9 +165,11 @@ class NativeProgram:
         self.moving.add(tensors[2])
         self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
 
-    def _named(self, path: str) -> int:
+    def _named(self, path: Any) -> int:
         if not path:
             return -1
+        if not isinstance(path, str):  # computed from parameters
+            raise _Unsupported
         module, _, name = path.rpartition(".")
         return self._tensor(module, name)
 

@@ -41,6 +41,56 @@ static void relu_reversed(const Line *l, const float *v, float *g)
     }
 }
 
+enum { NODES = 81 }; /* of the quadrature, as in `propagate.py` */
+
+static double node(int i)
+{
+    return (i - 40) / 5.0;
+}
+
+/* The distribution of the largest of `count` values: the power of the cumulated mass, taken apart again. */
+static void largest(double count, double *mass)
+{
+    double total = 0, sum = 0, before = 0;
+    for (int i = 0; i < NODES; i++)
+        total += exp(-0.5 * node(i) * node(i));
+    for (int i = 0; i < NODES; i++) {
+        sum += exp(-0.5 * node(i) * node(i)) / total;
+        double power = pow(sum < 1 ? sum : 1, count);
+        mass[i] = power - before;
+        before = power;
+    }
+}
+
+static void max_pool(const Line *l, const float *v, float *out, float *g)
+{
+    double mass[NODES];
+    largest(l->x, mass);
+    for (int64_t c = 0; c < l->channels; c++) {
+        double m = v[l->a_mean + c], variance = v[l->a_variance + c], mean = 0, square = 0;
+        double d = sqrt(variance > FLOOR ? variance : FLOOR), to_mean = 0, to_deviation = 0;
+        for (int i = 0; i < NODES; i++)
+            mean += mass[i] * (l->y && m + d * node(i) < 0 ? 0 : m + d * node(i));
+        for (int i = 0; i < NODES; i++) {
+            double z = m + d * node(i), is_live = !(l->y && z < 0), apart = is_live * z - mean;
+            square += mass[i] * apart * apart;
+            if (g) {
+                double slope = mass[i] * is_live * (g[l->out_mean + c] + 2 * g[l->out_variance + c] * apart);
+                to_mean += slope;
+                to_deviation += slope * node(i);
+            }
+        }
+        if (out) {
+            out[l->out_mean + c] = (float)mean;
+            out[l->out_variance + c] = (float)square;
+        } else {
+            g[l->a_mean + c] += (float)to_mean;
+            if (variance >= FLOOR)
+                g[l->a_variance + c] += (float)(0.5 * to_deviation / d);
+        }
+    }
+}
+
 static void put(const Line *l, int parameter, int64_t c, float gradient)
 {
     float *to = l->gradients[parameter];
@@ -59,6 +109,8 @@ static void evaluate(const Line *l, float *v, int64_t threads)
         bkn_patches(l, v);
     else if (l->operation == RELU)
         relu(l, v);
+    else if (l->operation == MAX_POOL)
+        max_pool(l, v, v, NULL);
     else
         for (int64_t c = 0; c < l->channels; c++) {
             int64_t from = l->operation == GATHER ? ((const int64_t *)l->parameters[0])[c] : c;
@@ -83,6 +135,10 @@ static void evaluate(const Line *l, float *v, int64_t threads)
             case AFFINE:
                 mean[c] = (float)(am[c] * l->x + l->y);
                 variance[c] = (float)(av[c] * l->x * l->x);
+                break;
+            case AVERAGE:
+                mean[c] = am[c];
+                variance[c] = (float)(av[c] * l->x);
                 break;
             case GATHER:
                 mean[c] = am[from];
@@ -110,6 +166,8 @@ static void reverse(const Line *l, const float *v, float *g, int64_t threads)
         bkn_patches_reversed(l, v, g);
     else if (l->operation == RELU)
         relu_reversed(l, v, g);
+    else if (l->operation == MAX_POOL)
+        max_pool(l, v, NULL, g);
     else
         for (int64_t c = 0; c < l->channels; c++) {
             int64_t from = l->operation == GATHER ? ((const int64_t *)l->parameters[0])[c] : c;
@@ -135,6 +193,10 @@ static void reverse(const Line *l, const float *v, float *g, int64_t threads)
             case AFFINE:
                 gam[c] += (float)(gm * l->x);
                 gav[c] += (float)(gv * l->x * l->x);
+                break;
+            case AVERAGE:
+                gam[c] += gm;
+                gav[c] += (float)(gv * l->x);
                 break;
             case GATHER:
                 gam[from] += gm;

@@ -7,7 +7,7 @@
 
 #include "parallel.h"
 
-enum Operation { NORM, MEASURED, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY, AFFINE, GATHER, REFINE };
+enum Operation { NORM, MEASURED, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY, AFFINE, GATHER, REFINE, AVERAGE, MAX_POOL };
 
 typedef struct {
     int64_t operation, channels;
@@ -17,7 +17,8 @@ typedef struct {
     int64_t accumulates;            /* bit i: the gradient of parameter i holds the part of a later line already */
     const void *parameters[4];      /* NULL where there is none */
     float *gradients[4];            /* NULL where none is wanted */
-    double x, y;                    /* numbers of an affine map; x is eps of a refinement */
+    double x, y;                    /* numbers of an affine map; x is eps of a refinement, the variance's factor of an
+                                       average, the number of a maximum, whose y says whether its values are rectified */
 } Line;
 
 /* Reads and writes W once per line and direction; `columns` are the messages laid out once per tap. */
