@@ -77,6 +77,8 @@ class Recorder(TorchFunctionMode):
         operands = [self.value(t) for t in tensors]
         result = func(*args, **arguments[1])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        if isinstance(result, float) and any(operand is not None for operand in operands):
+            self.program.listing.read_numbers.add(result)
         if outputs and any(operand is not None for operand in operands):
             if name == "data":  # what is written through it leaves no version behind
                 self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))

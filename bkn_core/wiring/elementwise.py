@@ -100,6 +100,8 @@ def binary(listing: Listing, step: Step, values: list[Value]) -> Value:
 
 
 def _with_number(listing: Listing, name: str, left: Any, right: Any, value: Value) -> Value:
+    if not listing.read_numbers.isdisjoint((left if isinstance(left, _NUMBER) else right,)):
+        return Value(reason=f"{name} with a number read from a tensor")
     if isinstance(left, _NUMBER):
         pairs = {"add": (1.0, left), "mul": (left, 0.0), "sub": (-1.0, left)}
     else:

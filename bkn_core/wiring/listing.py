@@ -17,6 +17,7 @@ class Listing:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self.origins: dict[int, tuple[int, Any]] = {}
+        self.read_numbers: set[float] = set()  # that the forward took out of tensors: others the next time
 
     def write(self, operation: str, inputs: Sequence[int], channels: int, *, dimension: int, **rest: Any) -> Value:
         """Append a line and return the value of its result."""
