@@ -108,6 +108,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
+        self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
         self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
         self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
         self.prior_is_live = False
@@ -261,19 +262,19 @@ class BatchKalmanNorm(_BatchNorm):
         return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
 
 
-class BatchKalmanNorm1d(BatchKalmanNorm):
+class BatchKalmanNorm1d(BatchKalmanNorm, nn.BatchNorm1d):
     """`BatchKalmanNorm` over (N, C) or (N, C, L)."""
 
     dimensions = (2, 3)
 
 
-class BatchKalmanNorm2d(BatchKalmanNorm):
+class BatchKalmanNorm2d(BatchKalmanNorm, nn.BatchNorm2d):
     """`BatchKalmanNorm` over (N, C, H, W)."""
 
     dimensions = (4,)
 
 
-class BatchKalmanNorm3d(BatchKalmanNorm):
+class BatchKalmanNorm3d(BatchKalmanNorm, nn.BatchNorm3d):
     """`BatchKalmanNorm` over (N, C, D, H, W)."""
 
     dimensions = (5,)

@@ -7,7 +7,6 @@ tensor with no history (scripted code, NumPy) are both "unknown", never a guess.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bkn_core.norm.replacement import copied
 from bkn_core.wiring.interpreter import Interpreter
 from bkn_core.wiring.operations import name_of
 from bkn_core.wiring.program import Wiring
@@ -34,7 +34,7 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
     Returns:
         The program with a prior or a reason for every batch normalization layer.
     """
-    replica = copy.deepcopy(model).train()
+    replica = copied(model).train()
     for module in replica.modules():
         if "drop" in type(module).__name__.lower() or "stochasticdepth" in type(module).__name__.lower():
             module.eval()
