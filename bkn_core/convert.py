@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
+from bkn_core.norm.arguments import check_gain
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm, check_gain
+from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.replacement import check_replaceable, copied, replaced
 from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer, plain_layer
 from bkn_core.wiring.discover import discover

@@ -78,7 +78,7 @@ class LiveImageNorm(BatchKalmanNorm):
 
     def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
         """Normalize every image and pass its posterior on."""
-        prior = None if self.relay is None else self.relay.prior()
+        prior = self.mailboxes.own.prior(None)
         _check_values(self.name, x, has_prior=prior is not None)
         observed = _image_moments(x, covariance=self.covariance == "full")
         posterior = observed
@@ -89,8 +89,7 @@ class LiveImageNorm(BatchKalmanNorm):
             if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
-        if self.relay is not None:
-            self.relay.publish(posterior)
+        self.mailboxes.own.publish(posterior)
         return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps), posterior
 
 
@@ -138,7 +137,10 @@ def _constant_priors(model: nn.Module) -> dict[str, Gaussian]:
     replica = copy.deepcopy(model).double()
     root, messenger = find_messenger(replica)
     paths = {module: path for path, module in replica.named_modules()}
-    return {paths[root.get_submodule(name)]: prior for name, prior in messenger.priors(root).items()}
+    return {
+        paths[root.get_submodule(name)]: prior
+        for name, prior in messenger.priors(root, messenger.wiring.priors).items()
+    }
 
 
 def _image_moments(x: Tensor, *, covariance: bool) -> Gaussian:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.errors import ConversionError, StatisticsError
+from bkn_core.errors import StatisticsError
+from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
-from bkn_core.norm.handing import Relay, is_recomputation
+from bkn_core.norm.handing import Letter, Mailboxes, is_recomputation
 from bkn_core.norm.kalman import (
     Gaussian,
     Moments,
@@ -77,6 +79,7 @@ class BatchKalmanNorm(_BatchNorm):
     dimensions: tuple[int, ...] = ()
     fixed_gain: Tensor
     gain_factor: Tensor
+    letter: Letter | None
     innovation: Tensor | None
 
     def __init__(
@@ -103,15 +106,13 @@ class BatchKalmanNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         check_gain(gain, learn_gain)
-        _check_form(covariance, statistics_batch_size)
+        check_form(covariance, statistics_batch_size)
         self.statistics_batch_size = statistics_batch_size
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
-        self.prior: Gaussian | None = None  # handed in for one forward by the converted model that holds the layer
-        self.relay: Relay | None = None  # or where to ask for it, when it depends on this forward's posteriors
-        self.prior_is_live = False
+        self.mailboxes, self.letter = Mailboxes(), None  # what the converted model hands to the layer
         self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(gain, device=device, dtype=wide)
@@ -141,14 +142,27 @@ class BatchKalmanNorm(_BatchNorm):
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
         mean, variance = prior
+        innovation = self._innovation_then(variance) if is_recomputation() else self.innovation
         if self.prior_offset is not None and self.prior_log_scale is not None:
             mean = mean + self.prior_offset * (variance + self.eps).sqrt()
-            scale = self.prior_log_scale if self.innovation is None else self.prior_log_scale + self.innovation
+            scale = self.prior_log_scale if innovation is None else self.prior_log_scale + innovation
             return Gaussian(mean, variance * scale.exp())
-        return Gaussian(mean, variance if self.innovation is None else variance * self.innovation.exp())
+        return Gaussian(mean, variance if innovation is None else variance * innovation.exp())
+
+    @torch.no_grad()
+    def _innovation_then(self, variance: Tensor) -> Tensor | None:
+        """Return the innovation of the forward that is computed again: it has moved since, but the letter kept v'."""
+        letter = self.mailboxes.own.letter or self.letter
+        if self.innovation is None or letter is None or letter.prior is None:
+            return self.innovation
+        then = torch.log(letter.prior.variance / variance)
+        then = then if self.prior_log_scale is None else then - self.prior_log_scale
+        return torch.where(then.isfinite(), then, self.innovation)
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
+        if isinstance(x, Proxy):  # symbolic tracing takes the layer as one step, as it takes those of PyTorch
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         return self.filter(x, prior)[0]
 
     def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
@@ -158,13 +172,12 @@ class BatchKalmanNorm(_BatchNorm):
             return self._by_population(x), None
         prior = self._handed_prior() if prior is None else self.refine(prior)
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
-        self._check_values(x, size, has_prior=prior is not None)
+        check_values(x, size, has_prior=prior is not None)
         y, posterior, observed = self._by_batch(x, prior, size)
         is_tracked = self.training and self.statistics is None and not is_recomputation()
         if is_tracked or self.on_posterior is not None:
             self._track(x, prior, posterior, observed, size)
-        if self.relay is not None and self.prior_is_live:
-            self.relay.publish(posterior)
+        self.mailboxes.own.publish(posterior)
         return y, posterior
 
     def _by_population(self, x: Tensor) -> Tensor:
@@ -186,30 +199,21 @@ class BatchKalmanNorm(_BatchNorm):
         rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
         return normalize(x, rows, weight, bias, self.eps), posterior, observed
 
+    def hand(self, letter: Letter) -> None:
+        """Take what the forward that begins on this thread hands to the layer."""
+        self.letter = self.mailboxes.own.letter = letter
+        self.mailboxes.own.is_open = True
+
     def _handed_prior(self) -> Gaussian | None:
-        if not self.expects_prior:
-            return None
-        if self.prior_is_live or is_recomputation():
-            prior = self.prior if self.relay is None else self.relay.prior()
-            if prior is not None:
-                return prior
+        prior = self.mailboxes.own.prior(self.letter)
+        if prior is not None or not self.expects_prior:
+            return prior
         warnings.warn(
             f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
             "it normalizes by its batch alone",
             stacklevel=4,
         )
         return None
-
-    def _check_values(self, x: Tensor, size: int | None, *, has_prior: bool) -> None:
-        if len(x) == 0:
-            raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
-        images = len(x) if size is None else min(size, len(x))
-        smallest = (len(x) % images or images) * x.shape[2:].numel()
-        if smallest == 1 and not has_prior:
-            raise StatisticsError(
-                f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
-                "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
-            )
 
     @torch.no_grad()
     def _track(
@@ -249,9 +253,9 @@ class BatchKalmanNorm(_BatchNorm):
             raise ValueError(f"expected {self.num_features} channels (got input of shape {tuple(input.shape)})")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the prior of the last forward: it belongs to that forward's graph, not to the layer."""
+        """Leave out the letter of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "prior": None, "relay": None, "on_posterior": None, "prior_is_live": False}
+        return {**state, "letter": None, "on_posterior": None}
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""
@@ -278,22 +282,3 @@ class BatchKalmanNorm3d(BatchKalmanNorm, nn.BatchNorm3d):
     """`BatchKalmanNorm` over (N, C, D, H, W)."""
 
     dimensions = (5,)
-
-
-def _check_form(covariance: str, size: int | None) -> None:
-    if covariance not in ("diagonal", "full"):
-        raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
-    if size is not None and size < 1:
-        raise ConversionError(f"statistics_batch_size is {size}", "It must be at least 1, or None.")
-
-
-def check_gain(gain: float, learn_gain: bool) -> None:
-    """Refuse a gain that a filter cannot have.
-
-    Raises:
-        ConversionError: a learned gain outside (0, 1) or a fixed one outside [0, 1].
-    """
-    inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
-    if not inside:
-        allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"
-        raise ConversionError(f"gain is {gain}", f"The gain must be {allowed}; learn_gain=False allows 0 and 1.")

@@ -8,6 +8,7 @@ tensor with no history (scripted code, NumPy) are both "unknown", never a guess.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
         for tensor in pytree.tree_leaves(example_input):
             if isinstance(tensor, Tensor):
                 recorder.keep(tensor, Value(is_input=True))
-        with recorder:
+        with recorder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the forward has to say, such as a checkpoint without gradients
             if isinstance(example_input, dict):
                 replica(**example_input)
             elif isinstance(example_input, tuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.handing import is_recomputation
+from bkn_core.norm.handing import Letter, is_recomputation
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
@@ -58,21 +60,31 @@ class Messenger:
         if not any(layer.uses_batch_statistics for layer in layers.values()):
             return
         if self.is_static:
-            for name, prior in self.priors(model).items():
-                layers[name].prior, layers[name].prior_is_live = prior, True
+            for name, prior in self.priors(model, self.wiring.priors).items():
+                layers[name].hand(Letter(prior, renew=self._renewal(model, name)))
         else:
             post = _Post(self, model)
             for name, layer in layers.items():
-                layer.relay, layer.prior_is_live = _Relay(post, name), True
+                layer.hand(Letter(relay=_Relay(post, name)))
 
-    def priors(self, model: nn.Module) -> dict[str, Gaussian]:
-        """Compute the refined priors of all layers from the model's parameters, each line once."""
+    def priors(self, model: nn.Module, names: Iterable[str]) -> dict[str, Gaussian]:
+        """Compute the refined priors of some layers from the model's parameters, each line once."""
         with _no_autocast(layer_of(model, self.names[0])):
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
-            return {
-                name: layer_of(model, name).refine(evaluation.line(number))
-                for name, number in self.wiring.priors.items()
-            }
+            return {name: layer_of(model, name).refine(evaluation.line(self.wiring.priors[name])) for name in names}
+
+    def _renewal(self, model: nn.Module, name: str) -> Callable[[], Gaussian] | None:
+        """Return how to compute one layer's prior on its own, as reentrant checkpoints need it."""
+        if torch.compiler.is_compiling():
+            return None
+        found = weakref.ref(model)  # so that a model that is dropped goes at once
+
+        def renew() -> Gaussian:
+            living = found()
+            assert living is not None  # its forward is running
+            return self.priors(living, (name,))[name]
+
+        return renew
 
 
 class Farewell:
@@ -86,7 +98,7 @@ class Farewell:
         for name in self.messenger.names:
             layer = model.get_submodule(name)
             if isinstance(layer, BatchKalmanNorm):  # a model that was changed has been refused before
-                layer.prior_is_live = False
+                layer.mailboxes.own.is_open = False
 
 
 class _Post:
@@ -139,7 +151,8 @@ class _Relay:
 
 def _no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
     """Keep statistics out of mixed precision."""
-    return torch.autocast(layer.gain_factor.device.type, enabled=False)
+    device = layer.gain_factor.device.type
+    return torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False)
 
 
 def normalized_message(norm: _BatchNorm) -> Gaussian:
