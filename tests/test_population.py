@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bkn_core.convert import convert
 from bkn_core.errors import ConversionError
+from bkn_core.norm.handing import Letter
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm2d
 from bkn_core.population import estimate_population, statistics
@@ -76,18 +77,18 @@ def test_contexts_nest_and_end_after_an_exception() -> None:
 
 def test_estimate_is_the_average_posterior() -> None:
     layer = BatchKalmanNorm2d(3, gain=0.4, statistics_batch_size=2).double()
-    layer.expects_prior, layer.prior_is_live = True, True
-    layer.prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
+    prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
+    layer.hand(Letter(prior))
     batches = [torch.randn(n, 3, 4, 4, dtype=torch.float64) + n for n in (4, 3)]
     estimate_population(layer, batches)
     mean, variance, gain = np.zeros(3), np.zeros(3), float(layer.gain.detach())
     for batch in batches:
         for group in batch.split(2):
             x = group.numpy()
-            d = x.mean((0, 2, 3)) - layer.prior.mean.numpy()
+            d = x.mean((0, 2, 3)) - prior.mean.numpy()
             s = x.var((0, 2, 3), ddof=1)
-            mean += len(x) / 7 * (layer.prior.mean.numpy() + gain * d)
-            posterior = (1 - gain) * layer.prior.variance.numpy() + gain * s + gain * (1 - gain) * d**2
+            mean += len(x) / 7 * (prior.mean.numpy() + gain * d)
+            posterior = (1 - gain) * prior.variance.numpy() + gain * s + gain * (1 - gain) * d**2
             variance += len(x) / 7 * posterior
     np.testing.assert_allclose(layer.running_mean.numpy(), mean)
     np.testing.assert_allclose(layer.running_var.numpy(), variance)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +33,7 @@ from bkn_core.norm.kalman import (
     unbiased,
     update,
 )
+from bkn_core.norm.synchronized import joint_moments, spans_processes
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
@@ -56,7 +58,7 @@ class BatchKalmanNorm(_BatchNorm):
         track_running_stats: whether moving statistics are kept.
         device, dtype: of the parameters.
         bias: whether an affine layer has β.
-        statistics_batch_size: images per group; None is the whole batch.
+        statistics_batch_size: images per group; None is the whole batch, over all processes in place of SyncBatchNorm.
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
@@ -80,6 +82,8 @@ class BatchKalmanNorm(_BatchNorm):
     fixed_gain: Tensor
     gain_factor: Tensor
     letter: Letter | None
+    synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
+    process_group: ProcessGroup | None = None
     innovation: Tensor | None
 
     def __init__(
@@ -172,7 +176,8 @@ class BatchKalmanNorm(_BatchNorm):
             return self._by_population(x), None
         prior = self._handed_prior() if prior is None else self.refine(prior)
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
-        check_values(x, size, has_prior=prior is not None)
+        if not self._spans_processes(size):
+            check_values(x, size, has_prior=prior is not None)
         y, posterior, observed = self._by_batch(x, prior, size)
         is_tracked = self.training and self.statistics is None and not is_recomputation()
         if is_tracked or self.on_posterior is not None:
@@ -188,16 +193,24 @@ class BatchKalmanNorm(_BatchNorm):
     def _by_batch(self, x: Tensor, prior: Gaussian | None, size: int | None) -> tuple[Tensor, Gaussian, Moments]:
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
-        if self.covariance == "diagonal":
+        is_joint, full = self._spans_processes(size), self.covariance == "full"
+        if not (is_joint or full):
             limit = GUARD_LIMIT if self.guarded else math.inf
             return kalman_normalize(x, prior, self.gain, weight, bias, FilterSettings(self.eps, size, limit))
-        observed = moments(x, size, covariance=self.covariance == "full")
+        if is_joint:
+            observed = joint_moments(x, self.process_group, covariance=full)
+        else:
+            observed = moments(x, size, covariance=True)
         posterior = Gaussian(observed.mean, observed.variance)
         if prior is not None:
             gain = self._weight_of_observation(prior, observed)
             posterior = update(in_form_of(prior, observed), observed, gain)
         rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
         return normalize(x, rows, weight, bias, self.eps), posterior, observed
+
+    def _spans_processes(self, size: int | None) -> bool:
+        is_asked = self.synchronized and size is None and self.training and self.statistics is None
+        return is_asked and spans_processes(self.process_group)
 
     def hand(self, letter: Letter) -> None:
         """Take what the forward that begins on this thread hands to the layer."""

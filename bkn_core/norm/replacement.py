@@ -32,8 +32,9 @@ def copied(model: Model) -> Model:
         raise ConversionError(
             f"{lazy[0]} is a lazy layer, whose shape is not known yet", "Run one forward of the model, then convert it."
         )
+    groups = [module.process_group for module in model.modules() if getattr(module, "process_group", None) is not None]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(group): group for group in groups})  # processes are no part of a model
     except RuntimeError as error:
         raise ConversionError(
             f"this {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}",

@@ -60,6 +60,8 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
     _inherit(norm, layer)
     if isinstance(layer, BatchKalmanNormAct):  # timm's BatchNormAct2d
         layer.drop, layer.act = norm._modules.get("drop") or nn.Identity(), norm._modules["act"] or nn.Identity()
+    if isinstance(norm, nn.SyncBatchNorm):
+        layer.synchronized, layer.process_group = True, norm.process_group
     layer.expects_prior = has_prior
     layer.predecessor = None if type(norm) in _LAYERS and type(norm) is not nn.SyncBatchNorm else (_shell(norm),)
     return layer

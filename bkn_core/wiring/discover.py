@@ -37,8 +37,9 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
     """
     replica = copied(model).train()
     for module in replica.modules():
-        if "drop" in type(module).__name__.lower() or "stochasticdepth" in type(module).__name__.lower():
-            module.eval()
+        kind = type(module).__name__.lower()
+        if "drop" in kind or "stochasticdepth" in kind or isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # a synchronized layer would wait for other processes
     recorder = Recorder(replica)
     devices = sorted({p.device.index or 0 for p in replica.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _module_names(replica, recorder.stack):
