@@ -52,6 +52,7 @@ class LayerReport:
     reason: str
 
 
+@torch.inference_mode(mode=False)  # what is built there could never be trained
 def convert(
     model: Model,
     example_input: Any,

@@ -25,8 +25,14 @@ def copied(model: Model) -> Model:
     """Return a deep copy of a model.
 
     Raises:
-        ConversionError: where PyTorch cannot make one.
+        ConversionError: where PyTorch cannot make one, or one that trains.
     """
+    wrapped = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    if wrapped is not None:
+        raise ConversionError(
+            "a DistributedDataParallel model exchanges the gradients of the parameters that it was made with",
+            "Convert the model inside it (its .module), then wrap the result.",
+        )
     lazy = [name for name, module in model.named_modules() if isinstance(module, LazyModuleMixin)]
     if lazy:
         raise ConversionError(

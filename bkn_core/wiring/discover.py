@@ -7,7 +7,9 @@ tensor with no history (scripted code, NumPy) are both "unknown", never a guess.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,11 +22,12 @@ from torch.utils import _pytree as pytree
 
 from bkn_core.norm.replacement import copied
 from bkn_core.wiring.interpreter import Interpreter
-from bkn_core.wiring.operations import name_of
+from bkn_core.wiring.operations import MEMORY, name_of
 from bkn_core.wiring.program import Wiring
 from bkn_core.wiring.values import Arguments, Running, Value, argument
 
 
+@torch.inference_mode(mode=False)  # whose tensors keep no version
 def discover(model: nn.Module, example_input: Any) -> Wiring:
     """Run one forward on a copy of the model in training mode, dropout off, and return its wiring.
 
@@ -47,7 +50,7 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
         for tensor in pytree.tree_leaves(example_input):
             if isinstance(tensor, Tensor):
                 recorder.keep(tensor, Value(is_input=True))
-        with recorder, warnings.catch_warnings():
+        with recorder, _uncompiled(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the forward has to say, such as a checkpoint without gradients
             if isinstance(example_input, dict):
                 replica(**example_input)
@@ -56,6 +59,14 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
             else:
                 replica(example_input)
     return recorder.wiring()
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled models as they were written; their compiler is not imported where nothing else has done so."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class Recorder(TorchFunctionMode):
@@ -79,10 +90,10 @@ class Recorder(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         operands = [self.value(t) for t in tensors]
         result = func(*args, **arguments[1])
+        if name in MEMORY:
+            self._give_up(tensors[0])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if outputs and any(operand is not None for operand in operands):
-            if name == "data":  # what is written through it leaves no version behind
-                self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))
             results = self.program.interpret(name, func, arguments, operands, outputs)
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
@@ -90,7 +101,17 @@ class Recorder(TorchFunctionMode):
 
     def keep(self, tensor: Tensor, value: Value) -> None:
         """Attach a value to a tensor and keep it alive, so that its identity stays its own."""
-        self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
+        if tensor.is_inference():
+            self.values[id(tensor)] = Value(reason="a tensor made under torch.inference_mode", tensor=tensor)
+        else:
+            self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
+
+    def _give_up(self, tensor: Tensor) -> None:
+        """Forget all tensors that share their memory with one whose memory the model asked for."""
+        storage = tensor.untyped_storage()._cdata
+        for known in [v.tensor for v in self.values.values() if v.tensor is not None]:
+            if known.untyped_storage()._cdata == storage:
+                self.keep(known, Value(reason="a tensor that may be written in place through its .data or memory"))
 
     def value(self, tensor: Tensor) -> Value | None:
         """Return what is known of a tensor; None for parameters and buffers, which are no activations."""
@@ -99,7 +120,7 @@ class Recorder(TorchFunctionMode):
             if id(tensor) in self.program.parameters or id(tensor) in self.program.buffers or tensor.dim() == 0:
                 return None
             return Value(reason="a tensor without history (scripted code, NumPy, or made in the forward)")
-        if found.version != tensor._version:
+        if not tensor.is_inference() and found.version != tensor._version:
             return Value(reason="a tensor written in place through a view")
         return found
 

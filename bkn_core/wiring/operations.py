@@ -46,6 +46,9 @@ OVER_POSITIONS = {
     "pad": None,
 }
 
+# Functions that lay a tensor's memory open. What is written there leaves no version behind.
+MEMORY = _names("data numpy array dlpack cuda_array_interface storage untyped_storage data_ptr")
+
 CONVOLUTIONS = _names("conv1d conv2d conv3d")
 
 

@@ -24,6 +24,8 @@ from small_models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bkn_core.convert import convert
+from bkn_core.errors import ConversionError
 from bkn_core.norm.layers import BatchKalmanNorm
 
 
@@ -120,6 +122,11 @@ def test_distributed_wrapper_changes_nothing(options: dict[str, Any], process_gr
         torch.testing.assert_close(step(wrapped, x), step(model, x))
     assert_same(gradients(model), gradients(other), 1e-6)
     assert_same(dict(model.named_buffers()), dict(other.named_buffers()), 1e-6)
+
+
+def test_distributed_wrapper_is_refused_where_its_model_is_not(process_group: None) -> None:
+    with pytest.raises(ConversionError, match="DistributedDataParallel"):
+        convert(nn.parallel.DistributedDataParallel(SmallResNet()), images())
 
 
 @every_variant
