@@ -27,6 +27,7 @@ from bkn_core.wiring.input_moments import (
 )
 from bkn_core.wiring.messenger import Message, Messenger, Transition
 from bkn_core.wiring.program import Wiring
+from bkn_core.wiring.support import supported
 
 Kind = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
 KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none")
@@ -103,9 +104,10 @@ def convert(
         return replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
     predicts = gain < 1 or learn_gain
     wiring = discover(model, example_input) if predicts else Wiring((), {}, dict.fromkeys(chosen, "the gain is 1"))
-    wiring = _supported(wiring, chosen, has_input_prior=input_prior is not None)
-    features = _previous_features(wiring, model) if transition == "learned" else {}
     network = transition == "network"
+    is_static = network and message == "normalized"
+    wiring = supported(wiring, model, chosen, is_static=is_static, has_input_prior=input_prior is not None)
+    features = {} if network else _previous_features(wiring, model)
 
     def build(name: str, norm: _BatchNorm) -> nn.Module:
         has_prior = name in wiring.priors
@@ -119,14 +121,13 @@ def convert(
             innovation=innovation and has_prior and network,
             previous_features=features.get(name),
             covariance=covariance,
-            guarded=has_prior and not (network and message == "normalized"),
+            guarded=has_prior and not is_static,
         )
 
     converted = replaced(model, chosen, build)
-    noise = ""
+    noise = f"{next(iter(features))}.transition_noise" if features else ""
     if features:
         owner = next(iter(features))
-        noise = f"{owner}.transition_noise"
         layer = converted.get_submodule(owner)
         layer.transition_noise = nn.Parameter(torch.full_like(layer.gain_factor, _INITIAL_NOISE))  # type: ignore[arg-type]
     if input_prior is not None:
@@ -252,20 +253,6 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
             f"Names look like {norms[0]!r}.",
         )
     return chosen
-
-
-def _supported(wiring: Wiring, chosen: set[str], *, has_input_prior: bool) -> Wiring:
-    """Keep the priors of the chosen layers, and of those only what can be computed."""
-    priors, reasons = {}, {name: reason for name, reason in wiring.reasons.items() if name in chosen}
-    for name, number in wiring.priors.items():
-        reads_input = any(wiring.lines[i].operation in ("patches", "measured") for i in wiring.needed([number]))
-        if name not in chosen:
-            continue
-        if reads_input and not has_input_prior:
-            reasons[name] = "reads the network input, whose moments were not given (input_prior)"
-        else:
-            priors[name] = number
-    return wiring.only(priors, reasons)
 
 
 def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:

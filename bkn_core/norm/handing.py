@@ -45,7 +45,8 @@ class Letter:
 
     def read(self) -> Gaussian | None:
         """Return the prior for the forward that the letter was written for."""
-        self.is_without_gradient = not torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():  # which may not change it inside a checkpoint
+            self.is_without_gradient = not torch.is_grad_enabled()
         return self.prior if self.relay is None else self.relay.prior()
 
     def read_again(self) -> Gaussian | None:

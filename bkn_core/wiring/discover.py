@@ -26,6 +26,8 @@ from bkn_core.wiring.operations import MEMORY, name_of
 from bkn_core.wiring.program import Wiring
 from bkn_core.wiring.values import Arguments, Running, Value, argument
 
+REPEATED = "called more than once in a forward"
+
 
 @torch.inference_mode(mode=False)  # whose tensors keep no version
 def discover(model: nn.Module, example_input: Any) -> Wiring:
@@ -134,7 +136,7 @@ class Recorder(TorchFunctionMode):
             elif len(calls) == 1:
                 reasons[name] = str(calls[0])
             else:
-                reasons[name] = "called more than once in a forward" if calls else "not reached by the example forward"
+                reasons[name] = REPEATED if calls else "not reached by the example forward"
         return Wiring(tuple(self.program.lines), priors, reasons).only(priors, reasons)
 
     def _norm(self, arguments: Arguments) -> Tensor:

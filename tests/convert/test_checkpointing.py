@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_checkpointed_sequences_train(reentrant: bool) -> None:
         model(x).square().sum().backward()
     assert_same(gradients(models[0]), gradients(models[1]), 1e-5)
     assert_same(gradients(models[0]), gradients(models[2]), 1e-5)
+
+
+@pytest.mark.slow
+def test_checkpointing_inside_a_compiled_model() -> None:
+    x = images()
+    model = convert(pretrained(Checkpointed()), x, input_prior=x, gain=0.3).train()
+    other = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: other(x), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(step(compiled, x), step(model, x))
+    assert_same(gradients(model), gradients(other), 1e-6)
 
 
 @contextlib.contextmanager
