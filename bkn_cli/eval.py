@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bkn_cli.options import DEVICES, Json, Verbose, split_words
+from bkn_cli.options import DEVICES, NO_VALUE, Json, Verbose, split_words
 from bkn_cli.render import metrics_result, metrics_table
 from bkn_cli.reporting import reporting
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def evaluate(
@@ -29,6 +32,12 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Images per forward pass.")] = None,
+    priors: Annotated[
+        bool,
+        typer.Option(
+            "--priors", metavar=NO_VALUE, help="Compare each layer's prior with what it sees; a table and a picture."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help=f"Where to compute: {DEVICES}.")] = "auto",
     as_json: Json = False,
     verbose: Verbose = False,
@@ -40,6 +49,7 @@ def evaluate(
     Examples:
       bkn eval
       bkn eval runs/NAME --stats both
+      bkn eval runs/NAME --priors
       bkn eval model.onnx
       bkn eval model.onnx data.name=imagefolder data.root=photos.zip
     """
@@ -52,12 +62,51 @@ def evaluate(
         if len(names) > 1:
             raise RecipeError(f"{names[1]!r} is a second target", "Measure one at a time.")
         result = bkn_core.evaluate(
-            names[0] if names else None, stats=stats, batch_size=batch_size, device=device, overrides=overrides
+            names[0] if names else None,
+            stats=stats,
+            batch_size=batch_size,
+            device=device,
+            overrides=overrides,
+            priors=priors,
         )
         for text in result.warnings:
             reporter.warn(text)
         reporter.text(f"{result.target} ({result.provider}):")
         reporter.table(metrics_table(result.metrics))
         reporter.say(f"every image's prediction: {result.predictions}")
-        details = {"target": str(result.target), "provider": result.provider}
-        reporter.finish({**metrics_result(result.metrics), **details}, {"predictions": str(result.predictions)})
+        details: dict[str, Any] = {"target": str(result.target), "provider": result.provider}
+        files = {"predictions": str(result.predictions)}
+        if result.priors is not None:
+            reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")
+            reporter.table(_priors(result.priors))
+            files |= {name: str(path) for name, path in result.priors.files.items()}
+            reporter.say(f"in numbers and drawn: {files['priors']}, {files['priors_plot']}")
+            details["priors"] = result.priors.summary()
+        reporter.finish({**metrics_result(result.metrics), **details}, files)
+
+
+def _priors(report: Any) -> Table:
+    """Lay out the quality of priors, one line a layer."""
+    from rich.table import Table
+
+    table = Table(
+        caption="v, v': observed and predicted variance, mean ± deviation over channels. analytic: log(v/v') without "
+        "correction and innovation. local: the same from measured moments of the preceding layers.",
+        caption_justify="left",
+        expand=True,
+    )
+    table.add_column("layer", no_wrap=True)
+    for name in ("|µ'-µ|/σ", "log(v/v')", "analytic", "local"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("prior, or why there is none", ratio=1, no_wrap=True, overflow="ellipsis")
+    for row in report.rows:
+        table.add_row(row.name, *_numbers(row), row.prior if row.refined else f"none: {row.reason}")
+    return table
+
+
+def _numbers(row: Any) -> tuple[str, ...]:
+    if row.refined is None:
+        return "", "", "", ""
+    used = f"{row.refined.log_variance_ratio:+.2f} ± {row.refined.spread:.2f}"
+    others = (f"{error.log_variance_ratio:+.2f}" for error in (row.analytic, row.local))
+    return f"{row.refined.mean_error:.3f}", used, *others

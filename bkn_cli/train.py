@@ -119,6 +119,7 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     from bkn_core.engine.build import load_splits
     from bkn_core.engine.device import choose_device
     from bkn_core.engine.models import count_parameters
+    from bkn_core.engine.priors import initial_priors
     from bkn_core.engine.run_folder import run_name
 
     choose_device(recipe.train.device)
@@ -134,23 +135,31 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
         "steps": steps,
     }
     layers = bkn_core.conversion_report(model) if recipe.norm.kind == "bkn" else []
+    initial = {row.name: row for row in initial_priors(recipe, splits)}
     for name, value in facts.items():
         reporter.text(f"{name.replace('_', ' ')}: {value}")
     if layers:
         known = sum(layer.prior is not None for layer in layers)
         reporter.text(f"norm layers with a prior: {known} of {len(layers)}")
-        reporter.table(_layers(layers))
+        reporter.table(_layers(layers, initial))
     rows = [{"name": r.name, "channels": r.channels, "prior": r.prior, "reason": r.reason} for r in layers]
-    reporter.finish({**facts, "layers": rows, "recipe": recipe.model_dump(mode="json")}, {})
+    priors = {"initial_priors": [row.summary() for row in initial.values()]}
+    reporter.finish({**facts, "layers": rows, **priors, "recipe": recipe.model_dump(mode="json")}, {})
 
 
-def _layers(layers: list[Any]) -> Table:
+def _layers(layers: list[Any], initial: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table()
+    caption = "log(v/v'): observed over predicted variance before training, mean ± deviation over channels"
+    table = Table(caption=caption if initial else None, caption_justify="left")
     table.add_column("layer")
     table.add_column("channels", justify="right")
+    if initial:
+        table.add_column("log(v/v')", justify="right", no_wrap=True)
     table.add_column("prior, or why there is none", overflow="fold")
     for layer in layers:
-        table.add_row(layer.name, str(layer.channels), layer.prior or f"none: {layer.reason}")
+        error = initial[layer.name].refined if initial else None
+        ratio = f"{error.log_variance_ratio:+.2f} ± {error.spread:.2f}" if error else ""
+        numbers = [str(layer.channels), *([ratio] if initial else [])]
+        table.add_row(layer.name, *numbers, layer.prior or f"none: {layer.reason}")
     return table

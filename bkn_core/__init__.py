@@ -2,12 +2,14 @@
 
 from importlib.metadata import version as _version
 
+from bkn_core.calibration import calibrate_priors_
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
 from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_batch_norm
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_run
 from bkn_core.engine.loop import TrainResult, train
+from bkn_core.engine.priors import plot_prior_quality
 from bkn_core.errors import BknError
 from bkn_core.evaluate import EvaluationResult, evaluate
 from bkn_core.export.from_run import export_onnx
@@ -16,6 +18,7 @@ from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from bkn_core.norm.schedule import anneal_gain_
 from bkn_core.population import estimate_population, statistics
+from bkn_core.quality import PriorError, PriorQuality, prior_quality
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
 __version__ = _version("bkn")
@@ -31,10 +34,13 @@ __all__ = [
     "ExportResult",
     "Gaussian",
     "LayerReport",
+    "PriorError",
+    "PriorQuality",
     "Recipe",
     "TrainResult",
     "anneal_gain_",
     "build_model",
+    "calibrate_priors_",
     "compare",
     "conversion_report",
     "convert",
@@ -45,6 +51,8 @@ __all__ = [
     "fold",
     "load_recipe",
     "load_run",
+    "plot_prior_quality",
+    "prior_quality",
     "shipped_recipes",
     "statistics",
     "to_batch_norm",

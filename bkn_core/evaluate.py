@@ -17,6 +17,7 @@ from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.device import choose_device
 from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
 from bkn_core.engine.preprocess import Preprocess
+from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.export.sessions import open_session
@@ -33,6 +34,7 @@ class EvaluationResult:
         predictions: the file with every image's label, prediction and loss.
         provider: "PyTorch" or the ONNX Runtime provider, with the device.
         warnings: what the user should know.
+        priors: how well the layers' priors predict what they see, where that was asked for.
     """
 
     target: Path
@@ -40,6 +42,7 @@ class EvaluationResult:
     predictions: Path
     provider: str
     warnings: tuple[str, ...] = ()
+    priors: PriorReport | None = None
 
 
 def evaluate(
@@ -49,6 +52,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     overrides: Sequence[str] = (),
+    priors: bool = False,
 ) -> EvaluationResult:
     """Measure top-1, top-k and loss on test images, and save every image's prediction.
 
@@ -58,6 +62,7 @@ def evaluate(
         batch_size: images per forward pass.
         device: auto, cpu, cuda, cuda:N or mps.
         overrides: `data.*=VALUE` words for other test images than the recipe's.
+        priors: also compare each layer's prior with what it sees of these images, in priors.json and a picture.
 
     Raises:
         InputError: the target or the data is missing or damaged.
@@ -70,17 +75,21 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}", "Give at least 1.")
     if path.suffix == ".onnx":
+        if priors:
+            raise RecipeError(f"{path} is an exported file: it holds no priors", "Name the run that it came from.")
         return _evaluate_file(path, stats, batch_size, device, overrides)
-    return _evaluate_weights(path, stats, batch_size, device, overrides)
+    return _evaluate_weights(path, stats, batch_size, device, overrides, priors=priors)
 
 
 def _evaluate_weights(
-    path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str]
+    path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str], *, priors: bool
 ) -> EvaluationResult:
     chosen = choose_device(device)
     source = weights_path(path)
     weights = load_weights(source)
     recipe = weights.recipe
+    if priors and recipe.norm.kind != "bkn":
+        raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(recipe.data.model_dump(), overrides)
     images = _test_images(data, weights.preprocess, weights.classes)
     model = weights.model().to(chosen)
@@ -93,7 +102,19 @@ def _evaluate_weights(
     }
     file = path / "evaluation.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}")
+    report = None
+    if priors:
+        kind = next(iter(metrics))
+        report = report_priors(
+            model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
+        )
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", priors=report)
+
+
+def _prior_files(target: Path) -> dict[str, Path]:
+    if target.is_dir():
+        return {"priors": target / "priors.json", "priors_plot": target / "plots" / "priors.png"}
+    return {"priors": target.with_suffix(".priors.json"), "priors_plot": target.with_suffix(".priors.png")}
 
 
 def _evaluate_file(

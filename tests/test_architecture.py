@@ -22,8 +22,10 @@ ARROWS: dict[str, set[str]] = {
     "wiring": {"norm"},
     "convert": {"wiring", "norm"},
     "population": {"convert", "wiring", "norm"},
-    "engine": {"recipe", "convert", "population", "wiring", "norm"},
-    "evaluate": {"engine", "export", "recipe", "convert", "population", "norm"},
+    "quality": {"convert", "wiring", "norm"},
+    "calibration": {"quality", "convert", "wiring", "norm"},
+    "engine": {"recipe", "convert", "population", "quality", "wiring", "norm"},
+    "evaluate": {"engine", "export", "recipe", "convert", "population", "quality", "norm"},
     "export": {"engine", "recipe", "convert", "population", "wiring", "norm"},
     "compare": {"engine", "recipe", "convert", "population", "norm"},
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bkn_core.convert import convert
 from bkn_core.errors import ConversionError
-from bkn_core.norm.handing import Letter
+from bkn_core.norm.handing import Handed
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm2d
 from bkn_core.population import estimate_population, statistics
@@ -77,8 +77,9 @@ def test_contexts_nest_and_end_after_an_exception() -> None:
 
 def test_estimate_is_the_average_posterior() -> None:
     layer = BatchKalmanNorm2d(3, gain=0.4, statistics_batch_size=2).double()
+    layer.expects_prior = True
     prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
-    layer.hand(Letter(prior))
+    layer.hand(Handed([], prior, layer.gain))
     batches = [torch.randn(n, 3, 4, 4, dtype=torch.float64) + n for n in (4, 3)]
     estimate_population(layer, batches)
     mean, variance, gain = np.zeros(3), np.zeros(3), float(layer.gain.detach())

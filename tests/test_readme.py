@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 import torch
+import torchvision
 from torch import nn
 from typer.testing import CliRunner
 
@@ -14,13 +17,14 @@ import bkn_core as bkn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = sorted(
     {m[0].split("  #")[0].strip() for m in re.finditer(r"^bkn (train|eval|compare|export).*$", README, re.M)}
 )
 
 
 def test_the_python_example_trains_a_converted_model() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = EXAMPLES[0]
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
@@ -43,6 +47,32 @@ def test_the_python_example_trains_a_converted_model() -> None:
     model = names["model"]
     assert isinstance(model, nn.Module) and optimizer.steps == 2
     assert [report.prior for report in bkn.conversion_report(model)] == ["input -> 0", "relu(1) -> 3"]
+
+
+def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resnet(weights: str) -> nn.Module:
+        """The shape of a ResNet-18 with a quarter of its layers, and statistics as training leaves them."""
+        assert weights == "DEFAULT"
+        model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2)
+        for _ in range(3):
+            model(images)
+        return model
+
+    def train(model: nn.Module) -> None:
+        loop = EXAMPLES[0][EXAMPLES[0].index("for images") :]
+        names = {"model": model, "torch": torch, "loader": [(images, torch.tensor([0, 1, 0, 1]))]}
+        exec(loop, names | {"optimizer": _Late({"model": model})})
+
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(4, 3, 32, 32)
+    stand_in = SimpleNamespace(models=SimpleNamespace(resnet18=resnet))
+    names = {"torch": torch, "torchvision": stand_in, "bkn": bkn, "images": images, "train": train}
+    exec(EXAMPLES[1], names)
+    model = names["model"]
+    assert isinstance(model, nn.Module) and all(report.prior for report in bkn.conversion_report(model))
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images), rtol=1e-3, atol=1e-4)
 
 
 class _Late:

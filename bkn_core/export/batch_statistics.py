@@ -76,9 +76,10 @@ class LiveImageNorm(BatchKalmanNorm):
         """Always: so the messenger serves it."""
         return True
 
-    def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
+    def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize every image and pass its posterior on."""
-        prior = self.mailboxes.own.prior(None)
+        relay = self.mailboxes.own.relay
+        prior = None if relay is None else relay.prior()
         _check_values(self.name, x, has_prior=prior is not None)
         observed = _image_moments(x, covariance=self.covariance == "full")
         posterior = observed
@@ -89,8 +90,9 @@ class LiveImageNorm(BatchKalmanNorm):
             if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
-        self.mailboxes.own.publish(posterior)
-        return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps), posterior
+        if relay is not None:
+            relay.publish(posterior)
+        return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 
 def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:
@@ -137,10 +139,7 @@ def _constant_priors(model: nn.Module) -> dict[str, Gaussian]:
     replica = copy.deepcopy(model).double()
     root, messenger = find_messenger(replica)
     paths = {module: path for path, module in replica.named_modules()}
-    return {
-        paths[root.get_submodule(name)]: prior
-        for name, prior in messenger.priors(root, messenger.wiring.priors).items()
-    }
+    return {paths[root.get_submodule(name)]: prior for name, prior in messenger.priors(root).items()}
 
 
 def _image_moments(x: Tensor, *, covariance: bool) -> Gaussian:

@@ -10,7 +10,7 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
 
-Three passes over the activation forward and three backward, as many as batch normalization has.
+Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm import passes
-from bkn_core.norm.kalman import Gaussian, Moments, guard
+from bkn_core.norm import native, passes
+from bkn_core.norm.kalman import Gaussian, guard
 from bkn_core.norm.nodes import with_signature
 
 _LARGEST = 1e30
@@ -37,6 +37,36 @@ class FilterSettings(NamedTuple):
     guard_limit: float = math.inf
 
 
+class Filtered(NamedTuple):
+    """What a layer makes of its input.
+
+    Args:
+        y: the normalized input.
+        statistics: per group and channel µ̂, v̂ (differentiable: later layers may predict from them), x̄, S,
+            the unbiased v̂ + q S / (n-1) for moving averages, and r.
+
+        covariance: Σ̂, where the layer carries the full matrix.
+
+    Shape:
+        y (N, C, *spatial), statistics (6, G, C), covariance (G, C, C).
+    """
+
+    y: Tensor
+    statistics: Tensor
+    covariance: Tensor | None = None
+
+    @property
+    def posterior(self) -> Gaussian:
+        """Return µ̂ and v̂, (G, C) each, or Σ̂ in the place of v̂."""
+        return Gaussian(self.statistics[0], self.statistics[1] if self.covariance is None else self.covariance)
+
+    @property
+    def observed(self) -> Gaussian:
+        """Return x̄ and S, (G, C) each, as constants."""
+        constants = self.statistics.detach()
+        return Gaussian(constants[2], constants[3])
+
+
 def kalman_normalize(
     x: Tensor,
     prior: Gaussian | None,
@@ -44,7 +74,7 @@ def kalman_normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: FilterSettings,
-) -> tuple[Tensor, Gaussian, Moments]:
+) -> Filtered:
     """Normalize every group by its posterior; without a prior by what is observed in it.
 
     Args:
@@ -56,41 +86,19 @@ def kalman_normalize(
         settings: see `FilterSettings`.
 
     Shape:
-        x (N, C, *spatial), prior (C,) or (G, C) -> y like x, posterior (G, C), observed (G, C).
-
-    Returns:
-        y, the posterior (differentiable: later layers may predict from it), the observed moments (constants).
+        x (N, C, *spatial), prior (C,) or (G, C).
     """
     size = min(settings.statistics_batch_size or len(x), len(x))
     body = len(x) // size * size
+    mean, variance = prior if prior is not None else (None, None)
     if body == len(x):
-        return _equal_groups(x, prior, gain, weight, bias, settings, len(x) // size)
+        return Filtered(*_KalmanNormalize.apply(x, mean, variance, gain, weight, bias, settings, len(x) // size))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
-    whole, rest = (_part(prior, slice(None, -1)), _part(prior, slice(-1, None)))
     parts = [
-        _equal_groups(x[:body], whole, gain, weight, bias, settings, body // size),
-        _equal_groups(x[body:], rest, gain, weight, bias, settings, 1),
+        kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
+        kalman_normalize(x[body:], _part(prior, slice(-1, None)), gain, weight, bias, settings),
     ]
-    y = torch.cat([part[0] for part in parts])
-    posterior = Gaussian(*(torch.cat(pair) for pair in zip(*(part[1] for part in parts), strict=True)))
-    return y, posterior, Moments(*(torch.cat(pair) for pair in zip(*(part[2] for part in parts), strict=True)))
-
-
-def _equal_groups(
-    x: Tensor,
-    prior: Gaussian | None,
-    gain: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    settings: FilterSettings,
-    groups: int,
-) -> tuple[Tensor, Gaussian, Moments]:
-    prior_mean, prior_variance = prior if prior is not None else (None, None)
-    y, mean, variance, observed_mean, observed_variance, _ = _KalmanNormalize.apply(
-        x, prior_mean, prior_variance, gain, weight, bias, settings, groups
-    )
-    count = observed_mean.new_full((groups,), x[0].numel() // x.shape[1] * (len(x) // groups))
-    return y, Gaussian(mean, variance), Moments(observed_mean, observed_variance, count)
+    return Filtered(torch.cat([part.y for part in parts]), torch.cat([part.statistics for part in parts], 1))
 
 
 def _part(prior: Gaussian | None, groups: slice) -> Gaussian | None:
@@ -121,67 +129,94 @@ class _KalmanNormalize(torch.autograd.Function):
         bias: Tensor | None,
         settings: FilterSettings,
         groups: int,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor]:
         """Observe, update, apply."""
-        view = passes.rows(x, groups)
-        observed_mean, observed_variance, buffer = passes.observe(view)
-        if prior_mean is None or prior_variance is None:
-            mean, variance = observed_mean.clone(), observed_variance.clone()  # no tensor may be returned twice
-        else:
-            gain = _effective_gain(prior_variance, observed_variance, gain, settings)
-            difference = observed_mean - prior_mean
-            surplus = _surplus(difference, observed_variance, prior_variance, 1 - gain)
-            mean = torch.addcmul(prior_mean, difference, gain)
-            variance = torch.addcmul(prior_variance, surplus, gain)
-        inverse = (variance + settings.eps).rsqrt_()
-        scale = inverse if weight is None else inverse * weight
-        shift = -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
-        y = passes.affine(view, scale, shift, buffer).to(x.dtype)
-        # `.data`, because what follows may write in place into y, which autograd forbids for a view.
-        return passes.unrows(y, x).data, mean, variance, observed_mean, observed_variance, inverse
+        parameters = (prior_mean, prior_variance, gain, weight, bias)
+        if math.isinf(settings.guard_limit) and native.serves(x, parameters, groups):
+            return native.normalize(x, parameters, settings.eps, groups)
+        return _normalized(x, parameters, settings, groups)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep the activation and O(G·C) numbers, no more than batch normalization keeps."""
         x, prior_mean, prior_variance, gain, weight, bias, settings, groups = inputs
-        _, mean, _, observed_mean, observed_variance, inverse = output
-        ctx.mark_non_differentiable(observed_mean, observed_variance, inverse)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.groups, ctx.has_bias = settings, groups, bias is not None
-        ctx.save_for_backward(
-            x, prior_mean, prior_variance, gain, weight, mean, observed_mean, observed_variance, inverse
-        )
+        ctx.save_for_backward(x, prior_mean, prior_variance, gain, weight, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, grad_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
         """The closed form of the module's docstring."""
-        x, prior_mean, prior_variance, gain, weight, mean, observed_mean, observed_variance, inverse = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if dy is None:
-            dy = torch.zeros_like(x)
-        view, gradient = passes.rows(x, ctx.groups), passes.rows(dy, ctx.groups, like=x)
-        total, weighted, buffer = passes.weighted_sums(gradient, view, mean)
-        scale = inverse if weight is None else inverse * weight
-        scaled = inverse * weighted
-        gm = -scale * total if grad_mean is None else torch.addcmul(grad_mean, scale, total, value=-1)
-        gv = (scale * inverse).mul_(scaled).mul_(-0.5)
-        gv = gv if grad_variance is None else gv + grad_variance
-        g_weight = scaled.sum(0) if weight is not None else None
-        g_bias = total.sum(0) if ctx.has_bias else None
-        gx, gs = gm, gv
-        g_prior: tuple[Tensor | None, ...] = (None, None, None)
-        if prior_mean is not None:
-            q = _effective_gain(prior_variance, observed_variance, gain, ctx.settings)
-            p, d = 1 - q, observed_mean - prior_mean
-            cross = (gv * (2 * p * q)).mul_(d)
-            g_prior = _prior_gradients(gm, gv, cross, d, q, (prior_mean, prior_variance, gain, observed_variance))
-            gx, gs = torch.addcmul(cross, gm, q), q * gv
-        count = view.positions
-        offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
-        dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
-        return passes.unrows(dx, x), *g_prior, g_weight, g_bias, None, None
+            dy = torch.zeros_like(saved[0])
+        if math.isinf(ctx.settings.guard_limit) and native.serves(saved[0], (*saved[1:5], None), ctx.groups):
+            dx, *to_prior, (g_weight, g_bias) = native.normalize_backward((dy, grad_statistics), saved, ctx.groups)
+            return (
+                dx,
+                *to_prior,
+                g_weight if saved[4] is not None else None,
+                g_bias if ctx.has_bias else None,
+                None,
+                None,
+            )
+        dx, g_prior, g_weight, g_bias = _gradients((dy, grad_statistics), saved, ctx.settings, ctx.groups)
+        return dx, *g_prior, g_weight, g_bias if ctx.has_bias else None, None, None
+
+
+def _normalized(
+    x: Tensor, parameters: native.Parameters, settings: FilterSettings, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The forward in PyTorch."""
+    prior_mean, prior_variance, gain, weight, bias = parameters
+    view = passes.rows(x, groups)
+    observed_mean, observed_variance, buffer = passes.observe(view)
+    mean, variance = observed_mean, observed_variance
+    rest = observed_variance.clamp_max(_LARGEST) * (1 / (view.positions - 1) if view.positions > 1 else 0.0)
+    if prior_mean is not None and prior_variance is not None:
+        gain = _effective_gain(prior_variance, observed_variance, gain, settings)
+        difference = observed_mean - prior_mean
+        surplus = _surplus(difference, observed_variance, prior_variance, 1 - gain)
+        mean = torch.addcmul(prior_mean, difference, gain)
+        variance = torch.addcmul(prior_variance, surplus, gain)
+        rest = rest * gain
+    inverse = (variance + settings.eps).rsqrt_()
+    scale = inverse if weight is None else inverse * weight
+    shift = -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
+    y = passes.affine(view, scale, shift, buffer).to(x.dtype)
+    statistics = torch.stack((mean, variance, observed_mean, observed_variance, variance + rest, inverse))
+    # `.data`, because what follows may write in place into y, which autograd forbids for a view.
+    return passes.unrows(y, x).data, statistics
+
+
+def _gradients(
+    gradients: tuple[Tensor, Tensor | None], saved: tuple[Any, ...], settings: FilterSettings, groups: int
+) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None, Tensor]:
+    """The backward in PyTorch: of x, of the prior and the gain, of γ and of β."""
+    dy, grad_statistics = gradients
+    x, prior_mean, prior_variance, gain, weight, statistics = saved
+    mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
+    view, gradient = passes.rows(x, groups), passes.rows(dy, groups, like=x)
+    total, weighted, buffer = passes.weighted_sums(gradient, view, mean)
+    scale = inverse if weight is None else inverse * weight
+    scaled = inverse * weighted
+    gm, gv = -scale * total, (scale * inverse).mul_(scaled).mul_(-0.5)
+    if grad_statistics is not None:
+        gm, gv = gm + grad_statistics[0], gv + grad_statistics[1]
+    g_weight = scaled.sum(0) if weight is not None else None
+    gx, gs = gm, gv
+    g_prior: tuple[Tensor | None, ...] = (None, None, None)
+    if prior_mean is not None:
+        q = _effective_gain(prior_variance, observed_variance, gain, settings)
+        p, d = 1 - q, observed_mean - prior_mean
+        cross = (gv * (2 * p * q)).mul_(d)
+        g_prior = _prior_gradients(gm, gv, cross, d, q, (prior_mean, prior_variance, gain, observed_variance))
+        gx, gs = torch.addcmul(cross, gm, q), q * gv
+    count = view.positions
+    offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
+    dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
+    return passes.unrows(dx, x), g_prior, g_weight, total.sum(0)
 
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:

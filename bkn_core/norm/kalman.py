@@ -159,8 +159,8 @@ def unbiased(posterior: Gaussian, observed: Moments, gain: Tensor | float) -> Ga
 
 
 def average_over_groups(values: Tensor, share: Tensor | None) -> Tensor:
-    """Average (G, C) over groups by the part of the images that each holds, or plainly where all are equal."""
-    return values.mean(0) if share is None else (share * values).sum(0)
+    """Average (..., G, C) over groups by the part of the images that each holds, or plainly where all are equal."""
+    return values.mean(-2) if share is None else (share * values).sum(-2)
 
 
 def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, eps: float) -> Tensor:

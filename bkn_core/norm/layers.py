@@ -15,30 +15,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
+from bkn_core.norm import together
 from bkn_core.norm.arguments import check_form, check_gain, check_values
-from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
-from bkn_core.norm.handing import Letter, Mailboxes, is_recomputation
-from bkn_core.norm.kalman import (
-    Gaussian,
-    Moments,
-    average_over_groups,
-    diagonal,
-    guard,
-    in_form_of,
-    log_innovation,
-    moments,
-    normalize,
-    rectangular_identity,
-    spread_over_images,
-    unbiased,
-    update,
-)
-from bkn_core.norm.synchronized import joint_moments, spans_processes
+from bkn_core.norm.covariance import matrix_normalize
+from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
+from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
+from bkn_core.norm.kalman import Gaussian, rectangular_identity
+from bkn_core.norm.synchronized import joint_normalize, spans_processes
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
-INNOVATION_SHARE = 1 / 3  # of the log ratio; the whole of it is worse (docs/method.md)
-INNOVATION_LIMIT = 2.0
 GUARD_LIMIT = 100.0
 
 
@@ -81,10 +67,10 @@ class BatchKalmanNorm(_BatchNorm):
     dimensions: tuple[int, ...] = ()
     fixed_gain: Tensor
     gain_factor: Tensor
-    letter: Letter | None
+    innovation: Tensor | None
+    innovation_then: Tensor | None = None  # before the last forward moved it
     synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
     process_group: ProcessGroup | None = None
-    innovation: Tensor | None
 
     def __init__(
         self,
@@ -116,7 +102,8 @@ class BatchKalmanNorm(_BatchNorm):
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
-        self.mailboxes, self.letter = Mailboxes(), None  # what the converted model hands to the layer
+        self.mailboxes = Mailboxes()
+        self.relay: Relay | None = None  # the newest of all threads
         self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(gain, device=device, dtype=wide)
@@ -143,120 +130,89 @@ class BatchKalmanNorm(_BatchNorm):
             return self.statistics[0] == "batch"
         return self.training or self.running_mean is None
 
-    def refine(self, prior: Gaussian) -> Gaussian:
-        """Apply the learned correction and the innovation: µ' + δ sqrt(v'), v' exp(ρ + innovation)."""
-        mean, variance = prior
-        innovation = self._innovation_then(variance) if is_recomputation() else self.innovation
-        if self.prior_offset is not None and self.prior_log_scale is not None:
-            mean = mean + self.prior_offset * (variance + self.eps).sqrt()
-            scale = self.prior_log_scale if innovation is None else self.prior_log_scale + innovation
-            return Gaussian(mean, variance * scale.exp())
-        return Gaussian(mean, variance if innovation is None else variance * innovation.exp())
+    @property
+    def present_innovation(self) -> Tensor | None:
+        """The innovation of the forward that runs, or that is computed again and has moved it since."""
+        return self.innovation_then if self.innovation_then is not None and is_recomputation() else self.innovation
 
-    @torch.no_grad()
-    def _innovation_then(self, variance: Tensor) -> Tensor | None:
-        """Return the innovation of the forward that is computed again: it has moved since, but the letter kept v'."""
-        letter = self.mailboxes.own.letter or self.letter
-        if self.innovation is None or letter is None or letter.prior is None:
-            return self.innovation
-        then = torch.log(letter.prior.variance / variance)
-        then = then if self.prior_log_scale is None else then - self.prior_log_scale
-        return torch.where(then.isfinite(), then, self.innovation)
+    def refine(self, prior: Gaussian) -> Gaussian:
+        """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
+        return together.refine([self], [prior])[0]
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
         if isinstance(x, Proxy):  # symbolic tracing takes the layer as one step, as it takes those of PyTorch
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        return self.filter(x, prior)[0]
+        self._check_input_dim(x)
+        return self._filtered(x, prior).y if self.uses_batch_statistics else self._by_population(x)
 
     def filter(self, x: Tensor, prior: Gaussian | None = None) -> tuple[Tensor, Gaussian | None]:
         """Normalize and return the posterior beside the result (None where population statistics were used)."""
         self._check_input_dim(x)
         if not self.uses_batch_statistics:
             return self._by_population(x), None
-        prior = self._handed_prior() if prior is None else self.refine(prior)
+        filtered = self._filtered(x, prior)
+        return filtered.y, filtered.posterior
+
+    def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
+        relay = self._relay_of_forward(warn=prior is None)
+        gain = None if relay is None else relay.gain()
+        if prior is not None:
+            prior = self.refine(prior)
+        elif relay is not None and self.expects_prior:
+            prior = relay.prior()
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
         if not self._spans_processes(size):
             check_values(x, size, has_prior=prior is not None)
-        y, posterior, observed = self._by_batch(x, prior, size)
-        is_tracked = self.training and self.statistics is None and not is_recomputation()
-        if is_tracked or self.on_posterior is not None:
-            self._track(x, prior, posterior, observed, size)
-        self.mailboxes.own.publish(posterior)
-        return y, posterior
+        filtered = self._by_batch(x, prior, self.gain if gain is None else gain, size)
+        if relay is not None and relay.reads_posteriors:
+            relay.publish(filtered.posterior)
+        if self.on_posterior is not None:
+            share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
+            self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
+        elif self.training and self.statistics is None and not is_recomputation():
+            seen = together.Seen(self, prior, filtered.statistics.detach(), len(x))
+            together.track([seen]) if relay is None else relay.record(seen)
+        return filtered
 
     def _by_population(self, x: Tensor) -> Tensor:
         if self.running_mean is None:
             raise StatisticsError("this layer keeps no population statistics", "Use track_running_stats=True.")
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def _by_batch(self, x: Tensor, prior: Gaussian | None, size: int | None) -> tuple[Tensor, Gaussian, Moments]:
+    def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
-        is_joint, full = self._spans_processes(size), self.covariance == "full"
-        if not (is_joint or full):
-            limit = GUARD_LIMIT if self.guarded else math.inf
-            return kalman_normalize(x, prior, self.gain, weight, bias, FilterSettings(self.eps, size, limit))
-        if is_joint:
-            observed = joint_moments(x, self.process_group, covariance=full)
-        else:
-            observed = moments(x, size, covariance=True)
-        posterior = Gaussian(observed.mean, observed.variance)
-        if prior is not None:
-            gain = self._weight_of_observation(prior, observed)
-            posterior = update(in_form_of(prior, observed), observed, gain)
-        rows = Gaussian(*(spread_over_images(values, len(x), size) for values in diagonal(posterior)))
-        return normalize(x, rows, weight, bias, self.eps), posterior, observed
+        limit = GUARD_LIMIT if self.guarded else math.inf
+        settings = FilterSettings(self.eps, size, limit)
+        if self._spans_processes(size):
+            is_matrix = self.covariance == "full"
+            return joint_normalize(x, prior, (gain, weight, bias), settings, (self.process_group, is_matrix))
+        normalize = kalman_normalize if self.covariance == "diagonal" else matrix_normalize
+        return normalize(x, prior, gain, weight, bias, settings)
 
     def _spans_processes(self, size: int | None) -> bool:
         is_asked = self.synchronized and size is None and self.training and self.statistics is None
         return is_asked and spans_processes(self.process_group)
 
-    def hand(self, letter: Letter) -> None:
-        """Take what the forward that begins on this thread hands to the layer."""
-        self.letter = self.mailboxes.own.letter = letter
-        self.mailboxes.own.is_open = True
+    def hand(self, relay: Relay) -> None:
+        """Take the relay of the forward that begins on this thread."""
+        if not is_recomputation():
+            self.innovation_then = None
+        self.relay = relay
+        self.mailboxes.own.put(relay)
 
-    def _handed_prior(self) -> Gaussian | None:
-        prior = self.mailboxes.own.prior(self.letter)
-        if prior is not None or not self.expects_prior:
-            return prior
-        warnings.warn(
-            f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
-            "it normalizes by its batch alone",
-            stacklevel=4,
-        )
+    def _relay_of_forward(self, *, warn: bool) -> Relay | None:
+        relay = self.mailboxes.own.take(self.relay)
+        if relay is not None:
+            return relay
+        if self.expects_prior and warn:
+            warnings.warn(
+                f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
+                "it normalizes by its batch alone",
+                stacklevel=5,
+            )
         return None
-
-    @torch.no_grad()
-    def _track(
-        self, x: Tensor, prior: Gaussian | None, posterior: Gaussian, observed: Moments, size: int | None
-    ) -> None:
-        is_even = size is None or len(x) % min(size, len(x)) == 0
-        share = None if is_even else images_per_group(len(x), size, observed.mean) / len(x)
-        mean, variance = unbiased(posterior, observed, self._weight_of_observation(prior, observed))
-        if self.on_posterior is not None:
-            return self.on_posterior(Gaussian(mean, variance), share, len(x))
-        if self.innovation is not None and prior is not None:
-            seen = diagonal(Gaussian(observed.mean, observed.variance))
-            ratio = self.innovation + log_innovation(diagonal(prior), seen, share, self.eps)
-            target = (INNOVATION_SHARE * ratio).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
-            self.innovation.lerp_(target.to(self.innovation.dtype), self.innovation_momentum)
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        kept = self.running_mean.dtype
-        factor = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(kept)
-        self.running_mean.lerp_(average_over_groups(mean, share).to(kept), factor)
-        self.running_var.lerp_(average_over_groups(variance, share).to(kept), factor)
-
-    def _weight_of_observation(self, prior: Gaussian | None, observed: Moments) -> Tensor:
-        if prior is None:
-            return torch.ones_like(self.gain_factor)
-        if not self.guarded:
-            return self.gain
-        seen = diagonal(Gaussian(observed.mean, observed.variance)).variance
-        return guard(diagonal(prior).variance, seen, self.gain, GUARD_LIMIT)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.dimensions and input.dim() not in self.dimensions:
@@ -266,9 +222,9 @@ class BatchKalmanNorm(_BatchNorm):
             raise ValueError(f"expected {self.num_features} channels (got input of shape {tuple(input.shape)})")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the letter of the last forward: it belongs to that forward's graph, not to the layer."""
+        """Leave out the relay of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "letter": None, "on_posterior": None}
+        return {**state, "relay": None, "on_posterior": None, "innovation_then": None}
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""

@@ -21,12 +21,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm.kalman import Moments
+from bkn_core.norm.covariance import normalize_by
+from bkn_core.norm.fused import Filtered, FilterSettings
+from bkn_core.norm.kalman import Gaussian, Moments
 
 
 def spans_processes(group: dist.ProcessGroup | None) -> bool:
     """Whether there is another process in a group; None is all processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def joint_normalize(
+    x: Tensor,
+    prior: Gaussian | None,
+    parameters: tuple[Tensor, Tensor | None, Tensor | None],
+    settings: FilterSettings,
+    form: tuple[dist.ProcessGroup | None, bool],
+) -> Filtered:
+    """Normalize this process's part of one group by the posterior of the whole; see `covariance.normalize_by`.
+
+    Args:
+        x: may be empty; the other processes must call this too.
+        prior: the same in all processes.
+        parameters: gain, γ and β.
+        settings: see `FilterSettings`.
+        form: the processes, None for all of them, and whether to observe the full matrix S.
+    """
+    return normalize_by(x, prior, joint_moments(x, form[0], covariance=form[1]), parameters, settings)
 
 
 def joint_moments(x: Tensor, group: dist.ProcessGroup | None, *, covariance: bool = False) -> Moments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.handing import Letter, is_recomputation
+from bkn_core.norm import native, together
+from bkn_core.norm.handing import Handed, Relay, is_recomputation, not_again
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.together import Seen
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
+from bkn_core.wiring.native_program import NativeProgram, native_program
 from bkn_core.wiring.program import Wiring
 
 Transition = Literal["learned", "network"]
@@ -43,6 +46,8 @@ class Messenger:
     message: Message
     names: tuple[str, ...]
     noise: str = ""
+    native: NativeProgram | None = dataclasses.field(default=None, repr=False, compare=False)
+    was_compiled: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
@@ -55,50 +60,82 @@ class Messenger:
         return self.transition == "network" and self.message == "normalized"
 
     def __call__(self, model: nn.Module, arguments: Any = None) -> None:
-        """Hand out the priors of the forward that begins."""
+        """Open the relays of the forward that begins."""
         layers = {name: layer_of(model, name) for name in self.names}
         if not any(layer.uses_batch_statistics for layer in layers.values()):
             return
+        ledger: list[Seen] = []
         if self.is_static:
-            for name, prior in self.priors(model, self.wiring.priors).items():
-                layers[name].hand(Letter(prior, renew=self._renewal(model, name)))
+            priors, gains = self.priors(model), together.gains(list(layers.values()))
+            relays: list[Relay] = [
+                Handed(ledger, priors.get(name), gain, self._renewal(model, name))
+                for name, gain in zip(layers, gains, strict=True)
+            ]
         else:
             post = _Post(self, model)
-            for name, layer in layers.items():
-                layer.hand(Letter(relay=_Relay(post, name)))
+            relays = [_Relay(ledger, post, name) for name in layers]
+        for layer, relay in zip(layers.values(), relays, strict=True):
+            layer.hand(relay)
 
-    def priors(self, model: nn.Module, names: Iterable[str]) -> dict[str, Gaussian]:
-        """Compute the refined priors of some layers from the model's parameters, each line once."""
-        with _no_autocast(layer_of(model, self.names[0])):
-            evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
-            return {name: layer_of(model, name).refine(evaluation.line(self.wiring.priors[name])) for name in names}
-
-    def _renewal(self, model: nn.Module, name: str) -> Callable[[], Gaussian] | None:
-        """Return how to compute one layer's prior on its own, as reentrant checkpoints need it."""
+    def _renewal(self, model: nn.Module, name: str) -> Callable[[], Handed] | None:
+        """Return how to compute one layer's prior and gain on their own, as reentrant checkpoints need them."""
         if torch.compiler.is_compiling():
             return None
         found = weakref.ref(model)  # so that a model that is dropped goes at once
 
-        def renew() -> Gaussian:
+        def renew() -> Handed:
             living = found()
-            assert living is not None  # its forward is running
-            return self.priors(living, (name,))[name]
+            assert living is not None  # its backward is running
+            layer, number = layer_of(living, name), self.wiring.priors.get(name)
+            if number is None:
+                return Handed([], None, layer.gain)
+            with _no_autocast(layer):
+                evaluation = Evaluation(self.wiring, living, lambda name: normalized_message(norm_of(living, name)))
+                return Handed([], layer.refine(evaluation.line(number)), layer.gain)
 
         return renew
 
+    def priors(self, model: nn.Module) -> dict[str, Gaussian]:
+        """Compute the refined priors of all layers from the model's parameters, each line once."""
+        with _no_autocast(layer_of(model, self.names[0])):
+            tensors = self._native_tensors(model)
+            if tensors is not None and self.native is not None:
+                return self.native.priors(tensors)
+            evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
+            layers = [layer_of(model, name) for name in self.wiring.priors]
+            refined = together.refine(layers, [evaluation.line(number) for number in self.wiring.priors.values()])
+        return dict(zip(self.wiring.priors, refined, strict=True))
+
+    def _native_tensors(self, model: nn.Module) -> list[Tensor] | None:
+        """Return what the CPU kernels read to compute the priors, None where they cannot."""
+        if not native.are_usable():
+            return None
+        if not self.was_compiled:
+            self.native, self.was_compiled = native_program(self.wiring, model), True
+        return None if self.native is None else self.native.tensors(model)
+
 
 class Farewell:
-    """Mark the end of a forward, so that a layer called on its own afterwards does not use that forward's prior."""
+    """The end of a forward: moves the moving statistics and closes the relays.
+
+    A layer called on its own afterwards does not use that forward's prior, which stays readable for recomputation in
+    the backward pass.
+    """
 
     def __init__(self, messenger: Messenger) -> None:
         self.messenger = messenger
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Close the priors; they stay readable for recomputation in the backward pass."""
+        """Close the relays."""
+        ledger: list[Seen] = []
         for name in self.messenger.names:
             layer = model.get_submodule(name)
-            if isinstance(layer, BatchKalmanNorm):  # a model that was changed has been refused before
-                layer.mailboxes.own.is_open = False
+            if not isinstance(layer, BatchKalmanNorm):  # a changed model has been refused before
+                continue
+            mailbox = layer.mailboxes.own
+            if mailbox.is_open and mailbox.relay is not None:
+                mailbox.is_open, ledger = False, mailbox.relay.ledger
+        together.track(ledger)
 
 
 class _Post:
@@ -121,11 +158,15 @@ class _Post:
         return posterior if self.messenger.transition == "learned" else diagonal(posterior)
 
 
+@dataclasses.dataclass
 class _Relay:
     """One layer's access to the post."""
 
-    def __init__(self, post: _Post, name: str) -> None:
-        self.post, self.name = post, name
+    ledger: list[Seen]
+    post: _Post
+    name: str
+    reads_posteriors = True
+    is_without_gradient: bool = False
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior of the layer, from the posteriors that have arrived."""
@@ -144,9 +185,20 @@ class _Relay:
                 value = predict(value, layer.transition.to(value.mean.dtype), self.post.noise)
             return layer.refine(value)
 
+    def gain(self) -> None:
+        """Leave it to the layer."""
+
     def publish(self, posterior: Gaussian) -> None:
         """Take the posterior of the layer for those that follow."""
         self.post.posteriors[self.name] = posterior
+
+    def record(self, seen: Seen) -> None:
+        """Keep it for the end of the forward."""
+        self.ledger.append(seen)
+
+    def alone(self) -> Relay:
+        """Refuse: others have used the posterior without its gradient."""
+        raise not_again()
 
 
 def _no_autocast(layer: BatchKalmanNorm) -> torch.autocast:

@@ -26,6 +26,19 @@ def test_both_kinds_of_statistics_have_their_own_measures(run: Path) -> None:
     assert result["top1"] == result["population"]["top1"]
 
 
+def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_path: Path) -> None:
+    checkpoint = str(shutil.copy(run / "checkpoints" / "best.safetensors", tmp_path / "some.safetensors"))
+    table = call("eval", checkpoint, "--priors").stdout
+    document = json.loads(call("eval", checkpoint, "--priors", "--json").stdout)
+    rows = document["result"]["priors"]["layers"]
+    assert {"refined", "analytic", "local", "prior", "reason", "channels"} <= rows[0].keys()
+    for row in rows:
+        line = next(line for line in table.splitlines() if f" {row['name']} " in line)
+        assert f"{row['refined']['log_variance_ratio']:+.2f} ± {row['refined']['spread']:.2f}" in line
+        assert f"{row['refined']['mean_error']:.3f}" in line
+    assert all(Path(document["artifacts"][name]).is_file() for name in ("priors", "priors_plot"))
+
+
 def test_a_checkpoint_measures_as_its_run(run: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copy(run / "checkpoints" / "best.safetensors", tmp_path / "some.safetensors")
     ours, theirs = (json.loads(call("eval", str(t), "--json").stdout)["result"] for t in (checkpoint, run))
@@ -55,5 +68,5 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 3
     assert seen == [
         "m.onnx",
-        {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"]},
+        {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"], "priors": False},
     ]

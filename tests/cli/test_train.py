@@ -63,6 +63,7 @@ def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
     assert result.exit_code == 0
     assert "steps: 4" in result.stdout
     assert "input -> conv1" in result.stdout
+    assert "log(v/v')" in result.stdout
     assert list(inside.iterdir()) == []
 
 
@@ -70,6 +71,9 @@ def test_dry_run_json_holds_recipe_and_layers(inside: Path) -> None:
     result = json.loads(call("train", *TINY, "--dry-run", "--json").stdout)["result"]
     assert result["recipe"]["train"]["epochs"] == 1
     assert result["layers"][0] == {"name": "bn1", "channels": 16, "prior": "input -> conv1", "reason": ""}
+    first, second, *_ = result["initial_priors"]
+    assert first["name"] == "bn1" and abs(first["refined"]["log_variance_ratio"]) < 1e-3
+    assert second["name"] == result["layers"][1]["name"] and second["refined"]["spread"] > 1e-2
 
 
 def test_a_finished_run_resumes_to_the_same_result(answer: dict[str, Any], run: Path) -> None:

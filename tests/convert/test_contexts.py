@@ -84,7 +84,7 @@ def test_mixed_precision_keeps_statistics_in_float32(options: dict[str, Any]) ->
     torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0.02)
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model).values())
     if options == {}:
-        assert model.layer.bn2.letter.prior.variance.dtype == torch.float32
+        assert model.layer.bn2.relay.prior().variance.dtype == torch.float32
 
 
 @every_variant

@@ -76,7 +76,7 @@ def check(name: str) -> None:
     assert all(r.prior for r in conversion_report(converted))
     root, messenger = find_messenger(converted)
     with torch.no_grad():
-        priors = messenger.priors(root, messenger.wiring.priors)
+        priors = messenger.priors(root)
     truth = observed_variances(model, images)
     ratios = torch.cat([priors[n].variance / truth[n] for n in layers if truth[n].min() > 0])
     assert ratios.isfinite().all()

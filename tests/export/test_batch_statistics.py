@@ -76,7 +76,7 @@ def test_one_value_per_channel_without_a_prior_is_refused_by_name() -> None:
 def test_priors_become_constants_computed_in_float64() -> None:
     model = drawn_model()
     root, messenger = find_messenger(model.double())
-    expected = messenger.priors(root, messenger.wiring.priors)["bn2"]
+    expected = messenger.priors(root)["bn2"]
     prepared, layers = with_image_statistics(model.float())
     norm = prepared.get_submodule("bn2")
     gain = float(model.get_submodule("bn2").gain.detach())

@@ -9,13 +9,14 @@ import kalman_loops
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
-from bkn_core.norm.kalman import Gaussian, guard, moments, normalize, spread_over_images, update
+from bkn_core.norm.kalman import Gaussian, guard, moments, normalize, spread_over_images, unbiased, update
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -96,8 +97,8 @@ def fused(case: Case, values: list[Tensor | None], eps: float) -> tuple[Tensor, 
     assert x is not None and gain is not None
     prior = None if mean is None or variance is None else Gaussian(mean, variance)
     filter_settings = FilterSettings(eps, case.size, case.guard_limit)
-    y, posterior, _ = kalman_normalize(case.layout(x), prior, gain, weight, bias, filter_settings)
-    return y, posterior
+    filtered = kalman_normalize(case.layout(x), prior, gain, weight, bias, filter_settings)
+    return filtered.y, filtered.posterior
 
 
 def plain(case: Case, values: list[Tensor | None], eps: float) -> tuple[Tensor, Gaussian]:
@@ -138,6 +139,8 @@ def test_gradients_equal_finite_differences(case: Case, wanted: str) -> None:
 @settings(max_examples=80)
 @given(case=cases())
 def test_float32_agrees_with_the_plain_path(case: Case) -> None:
+    # A handful of values and a gain of 1 may leave a variance near 0, under which rounding grows by ε^-3/2.
+    assume(case.gain < 1 or (case.size or case.shape[0]) * math.prod(case.shape[2:]) > 4)
     values, again = case.tensors(torch.float32), case.tensors(torch.float64)
     y, posterior = fused(case, values, 1e-2)
     reference, expected = plain(case, again, 1e-2)
@@ -268,8 +271,23 @@ def test_gradients_of_gradients_are_right_or_refused() -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_counts_name_the_values_of_every_group() -> None:
-    observed = kalman_normalize(torch.randn(5, 2, 3, 3), None, torch.tensor(1.0), None, None, FilterSettings(1e-5, 2))[
-        2
-    ]
-    assert observed.count.tolist() == [18.0, 18.0, 9.0]
+@settings(max_examples=30)
+@given(case=cases())
+def test_statistics_are_those_of_the_plain_functions(case: Case) -> None:
+    values, wide = case.tensors(torch.float32), case.tensors(torch.float64)
+    x, mean, variance, gain, weight, bias = values
+    assert x is not None and gain is not None and wide[0] is not None and wide[3] is not None
+    prior = None if mean is None or variance is None else Gaussian(mean, variance)
+    filtered = kalman_normalize(
+        case.layout(x), prior, gain, weight, bias, FilterSettings(1e-3, case.size, case.guard_limit)
+    )
+    observed, q = moments(wide[0], case.size), wide[3]
+    posterior = plain(case, wide, 1e-3)[1]
+    if prior is None:
+        q = torch.ones_like(q)
+    elif case.guard_limit < math.inf and wide[2] is not None:
+        q = guard(wide[2], observed.variance, q, case.guard_limit)
+    expected = (*posterior, observed.mean, observed.variance, unbiased(posterior, observed, q).variance)
+    for actual, wanted in zip(filtered.statistics, expected, strict=False):
+        torch.testing.assert_close(actual.double(), wanted.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert not filtered.observed.mean.requires_grad

@@ -34,7 +34,7 @@ def first_prior(model: nn.Module, images: Tensor | Iterator[Tensor], example: Te
     converted = convert(model, example, input_prior=images)
     root, messenger = find_messenger(converted)
     with torch.no_grad():
-        return messenger.priors(root, messenger.wiring.priors)[name]
+        return messenger.priors(root)[name]
 
 
 def assert_exact(prior: Any, observed: Tensor) -> None:
@@ -180,7 +180,7 @@ def test_unusual_readers_are_exact_or_have_a_reason(convolution: nn.Module) -> N
         assert report.reason
     else:
         root, messenger = find_messenger(converted)
-        assert_exact(messenger.priors(root, messenger.wiring.priors)["1"], convolution(images))
+        assert_exact(messenger.priors(root)["1"], convolution(images))
 
 
 def test_no_image_is_refused() -> None:

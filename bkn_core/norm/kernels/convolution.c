@@ -1,0 +1,192 @@
+#include "program.h"
+
+/* Lay a message out for the columns of W as a matrix (O, inputs / groups * taps), one row of columns per group. */
+static void lay_out(const Line *line, const float *message, float *columns)
+{
+    int64_t inner = line->inputs / line->groups, width = inner * line->taps;
+    for (int64_t g = 0; g < line->groups; g++)
+        for (int64_t k = 0; k < width; k++)
+            columns[g * width + k] = message[g * inner + (line->is_channels_last ? k % inner : k / line->taps)];
+}
+
+static void gather_columns(const Line *line, const float *columns, float *message)
+{
+    int64_t inner = line->inputs / line->groups, width = inner * line->taps;
+    for (int64_t g = 0; g < line->groups; g++)
+        for (int64_t k = 0; k < width; k++)
+            message[g * inner + (line->is_channels_last ? k % inner : k / line->taps)] += columns[g * width + k];
+}
+
+typedef struct {
+    const Line *line;
+    const float *mean, *variance, *to_out_mean, *to_out_variance; /* messages in columns; gradients of the result */
+    float *out_mean, *out_variance, *to_mean, *to_variance;
+} Task;
+
+VECTORIZED static void products(const float *w, const float *m, const float *v, int64_t n, float *out)
+{
+    float mean = 0, variance = 0;
+#pragma omp simd reduction(+ : mean, variance)
+    for (int64_t k = 0; k < n; k++) {
+        mean += w[k] * m[k];
+        variance += w[k] * w[k] * v[k];
+    }
+    out[0] = mean;
+    out[1] = variance;
+}
+
+static void rows(const void *given, int64_t first, int64_t last)
+{
+    const Task *task = given;
+    const Line *line = task->line;
+    const float *weight = line->parameters[0], *bias = line->parameters[1];
+    int64_t width = line->inputs / line->groups * line->taps, per_group = line->channels / line->groups;
+    for (int64_t o = first; o < last; o++) {
+        float out[2];
+        int64_t at = o / per_group * width;
+        products(weight + o * width, task->mean + at, task->variance + at, width, out);
+        task->out_mean[o] = out[0] + (bias ? bias[o] : 0);
+        task->out_variance[o] = out[1];
+    }
+}
+
+void bkn_convolution(const Line *line, float *values, int64_t threads)
+{
+    int64_t columns = line->inputs * line->taps;
+    float *mean = malloc(2 * columns * sizeof(float)), *variance = mean + columns;
+    lay_out(line, values + line->a_mean, mean);
+    lay_out(line, values + line->a_variance, variance);
+    Task task = {line, mean, variance, NULL, NULL, values + line->out_mean, values + line->out_variance, NULL, NULL};
+    run(rows, &task, line->channels, threads_for(columns / line->groups * line->channels, threads));
+    free(mean);
+}
+
+VECTORIZED static void reverse_row(const float *w, int64_t n, const float *g, float *to_mean, float *to_variance)
+{
+    float gm = g[0], gv = g[1];
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        to_mean[k] += gm * w[k];
+        to_variance[k] += gv * w[k] * w[k];
+    }
+}
+
+VECTORIZED static void reverse_weight(
+    const float *w, const float *m, const float *v, int64_t n, const float *g, float *to_weight, int adds)
+{
+    float gm = g[0], gv = 2 * g[1];
+    if (adds) {
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++)
+            to_weight[k] += gm * m[k] + gv * w[k] * v[k];
+    } else {
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++)
+            to_weight[k] = gm * m[k] + gv * w[k] * v[k];
+    }
+}
+
+/* A range of the columns of all groups: no two threads add to the same number. */
+static void columns_reversed(const void *given, int64_t first, int64_t last)
+{
+    const Task *task = given;
+    const Line *line = task->line;
+    const float *weight = line->parameters[0];
+    int64_t width = line->inputs / line->groups * line->taps, per_group = line->channels / line->groups;
+    for (int64_t g = first / width; g * width < last; g++) {
+        int64_t start = first > g * width ? first - g * width : 0;
+        int64_t n = (last < (g + 1) * width ? last - g * width : width) - start, at = g * width + start;
+        for (int64_t o = g * per_group; o < (g + 1) * per_group; o++) {
+            float gradient[2] = {task->to_out_mean[o], task->to_out_variance[o]};
+            int64_t row = o * width + start;
+            reverse_row(weight + row, n, gradient, task->to_mean + at, task->to_variance + at);
+            if (line->gradients[0])
+                reverse_weight(weight + row, task->mean + at, task->variance + at, n, gradient,
+                               line->gradients[0] + row, line->accumulates & 1);
+        }
+    }
+}
+
+void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, int64_t threads)
+{
+    int64_t columns = line->inputs * line->taps;
+    float *mean = calloc(4 * columns, sizeof(float)), *variance = mean + columns;
+    float *to_mean = mean + 2 * columns, *to_variance = mean + 3 * columns;
+    lay_out(line, values + line->a_mean, mean);
+    lay_out(line, values + line->a_variance, variance);
+    const float *gm = gradients + line->out_mean, *gv = gradients + line->out_variance;
+    Task task = {line, mean, variance, gm, gv, NULL, NULL, to_mean, to_variance};
+    run(columns_reversed, &task, columns, threads_for(columns / line->groups * line->channels, threads));
+    gather_columns(line, to_mean, gradients + line->a_mean);
+    gather_columns(line, to_variance, gradients + line->a_variance);
+    if (line->gradients[1])
+        for (int64_t o = 0; o < line->channels; o++)
+            line->gradients[1][o] = gm[o] + (line->accumulates & 2 ? line->gradients[1][o] : 0);
+    free(mean);
+}
+
+/* Patches of the network input, whose mean p and covariance P are known: mean W p + b, variance rowsum((W P) * W).
+   A covariance of which only the diagonal is known has as many values as the mean. */
+static void row_of_patches(const Line *line, int64_t o, float *row)
+{
+    const float *weight = (const float *)line->parameters[0] + o * line->inputs;
+    int64_t inner = line->inputs / line->taps;
+    for (int64_t k = 0; k < line->inputs; k++)
+        row[k] = weight[line->is_channels_last ? k % line->taps * inner + k / line->taps : k];
+}
+
+static void times_covariance(const Line *line, const float *row, float *product)
+{
+    const float *covariance = line->parameters[3];
+    for (int64_t k = 0; k < line->inputs; k++)
+        product[k] = 0;
+    for (int64_t j = 0; j < line->inputs; j++) {
+        if (line->groups) /* here: whether the whole matrix is known */
+            for (int64_t k = 0; k < line->inputs; k++)
+                product[k] += row[j] * covariance[j * line->inputs + k];
+        else
+            product[j] = row[j] * covariance[j];
+    }
+}
+
+void bkn_patches(const Line *line, float *values)
+{
+    const float *bias = line->parameters[1], *mean = line->parameters[2];
+    float *row = malloc(2 * line->inputs * sizeof(float)), *product = row + line->inputs;
+    for (int64_t o = 0; o < line->channels; o++) {
+        row_of_patches(line, o, row);
+        times_covariance(line, row, product);
+        double expected = bias ? bias[o] : 0, variance = 0;
+        for (int64_t k = 0; k < line->inputs; k++) {
+            expected += (double)row[k] * mean[k];
+            variance += (double)row[k] * product[k];
+        }
+        values[line->out_mean + o] = (float)expected;
+        values[line->out_variance + o] = (float)(variance > 0 ? variance : 0);
+    }
+    free(row);
+}
+
+void bkn_patches_reversed(const Line *line, const float *values, const float *gradients)
+{
+    const float *mean = line->parameters[2];
+    int64_t inner = line->inputs / line->taps;
+    float *row = malloc(2 * line->inputs * sizeof(float)), *product = row + line->inputs;
+    for (int64_t o = 0; o < line->channels; o++) {
+        float gm = gradients[line->out_mean + o];
+        float gv = values[line->out_variance + o] > 0 ? 2 * gradients[line->out_variance + o] : 0;
+        if (line->gradients[1])
+            line->gradients[1][o] = gm + (line->accumulates & 2 ? line->gradients[1][o] : 0);
+        if (!line->gradients[0])
+            continue;
+        row_of_patches(line, o, row);
+        times_covariance(line, row, product);
+        float *to_weight = line->gradients[0] + o * line->inputs;
+        for (int64_t k = 0; k < line->inputs; k++) {
+            int64_t at = line->is_channels_last ? k % line->taps * inner + k / line->taps : k;
+            float gradient = gm * mean[k] + gv * product[k];
+            to_weight[at] = gradient + (line->accumulates & 1 ? to_weight[at] : 0);
+        }
+    }
+    free(row);
+}

@@ -1,0 +1,210 @@
+/* The passes over the values of an activation, float32, in two layouts: planes (channels first: all positions of one
+   channel lie together) and rows (channels last: all channels of one position lie together).
+
+   Statistics are summed in blocks that fit the cache, each about its own mean, and blocks are merged in float64 by the
+   update of Chan, Golub and LeVeque. */
+
+#pragma once
+
+#include "parallel.h"
+
+enum { BLOCK = 8192, ROW = 256 };
+static const float LARGEST = 1e30f; /* squares stay below, so that 0 * infinity makes no NaN */
+
+typedef struct {
+    double count, mean, m2;
+} Moments;
+
+static inline void merge(Moments *into, double count, double mean, double m2)
+{
+    double total = into->count + count, difference = mean - into->mean;
+    into->m2 += m2 + difference * difference * into->count * count / total;
+    into->mean += difference * count / total;
+    into->count = total;
+}
+
+VECTORIZED static inline void observe_plane(const float *x, int64_t count, Moments *moments)
+{
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t n = count - start < BLOCK ? count - start : BLOCK;
+        const float *v = x + start;
+        float sum = 0, rest = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; i++)
+            sum += v[i];
+        float mean = sum / (float)n;
+#pragma omp simd reduction(+ : rest, squares)
+        for (int64_t i = 0; i < n; i++) {
+            float d = v[i] - mean;
+            rest += d;
+            squares += d * d;
+        }
+        merge(moments, (double)n, mean + (double)rest / n, squares - (double)rest * rest / n);
+    }
+}
+
+VECTORIZED static inline void apply_plane(const float *x, float *y, int64_t count, const float *k)
+{
+    float scale = k[0], mean = k[1], bias = k[2];
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        y[i] = scale * (x[i] - mean) + bias;
+}
+
+VECTORIZED static inline void sums_of_plane(const float *dy, const float *x, int64_t count, float centre, double *sums)
+{
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        int64_t n = count - start < BLOCK ? count - start : BLOCK;
+        const float *g = dy + start, *v = x + start;
+        float total = 0, weighted = 0;
+#pragma omp simd reduction(+ : total, weighted)
+        for (int64_t i = 0; i < n; i++) {
+            total += g[i];
+            weighted += g[i] * (v[i] - centre);
+        }
+        sums[0] += total;
+        sums[1] += weighted;
+    }
+}
+
+VECTORIZED static inline void gradient_of_plane(const float *dy, const float *x, float *dx, int64_t count, const float *k)
+{
+    float a = k[0], b = k[1], mean = k[2], c = k[3];
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        dx[i] = a * dy[i] + (b * (x[i] - mean) + c);
+}
+
+/* ---- the same for rows of channels; `width` values (some rows) at a time, so that few channels vectorize too ---- */
+
+static inline int64_t width_of(int64_t channels)
+{
+    return channels >= ROW ? channels : ROW / channels * channels;
+}
+
+static inline void spread(const float *values, int64_t channels, float *row, int64_t width)
+{
+    for (int64_t i = 0; i < width; i++)
+        row[i] = i < channels ? values[i] : row[i - channels];
+}
+
+VECTORIZED static inline void add_rows(const float *x, int64_t values, int64_t width, float *sum)
+{
+    for (int64_t start = 0; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            sum[i] += x[start + i];
+    }
+}
+
+VECTORIZED static inline void add_centred_rows(
+    const float *x, int64_t values, int64_t width, const float *mean, float *rest, float *squares)
+{
+    for (int64_t start = 0; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            float d = x[start + i] - mean[i];
+            rest[i] += d;
+            squares[i] += d * d;
+        }
+    }
+}
+
+VECTORIZED static inline void add_weighted_rows(
+    const float *dy, const float *x, int64_t values, int64_t width, const float *centre, float *total, float *weighted)
+{
+    for (int64_t start = 0; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            total[i] += dy[start + i];
+            weighted[i] += dy[start + i] * (x[start + i] - centre[i]);
+        }
+    }
+}
+
+VECTORIZED static inline void apply_rows(
+    const float *x, float *y, int64_t values, int64_t width, const float *k)
+{
+    const float *scale = k, *mean = k + width, *bias = k + 2 * width;
+    for (int64_t start = 0; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            y[start + i] = scale[i] * (x[start + i] - mean[i]) + bias[i];
+    }
+}
+
+VECTORIZED static inline void gradient_of_rows(
+    const float *dy, const float *x, float *dx, int64_t values, int64_t width, const float *k)
+{
+    const float *a = k, *b = k + width, *mean = k + 2 * width, *c = k + 3 * width;
+    for (int64_t start = 0; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            dx[start + i] = a[i] * dy[start + i] + (b[i] * (x[start + i] - mean[i]) + c[i]);
+    }
+}
+
+static inline double folded(const float *row, int64_t channel, int64_t channels, int64_t width)
+{
+    double sum = 0;
+    for (int64_t i = channel; i < width; i += channels)
+        sum += row[i];
+    return sum;
+}
+
+static inline void observe_rows(const float *x, int64_t rows, int64_t channels, Moments *moments)
+{
+    int64_t width = width_of(channels), lines = width / channels;
+    int64_t block = BLOCK / width > 1 ? BLOCK / width * lines : lines;
+    float *work = malloc(4 * width * sizeof(float)), *sum = work, *mean = work + width;
+    float *rest = work + 2 * width, *squares = work + 3 * width;
+    for (int64_t start = 0; start < rows; start += block) {
+        int64_t n = rows - start < block ? rows - start : block;
+        const float *v = x + start * channels;
+        for (int64_t i = 0; i < width; i++)
+            sum[i] = rest[i] = squares[i] = 0;
+        add_rows(v, n * channels, width, sum);
+        for (int64_t c = 0; c < channels; c++)
+            mean[c] = (float)(folded(sum, c, channels, width) / n);
+        spread(mean, channels, mean, width);
+        add_centred_rows(v, n * channels, width, mean, rest, squares);
+        for (int64_t c = 0; c < channels; c++) {
+            double r = folded(rest, c, channels, width), s = folded(squares, c, channels, width);
+            merge(moments + c, (double)n, mean[c] + r / n, s - r * r / n);
+        }
+    }
+    free(work);
+}
+
+static inline void sums_of_rows(
+    const float *dy, const float *x, int64_t rows, int64_t channels, const float *centre, double *sums)
+{
+    int64_t width = width_of(channels), lines = width / channels;
+    int64_t block = BLOCK / width > 1 ? BLOCK / width * lines : lines;
+    float *work = malloc(3 * width * sizeof(float)), *row = work, *total = work + width, *weighted = work + 2 * width;
+    spread(centre, channels, row, width);
+    for (int64_t start = 0; start < rows; start += block) {
+        int64_t n = rows - start < block ? rows - start : block, at = start * channels;
+        for (int64_t i = 0; i < width; i++)
+            total[i] = weighted[i] = 0;
+        add_weighted_rows(dy + at, x + at, n * channels, width, row, total, weighted);
+        for (int64_t c = 0; c < channels; c++) {
+            sums[2 * c] += folded(total, c, channels, width);
+            sums[2 * c + 1] += folded(weighted, c, channels, width);
+        }
+    }
+    free(work);
+}
+
+/* Channels last: the rows of all groups are cut into stretches, several to a group where threads outnumber groups. */
+static inline void stretch(int64_t rows, int64_t parts, int64_t i, int64_t *start, int64_t *count)
+{
+    int64_t g = i / parts, p = i % parts;
+    *start = g * rows + rows * p / parts;
+    *count = g * rows + rows * (p + 1) / parts - *start;
+}

@@ -1,0 +1,173 @@
+#include "program.h"
+
+static const double FLOOR = 1e-12; /* under the square roots: a layer with γ = 0 predicts variance 0 */
+
+typedef struct {
+    double deviation, cdf, below, pdf;
+} Standard; /* Φ(a), Φ(-a) and φ(a) at a = m / √v */
+
+static Standard standard(double mean, double variance)
+{
+    Standard s;
+    s.deviation = sqrt(variance > FLOOR ? variance : FLOOR);
+    double a = mean / s.deviation;
+    s.cdf = 0.5 * erfc(-a * M_SQRT1_2);
+    s.below = 0.5 * erfc(a * M_SQRT1_2);
+    s.pdf = exp(-0.5 * a * a) * 0.3989422804014327;
+    return s;
+}
+
+static void relu(const Line *l, float *v)
+{
+    for (int64_t c = 0; c < l->channels; c++) {
+        double mean = v[l->a_mean + c];
+        Standard s = standard(mean, v[l->a_variance + c]);
+        double a = mean / s.deviation, above = s.pdf + a * s.cdf, under = s.pdf - a * s.below;
+        double variance = s.deviation * s.deviation * (s.cdf - above * under);
+        v[l->out_mean + c] = (float)(s.deviation * above);
+        v[l->out_variance + c] = (float)(variance > 0 ? variance : 0);
+    }
+}
+
+static void relu_reversed(const Line *l, const float *v, float *g)
+{
+    for (int64_t c = 0; c < l->channels; c++) {
+        double mean = v[l->a_mean + c], gm = g[l->out_mean + c], gv = g[l->out_variance + c];
+        Standard s = standard(mean, v[l->a_variance + c]);
+        double above = s.pdf + mean / s.deviation * s.cdf;
+        g[l->a_mean + c] += (float)(gm * s.cdf + 2 * gv * s.deviation * above * s.below);
+        if (v[l->a_variance + c] >= FLOOR)
+            g[l->a_variance + c] += (float)(gv * (s.cdf - above * s.pdf) + 0.5 * gm * s.pdf / s.deviation);
+    }
+}
+
+static void put(const Line *l, int parameter, int64_t c, float gradient)
+{
+    float *to = l->gradients[parameter];
+    if (to)
+        to[c] = l->accumulates >> parameter & 1 ? to[c] + gradient : gradient;
+}
+
+static void evaluate(const Line *l, float *v, int64_t threads)
+{
+    const float *p0 = l->parameters[0], *p1 = l->parameters[1], *p2 = l->parameters[2];
+    float *mean = v + l->out_mean, *variance = v + l->out_variance;
+    const float *am = v + l->a_mean, *av = v + l->a_variance, *bm = v + l->b_mean, *bv = v + l->b_variance;
+    if (l->operation == CONVOLUTION)
+        bkn_convolution(l, v, threads);
+    else if (l->operation == PATCHES)
+        bkn_patches(l, v);
+    else if (l->operation == RELU)
+        relu(l, v);
+    else
+        for (int64_t c = 0; c < l->channels; c++) {
+            int64_t from = l->operation == GATHER ? ((const int64_t *)l->parameters[0])[c] : c;
+            double scale, log_scale;
+            switch (l->operation) {
+            case NORM:
+                mean[c] = p1 ? p1[c] : 0;
+                variance[c] = p0 ? p0[c] * p0[c] : 1;
+                break;
+            case MEASURED:
+                mean[c] = p0[c];
+                variance[c] = p1[c * l->taps];
+                break;
+            case ADD:
+                mean[c] = am[c] + bm[c];
+                variance[c] = av[c] + bv[c];
+                break;
+            case MULTIPLY:
+                mean[c] = am[c] * bm[c];
+                variance[c] = av[c] * bv[c] + av[c] * bm[c] * bm[c] + bv[c] * am[c] * am[c];
+                break;
+            case AFFINE:
+                mean[c] = (float)(am[c] * l->x + l->y);
+                variance[c] = (float)(av[c] * l->x * l->x);
+                break;
+            case GATHER:
+                mean[c] = am[from];
+                variance[c] = av[from];
+                break;
+            case REFINE:
+                scale = sqrt(av[c] + l->x);
+                log_scale = (p1 ? p1[c] : 0) + (double)(p2 ? p2[c] : 0);
+                mean[c] = (float)(am[c] + (p0 ? p0[c] * scale : 0));
+                v[l->b_mean + c] = (float)exp(log_scale); /* kept: the innovation moves before the backward pass */
+                variance[c] = av[c] * v[l->b_mean + c];
+                break;
+            }
+        }
+}
+
+static void reverse(const Line *l, const float *v, float *g, int64_t threads)
+{
+    const float *p0 = l->parameters[0];
+    const float *am = v + l->a_mean, *av = v + l->a_variance, *bm = v + l->b_mean, *bv = v + l->b_variance;
+    float *gam = g + l->a_mean, *gav = g + l->a_variance, *gbm = g + l->b_mean, *gbv = g + l->b_variance;
+    if (l->operation == CONVOLUTION)
+        bkn_convolution_reversed(l, v, g, threads);
+    else if (l->operation == PATCHES)
+        bkn_patches_reversed(l, v, g);
+    else if (l->operation == RELU)
+        relu_reversed(l, v, g);
+    else
+        for (int64_t c = 0; c < l->channels; c++) {
+            int64_t from = l->operation == GATHER ? ((const int64_t *)l->parameters[0])[c] : c;
+            float gm = g[l->out_mean + c], gv = g[l->out_variance + c];
+            double scale, factor;
+            switch (l->operation) {
+            case NORM:
+                put(l, 0, c, p0 ? 2 * p0[c] * gv : 0);
+                put(l, 1, c, gm);
+                break;
+            case ADD:
+                gam[c] += gm;
+                gav[c] += gv;
+                gbm[c] += gm;
+                gbv[c] += gv;
+                break;
+            case MULTIPLY:
+                gam[c] += gm * bm[c] + 2 * gv * bv[c] * am[c];
+                gbm[c] += gm * am[c] + 2 * gv * av[c] * bm[c];
+                gav[c] += gv * (bv[c] + bm[c] * bm[c]);
+                gbv[c] += gv * (av[c] + am[c] * am[c]);
+                break;
+            case AFFINE:
+                gam[c] += (float)(gm * l->x);
+                gav[c] += (float)(gv * l->x * l->x);
+                break;
+            case GATHER:
+                gam[from] += gm;
+                gav[from] += gv;
+                break;
+            case REFINE:
+                scale = sqrt(av[c] + l->x);
+                factor = bm[c];
+                put(l, 0, c, (float)(gm * scale));
+                put(l, 1, c, (float)(gv * av[c] * factor));
+                gam[c] += gm;
+                gav[c] += (float)(gv * factor + (p0 ? 0.5 * gm * p0[c] / scale : 0));
+                break;
+            }
+        }
+}
+
+typedef struct {
+    int64_t count, threads;
+    float *values, *gradients;
+    const Line *lines;
+} Program;
+
+int bkn_evaluate(const Program *p)
+{
+    for (int64_t i = 0; i < p->count; i++)
+        evaluate(p->lines + i, p->values, p->threads);
+    return 0;
+}
+
+int bkn_reverse(const Program *p)
+{
+    for (int64_t i = p->count - 1; i >= 0; i--)
+        reverse(p->lines + i, p->values, p->gradients, p->threads);
+    return 0;
+}

@@ -1,0 +1,27 @@
+/* A program of lines that push mean and variance per channel from one normalization layer to the next, and its reverse.
+
+   `wiring/native_program.py` writes the lines; `propagate.py` says what each does. A value lives in an arena of floats, its mean and
+   its variance at two offsets; gradients live in a second arena at the same offsets. */
+
+#pragma once
+
+#include "parallel.h"
+
+enum Operation { NORM, MEASURED, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY, AFFINE, GATHER, REFINE };
+
+typedef struct {
+    int64_t operation, channels;
+    int64_t out_mean, out_variance, a_mean, a_variance, b_mean, b_variance; /* offsets of the result and the operands */
+    int64_t inputs;                 /* channels of the first operand; width of a patch */
+    int64_t taps, groups, is_channels_last; /* of a weight; taps is the step of a measured variance as well */
+    int64_t accumulates;            /* bit i: the gradient of parameter i holds the part of a later line already */
+    const void *parameters[4];      /* NULL where there is none */
+    float *gradients[4];            /* NULL where none is wanted */
+    double x, y;                    /* numbers of an affine map; x is eps of a refinement */
+} Line;
+
+/* Reads and writes W once per line and direction; `columns` are the messages laid out once per tap. */
+void bkn_convolution(const Line *line, float *values, int64_t threads);
+void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, int64_t threads);
+void bkn_patches(const Line *line, float *values);
+void bkn_patches_reversed(const Line *line, const float *values, const float *gradients);

@@ -1,0 +1,167 @@
+"""CPU kernels: the C files of `kernels`, compiled once by the machine's C compiler. Without one PyTorch does the work.
+
+The library is kept in the user's cache directory. `BKN_NATIVE=0` in the environment switches it off. Float32 on the CPU
+only; everything else, and everything that is traced or compiled, takes the path in PyTorch.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
+_LOG = logging.getLogger("bkn")
+
+Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]  # µ', v', gain, γ, β
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None where they cannot be had."""
+    if os.environ.get("BKN_NATIVE") == "0":
+        return None
+    try:
+        return _loaded(_compiled(Path(__file__).parent / "kernels"))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        _LOG.info("the CPU kernels are not used: %s", error)
+        return None
+
+
+def _compiled(sources: Path) -> Path:
+    text = b"".join(file.read_bytes() for file in sorted(sources.iterdir()))
+    digest = hashlib.sha256(text + repr((_FLAGS, platform.machine())).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bkn"
+    target = folder / f"native-{digest}.so"
+    if target.exists():
+        return target
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:  # several processes may compile at once
+        made = Path(aside) / target.name
+        command = [*compiler, *_FLAGS, "-o", str(made), *map(str, sorted(sources.glob("*.c"))), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        made.replace(target)
+    return target
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    kernels, everything = ctypes.CDLL(str(path)), ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # of the OpenMP that PyTorch has loaded
+    kernels.bkn_initialize(*(ctypes.cast(getattr(everything, name), ctypes.c_void_p) for name in names))
+    for kernel in (kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_evaluate, kernels.bkn_reverse):
+        kernel.argtypes = (ctypes.c_void_p,)
+    return kernels
+
+
+def are_usable() -> bool:
+    """Whether the kernels can be called now: they are there, and nothing is traced or transformed."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and library() is not None
+
+
+def serves(x: Tensor, parameters: Parameters, groups: int) -> bool:
+    """Whether the kernels can take these tensors now: they trust every type, layout and shape."""
+    if not are_usable() or not is_plain(x) or not _layout(x) or x.numel() == 0:
+        return False
+    prior_mean, prior_variance, gain, weight, bias = parameters
+    vector = x.shape[1:2]
+    if not all(t is None or t.shape == vector for t in (weight, bias)) or gain.dim():
+        return False
+    shapes = {t.shape for t in (prior_mean, prior_variance) if t is not None}
+    if len(shapes) > 1 or not shapes <= {vector, (groups, x.shape[1])}:
+        return False
+    return all(t is None or (is_plain(t) and t.is_contiguous()) for t in parameters)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a float32 array in the machine's memory and no stand-in for one."""
+    kind = type(tensor)
+    return (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu and tensor.dtype is torch.float32
+
+
+def _layout(x: Tensor) -> int:
+    """Return 1 for channels first, 2 for channels last (which rows of channels are as well), 0 for anything else."""
+    if x.is_contiguous():
+        return 1 if x.dim() > 2 else 2
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return 2
+    return 2 if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) else 0
+
+
+def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int, int, int]:
+    images, channels = x.shape[:2]
+    threads = torch.get_num_threads()
+    return groups, images // groups, channels, x.numel() // (images * channels), _layout(x) - 1, threads
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor's values begin, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def normalize(x: Tensor, parameters: Parameters, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    """Return y and the statistics (6, G, C) of `fused.py`."""
+    prior_mean, prior_variance, gain, weight, bias = parameters
+    y, statistics = torch.empty_like(x), x.new_empty((6, groups, x.shape[1]))
+    slots = [*_shape(x, groups), *map(address, (x, prior_mean, prior_variance)), _stride(prior_mean)]
+    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), *[0] * 3])
+    return y, statistics
+
+
+def normalize_backward(
+    gradients: tuple[Tensor, Tensor | None], saved: tuple[Tensor | None, ...], groups: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Return the gradients of x, µ', v' and the gain, and those of γ and β as one tensor (2, C).
+
+    Args:
+        gradients: of y and of the statistics.
+        saved: x, µ', v', gain, γ, statistics.
+        groups: G.
+    """
+    dy, to_statistics = gradients
+    x, prior_mean, prior_variance, gain, weight, statistics = saved
+    assert x is not None and gain is not None
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    if to_statistics is not None:
+        to_statistics = to_statistics.contiguous()
+    dx, affine = torch.empty_like(x), x.new_empty((2, x.shape[1]))
+    prior: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if prior_mean is not None and prior_variance is not None:
+        prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
+    slots = [*_shape(x, groups), *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
+    slots += map(address, (gain, weight, statistics, to_statistics, dx, affine, *prior))
+    run("bkn_backward", [*slots, *[0] * 4])
+    return dx, *prior, affine
+
+
+def _stride(prior_mean: Tensor | None) -> int:
+    return 0 if prior_mean is None or prior_mean.dim() == 1 else prior_mean.shape[-1]
+
+
+@functools.cache
+def bits_of(number: float) -> int:
+    """Return a double as the 64-bit integer of the same bits."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+def run(name: str, slots: list[int]) -> None:
+    """Call a kernel with a structure of 64-bit integers, pointers and doubles."""
+    kernels = library()
+    assert kernels is not None
+    arguments = array.array("q", slots)
+    if getattr(kernels, name)(arguments.buffer_info()[0]):
+        raise MemoryError("a normalization layer found no memory for its statistics")

@@ -1,0 +1,260 @@
+"""A wiring as a program for the CPU kernels: all priors of a model in one autograd node and two calls.
+
+It does what `evaluate.Evaluation` does with `RULES`, for the operations that the kernels know; for a wiring with any
+other operation there is none, and the priors are evaluated line by line in PyTorch.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bkn_core.norm import native
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.wiring.evaluate import INPUT_COVARIANCE, INPUT_MEAN
+from bkn_core.wiring.program import Line, Wiring
+
+_NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE = range(10)
+_FIELDS, _PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 23, 13, 11, 12, 21  # places in the structure of `program.h`
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line for the kernels: its fixed fields, and the numbers of the tensors that it reads (-1: none)."""
+
+    fields: tuple[int, ...]
+    tensors: tuple[int, ...] = ()
+    numbers: tuple[float, ...] = ()
+    index: tuple[int, ...] = ()
+
+
+class _Unsupported(Exception):
+    """The kernels do not know an operation."""
+
+
+class NativeProgram:
+    """The rows of a wiring, as plain data: offsets, shapes and the paths of parameters.
+
+    Args:
+        wiring: the program.
+        model: gives the shapes.
+
+    Raises:
+        _Unsupported: see `native_program`.
+    """
+
+    def __init__(self, wiring: Wiring, model: nn.Module) -> None:
+        self.layers = tuple(wiring.priors)
+        self.paths: list[tuple[str, str]] = []
+        self.shapes: list[torch.Size] = []
+        self.rows: list[Row] = []
+        self.moving: set[int] = set()  # numbers of the innovations, which change between forward and backward
+        self.model = model
+        widths = [_layer(model, name).num_features for name in self.layers]
+        self.widths, total = widths, sum(widths)
+        self.size = 2 * total
+        self.places: list[tuple[int, int, int]] = []  # offsets of mean and variance, and channels, of each line
+        for line in wiring.lines:
+            self.places.append(self._line(line))
+        start = 0
+        for (name, number), width in zip(wiring.priors.items(), widths, strict=True):
+            self._refine(_layer(model, name), name, self.places[number], (start, total + start, width))
+            start += width
+        del self.model
+
+    def _tensor(self, module: str, name: str) -> int:
+        """Return the number of a parameter or buffer, -1 where the module has None."""
+        tensor = getattr(self.model.get_submodule(module), name)
+        if tensor is None:
+            return -1
+        if (module, name) not in self.paths:
+            self.paths.append((module, name))
+            self.shapes.append(tensor.shape)
+        return self.paths.index((module, name))
+
+    def _room(self, channels: int) -> tuple[int, int, int]:
+        start = self.size
+        self.size += 2 * channels
+        return start, start + channels, channels
+
+    def _row(self, operation: int, out: tuple[int, int, int], *operands: tuple[int, int, int], **more: Any) -> None:
+        first, second = (*operands, (0, 0, 0), (0, 0, 0))[:2]
+        shape = more.pop("shape", (first[2], 1, 1))
+        self.rows.append(Row((operation, out[2], *out[:2], *first[:2], *second[:2], *shape, 0, 0), **more))
+
+    def _line(self, line: Line) -> tuple[int, int, int]:
+        inputs = [self.places[i] for i in line.inputs]
+        if line.operation == "pass":
+            return inputs[0]
+        if line.operation == "concatenate":
+            return self._side_by_side(inputs)
+        out = self._room(line.channels)
+        if line.operation == "norm":
+            self._row(_NORM, out, tensors=(self._tensor(line.name, "weight"), self._tensor(line.name, "bias")))
+        elif line.operation == "measured":
+            self._measured(line, out)
+        elif line.operation == "convolution":
+            self._convolution(line, inputs[0], out)
+        elif line.operation == "patches":
+            self._patches(line, out)
+        elif line.operation == "elementwise" and line.options[0] == "relu":
+            self._row(_RELU, out, inputs[0])
+        elif line.operation in ("add", "multiply") and inputs[0][2] == inputs[1][2] == out[2]:
+            self._row(_ADD if line.operation == "add" else _MULTIPLY, out, *inputs)
+        elif line.operation == "affine" and all(isinstance(number, int | float) for number in line.options):
+            self._row(_AFFINE, out, inputs[0], numbers=tuple(map(float, line.options)))
+        elif line.operation == "gather":
+            self._row(_GATHER, out, inputs[0], index=tuple(line.options[0]))
+        else:
+            raise _Unsupported
+        return out
+
+    def _side_by_side(self, inputs: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+        out = self._room(sum(channels for _, _, channels in inputs))
+        start = 0
+        for place in inputs:
+            self._row(_AFFINE, (out[0] + start, out[1] + start, place[2]), place, numbers=(1.0, 0.0))
+            start += place[2]
+        return out
+
+    def _convolution(self, line: Line, first: tuple[int, int, int], out: tuple[int, int, int]) -> None:
+        bias, groups = line.options
+        weight = self._named(line.name)
+        channels, inner = self.shapes[weight][:2]
+        if inner * groups != first[2] or channels != out[2]:
+            raise _Unsupported
+        taps = self.shapes[weight][2:].numel()
+        self._row(_CONVOLUTION, out, first, shape=(first[2], taps, groups), tensors=(weight, self._named(bias)))
+
+    def _patches(self, line: Line, out: tuple[int, int, int]) -> None:
+        bias, module = line.options
+        weight = self._named(line.name)
+        mean, covariance = self._tensor(module, INPUT_MEAN), self._tensor(module, INPUT_COVARIANCE)
+        width, taps = self.shapes[weight][1:].numel(), self.shapes[weight][2:].numel()
+        if self.shapes[mean] != (width,) or self.shapes[weight][0] != out[2]:
+            raise _Unsupported
+        is_matrix = int(len(self.shapes[covariance]) == 2)
+        tensors = (weight, self._named(bias), mean, covariance)
+        self._row(_PATCHES, out, shape=(width, taps, is_matrix), tensors=tensors)
+
+    def _measured(self, line: Line, out: tuple[int, int, int]) -> None:
+        mean, covariance = self._tensor(line.name, INPUT_MEAN), self._tensor(line.name, INPUT_COVARIANCE)
+        step = out[2] + 1 if len(self.shapes[covariance]) == 2 else 1
+        self._row(_MEASURED, out, shape=(0, step, 1), tensors=(mean, covariance))
+
+    def _refine(
+        self, layer: BatchKalmanNorm, name: str, prior: tuple[int, int, int], out: tuple[int, int, int]
+    ) -> None:
+        if prior[2] != out[2]:
+            raise _Unsupported
+        tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", "present_innovation"))
+        self.moving.add(tensors[2])
+        self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
+
+    def _named(self, path: str) -> int:
+        if not path:
+            return -1
+        module, _, name = path.rpartition(".")
+        return self._tensor(module, name)
+
+    def tensors(self, model: nn.Module) -> list[Tensor] | None:
+        """Return the parameters and buffers that the rows read; None where the kernels cannot take them."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        found: list[Tensor] = []
+        for (module, name), shape in zip(self.paths, self.shapes, strict=True):
+            tensor = getattr(modules.get(module), name, None)
+            if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
+                return None
+            found.append(tensor)
+        return found
+
+    def priors(self, tensors: list[Tensor]) -> dict[str, Gaussian]:
+        """Return the refined priors, by the names of their layers."""
+        results = _Evaluate.apply(self, *tensors)
+        count = len(self.layers)
+        return {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
+
+    def structure(
+        self, tensors: list[Tensor | None], gradients: list[Tensor | None]
+    ) -> tuple[array.array[int], list[Any]]:
+        """Return the lines as the kernels read them, and what must live as long as they do."""
+        fields = array.array("q", bytes(8 * _FIELDS * len(self.rows)))
+        addresses, targets = [native.address(t) for t in tensors], [native.address(t) for t in gradients]
+        indices: list[Any] = []
+        written: set[int] = set()
+        for i in range(len(self.rows) - 1, -1, -1):
+            row, start = self.rows[i], i * _FIELDS
+            fields[start : start + len(row.fields)] = array.array("q", row.fields)
+            for j, number in enumerate(row.tensors):
+                if number >= 0:
+                    fields[start + _PARAMETERS + j] = addresses[number]
+                    if targets:
+                        fields[start + _PARAMETERS + 4 + j] = targets[number]
+                        fields[start + _ACCUMULATES] |= (number in written) << j
+                        written.add(number)
+            if row.fields[0] in (_CONVOLUTION, _PATCHES):
+                weight = tensors[row.tensors[0]]
+                fields[start + _LAYOUT] = weight is not None and not weight.is_contiguous()
+            for j, value in enumerate(row.numbers):
+                fields[start + _NUMBERS + j] = native.bits_of(value)
+            if row.index:
+                indices.append(array.array("q", row.index))
+                fields[start + _PARAMETERS] = indices[-1].buffer_info()[0]
+        return fields, indices
+
+
+def native_program(wiring: Wiring, model: nn.Module) -> NativeProgram | None:
+    """Return the program of a wiring, None where it has an operation that the kernels do not know."""
+    try:
+        return NativeProgram(wiring, model)
+    except _Unsupported:
+        return None
+
+
+def _layer(model: nn.Module, name: str) -> BatchKalmanNorm:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, BatchKalmanNorm)
+    return layer
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+class _Evaluate(torch.autograd.Function):
+    """All priors as one node. Its inputs are the parameters and buffers, its outputs the means, then the variances."""
+
+    @staticmethod
+    def forward(ctx: Any, program: NativeProgram, *tensors: Tensor) -> tuple[Tensor, ...]:
+        values = torch.empty(program.size)
+        lines, _index = program.structure(list(tensors), [])
+        _call("bkn_evaluate", lines, values, None)
+        ctx.program = program
+        ctx.save_for_backward(values, *(None if i in program.moving else tensor for i, tensor in enumerate(tensors)))
+        results: tuple[Tensor, ...] = torch.split(values[: 2 * sum(program.widths)], 2 * program.widths)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *results: Tensor) -> tuple[Tensor | None, ...]:
+        program: NativeProgram = ctx.program
+        values, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:]
+        gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
+        arena = torch.zeros(program.size)
+        torch.cat(results, out=arena[: 2 * sum(program.widths)])
+        lines, _index = program.structure(tensors, gradients)
+        _call("bkn_reverse", lines, values, arena)
+        return None, *gradients
+
+
+def _call(kernel: str, lines: array.array[int], values: Tensor, gradients: Tensor | None) -> None:
+    address, length = lines.buffer_info()
+    slots = [length // _FIELDS, torch.get_num_threads(), values.data_ptr()]
+    native.run(kernel, [*slots, 0 if gradients is None else gradients.data_ptr(), address])

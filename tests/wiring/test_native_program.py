@@ -1,0 +1,160 @@
+"""All priors by the CPU kernels against their evaluation line by line in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+
+from bkn_core.convert import convert, find_messenger
+from bkn_core.norm import native
+from bkn_core.norm.kalman import Gaussian
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+class Structures(nn.Module):
+    """Every operation that the kernels know, one weight used twice, and a norm layer on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm0 = nn.BatchNorm2d(3)
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, (3, 1), padding=(1, 0))
+        self.norm2, self.norm3 = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 16, 3, groups=4, bias=False)
+        self.norm4 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(32, 32, 3, groups=32)
+        self.norm5 = nn.BatchNorm2d(32)
+        self.side, self.norm8 = nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+        self.gate = nn.Conv2d(32, 32, 1)
+        self.norm6 = nn.BatchNorm2d(32)
+        self.head, self.norm7 = nn.Linear(32, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Wire them."""
+        x = F.relu(self.norm1(self.stem(self.norm0(x))))
+        y = F.relu(self.norm2(self.twice(x)))
+        y = 0.5 * F.relu(self.norm3(self.twice(y))) + x - 0.25
+        y = self.norm4(self.grouped(y))
+        y = torch.cat((y[:, 8:], F.relu(y), y[:, :8]), 1)
+        y = y.view(len(y), 2, 16, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+        y = self.norm5(self.depthwise(y))
+        y = self.norm6(self.gate(F.relu(y) * F.relu(self.norm8(self.side(y)))))
+        return self.norm7(self.head(y.mean((2, 3))))
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """A converted model away from its initial values."""
+    converted = convert(model, IMAGES[:1], statistics_batch_size=2, input_prior=IMAGES).train()
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in converted.named_buffers():
+            if name.endswith("innovation"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    return converted
+
+
+def priors(model: nn.Module) -> tuple[dict[str, Gaussian], bool]:
+    owner, messenger = find_messenger(model)
+    found = messenger.priors(owner)
+    return found, messenger.native is not None
+
+
+def gradients(model: nn.Module, found: dict[str, Gaussian]) -> dict[str, Tensor]:
+    """Of a sum of the priors with fixed weights."""
+    model.zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(9)
+    total: Tensor = torch.zeros(())
+    for prior in found.values():
+        for values in prior:
+            weights = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+            total = total + (values * weights.to(values.dtype)).sum()
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(actual: Tensor, exact: Tensor, scale: Tensor, name: str) -> None:
+    assert ((actual.double() - exact).abs() <= 1e-5 * (1e-3 + scale)).all(), name
+
+
+def assert_equal_to_float64(model: nn.Module) -> None:
+    wide = copy.deepcopy(model).double()
+    found, is_native = priors(model)
+    assert is_native
+    expected, _ = priors(wide)
+    assert list(found) == list(expected)
+    for name, prior in found.items():
+        assert_close(prior.mean, expected[name].mean, expected[name].variance.sqrt(), name)
+        assert_close(prior.variance, expected[name].variance, expected[name].variance, name)
+    actual, exact = gradients(model, found), gradients(wide, expected)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert_close(actual[name], exact[name], exact[name].abs().max(), name)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_known_operation(memory_format: torch.memory_format) -> None:
+    model = drawn(Structures()).to(memory_format=memory_format)  # type: ignore[call-overload]
+    assert_equal_to_float64(model)
+    for name in ("twice.weight", "norm1.weight", "norm4.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    assert_equal_to_float64(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "vgg11_bn"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_networks(name: str, memory_format: torch.memory_format) -> None:
+    global IMAGES
+    model = models.get_model(name, weights=None, num_classes=3)
+    images, IMAGES = IMAGES, torch.randn(2, 3, 32, 32)
+    try:
+        assert_equal_to_float64(drawn(model).to(memory_format=memory_format))  # type: ignore[call-overload]
+    finally:
+        IMAGES = images
+
+
+def test_gradients_are_those_of_the_forward_though_innovations_move() -> None:
+    model = drawn(Structures())
+    found, _ = priors(model)
+    exact = gradients(model, priors(model)[0])
+    for name, buffer in model.named_buffers():
+        if name.endswith("innovation"):
+            buffer.add_(1.0)
+    for name, gradient in gradients(model, found).items():
+        assert torch.equal(gradient, exact[name])
+
+
+def test_weights_changed_before_the_backward_pass_are_refused() -> None:
+    model = drawn(Structures())
+    found, _ = priors(model)
+    with torch.no_grad():
+        model.get_parameter("stem.weight").add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(model, found)
+
+
+def test_copies_carry_the_program_and_read_their_own_weights() -> None:
+    model = drawn(Structures())
+    priors(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        assert_equal_to_float64(other)
+    assert_equal_to_float64(model)
+
+
+def test_an_operation_that_the_kernels_do_not_know_leaves_all_to_pytorch() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    found, is_native = priors(drawn(model))
+    assert not is_native and len(found) == 2
