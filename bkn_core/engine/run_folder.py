@@ -16,6 +16,7 @@ import torch
 
 from bkn_core.engine.files import finite, write_json, write_text
 from bkn_core.errors import InputError, OutputError
+from bkn_core.norm import native
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
 
 _PACKAGES = ("bkn", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -110,12 +111,18 @@ class RunFolder:
         return self.path / "checkpoints" / "last.state.pt"
 
     def write_environment(self, device: torch.device) -> None:
-        """Write env.json: versions, device and threads."""
+        """Write env.json: versions, device, threads, and whether the CPU kernels are there."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
         environment = {"versions": versions(), "platform": platform.platform(), "device": str(device)}
         write_json(
             self.path / "env.json",
-            {**environment, "device_name": name, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
+            {
+                **environment,
+                "device_name": name,
+                "threads": torch.get_num_threads(),
+                "cuda": torch.version.cuda,
+                "cpu_kernels": native.library() is not None,
+            },
         )
 
     def write_summary(self, status: str, **values: Any) -> None:

@@ -1,0 +1,78 @@
+"""The cost of one layer, forward and backward, against `nn.BatchNorm2d` and the other ways to write it.
+
+    python benchmarks/layer.py [--pairs 15] [--threads 2] [--type float32]
+
+Columns: Batch Kalman Normalization over batch normalization of the whole batch; then over group normalization, over the
+plain composition of `bkn_core.norm.kalman`, and over a Python loop of batch normalization over the groups, each on the
+same groups. Layers stand alone, so each moves its own statistics. Not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from paired import paired
+from torch import Tensor, nn
+
+from bkn_core.norm.kalman import Gaussian, moments, normalize, spread_over_images, update
+from bkn_core.norm.layers import BatchKalmanNorm2d
+
+SHAPES = [(2, 64, 56, 56), (32, 64, 32, 32), (32, 128, 16, 16), (128, 64, 32, 32)]
+
+
+def candidates(channels: int, size: int | None, kind: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the layers to compare, by name."""
+    layer = BatchKalmanNorm2d(channels, statistics_batch_size=size, innovation=True)
+    prior = Gaussian(torch.zeros(channels), torch.ones(channels))
+    whole, groups = nn.BatchNorm2d(channels), nn.GroupNorm(min(32, channels), channels).to(kind)
+
+    def plain(x: Tensor) -> Tensor:
+        posterior = update(prior, moments(x, size), layer.gain)
+        rows = Gaussian(*(spread_over_images(values, len(x), size) for values in posterior))
+        return normalize(x, rows, layer.weight, layer.bias, layer.eps)
+
+    def loop(x: Tensor) -> Tensor:
+        return torch.cat([whole(part) for part in x.split(size or len(x))])
+
+    return {"bkn": lambda x: layer(x, prior), "bn": whole, "gn": groups, "plain": plain, "loop": loop}
+
+
+def training(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """Return one forward and backward."""
+    upstream = torch.randn_like(x)
+
+    def run() -> None:
+        layer(x).backward(upstream)
+        x.grad = None
+
+    return run
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--type", choices=["float32", "bfloat16"], default="float32")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    kind = getattr(torch, arguments.type)
+    print(f"{arguments.type}, {arguments.threads} threads, {arguments.pairs} pairs, median (quartiles)")
+    print("| shape | layout | s | over BN | over GN | over plain | over loop |\n|---|---|---|---|---|---|---|")
+    for shape in SHAPES:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            for size in (None, 8, 2, 1):
+                if size is not None and size >= shape[0]:
+                    continue
+                x = torch.randn(shape).to(kind).contiguous(memory_format=layout).requires_grad_()
+                works = {name: training(layer, x) for name, layer in candidates(shape[1], size, kind).items()}
+                ratios = [paired(works[n], works["bkn"], pairs=arguments.pairs) for n in ("bn", "gn", "plain", "loop")]
+                name = "channels last" if layout is torch.channels_last else "channels first"
+                words = "×".join(map(str, shape))
+                print(f"| {words} | {name} | {size or 'all'} | " + " | ".join(map(str, ratios)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
