@@ -33,6 +33,8 @@ class Seen(NamedTuple):
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
     """Return the positions of equal keys, in the order of their first appearance."""
+    if len(keys) == 1:
+        return [[0]]  # whose key may hold sizes of an exported graph, which cannot be compared
     found: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         found.setdefault(key, []).append(i)
