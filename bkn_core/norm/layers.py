@@ -172,7 +172,10 @@ class BatchKalmanNorm(_BatchNorm):
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
         elif self.training and self.statistics is None and not is_recomputation():
             seen = together.Seen(self, prior, filtered.statistics.detach(), len(x))
-            together.track([seen]) if relay is None else relay.record(seen)
+            if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
+                together.track([seen])
+            else:
+                relay.record(seen)
         return filtered
 
     def _by_population(self, x: Tensor) -> Tensor:
