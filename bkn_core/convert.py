@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
+from bkn_core.norm.arguments import check_gain
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm, check_gain
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.replacement import check_replaceable, copied, replaced
 from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer, plain_layer
 from bkn_core.wiring.discover import discover
 from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
@@ -26,6 +27,7 @@ from bkn_core.wiring.input_moments import (
 )
 from bkn_core.wiring.messenger import Message, Messenger, Transition
 from bkn_core.wiring.program import Wiring
+from bkn_core.wiring.support import supported
 
 Kind = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
 KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none")
@@ -51,6 +53,7 @@ class LayerReport:
     reason: str
 
 
+@torch.inference_mode(mode=False)  # what is built there could never be trained
 def convert(
     model: Model,
     example_input: Any,
@@ -93,16 +96,18 @@ def convert(
         ConversionError: for arguments that do not exist or fit, or a model without batch normalization.
     """
     _check(kind, transition, message, gain, learn_gain)
-    if any(isinstance(module, BatchKalmanNorm) for module in model.modules()):
+    if is_converted(model):
         model = to_batch_norm(model)  # another conversion begins from what every conversion begins from
     chosen = _chosen(model, include, exclude)
+    check_replaceable({name: model.get_submodule(name) for name in chosen})
     if kind != "bkn":
-        return _replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
+        return replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
     predicts = gain < 1 or learn_gain
     wiring = discover(model, example_input) if predicts else Wiring((), {}, dict.fromkeys(chosen, "the gain is 1"))
-    wiring = _supported(wiring, chosen, has_input_prior=input_prior is not None)
-    features = _previous_features(wiring, model) if transition == "learned" else {}
     network = transition == "network"
+    is_static = network and message == "normalized"
+    wiring = supported(wiring, model, chosen, is_static=is_static, has_input_prior=input_prior is not None)
+    features = {} if network else _previous_features(wiring, model)
 
     def build(name: str, norm: _BatchNorm) -> nn.Module:
         has_prior = name in wiring.priors
@@ -116,14 +121,13 @@ def convert(
             innovation=innovation and has_prior and network,
             previous_features=features.get(name),
             covariance=covariance,
-            guarded=has_prior and not (network and message == "normalized"),
+            guarded=has_prior and not is_static,
         )
 
-    converted = _replaced(model, chosen, build)
-    noise = ""
+    converted = replaced(model, chosen, build)
+    noise = f"{next(iter(features))}.transition_noise" if features else ""
     if features:
         owner = next(iter(features))
-        noise = f"{owner}.transition_noise"
         layer = converted.get_submodule(owner)
         layer.transition_noise = nn.Parameter(torch.full_like(layer.gain_factor, _INITIAL_NOISE))  # type: ignore[arg-type]
     if input_prior is not None:
@@ -148,7 +152,7 @@ def fold(model: Model) -> Model:
         ConversionError: for a layer that keeps no population statistics.
     """
     names = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    folded = _replaced(model, names, folded_affine)
+    folded = replaced(model, names, folded_affine)
     detach_messenger(folded)
     return folded.eval()
 
@@ -163,7 +167,7 @@ def to_batch_norm(model: Model) -> Model:
         A plain model: nothing of this library is needed to load or use it.
     """
     names = {name for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
-    plain = _replaced(model, names, plain_layer)
+    plain = replaced(model, names, plain_layer)
     detach_messenger(plain)
     return plain
 
@@ -201,6 +205,13 @@ def find_messenger(model: nn.Module) -> tuple[nn.Module, Messenger]:
     raise ConversionError(
         f"this {type(model).__name__} was not converted to Batch Kalman Normalization", "Call bkn.convert first."
     )
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether anything that a conversion put into a model is still there."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    layers = (module for module in model.modules() if isinstance(module, BatchKalmanNorm))
+    return next(layers, None) is not None or any(isinstance(hook, Messenger) for hook in hooks)
 
 
 def detach_messenger(model: nn.Module) -> None:
@@ -244,42 +255,6 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
     return chosen
 
 
-def _replaced(model: Model, names: set[str], build: Callable[[str, _BatchNorm], nn.Module]) -> Model:
-    """Copy a model and put `build(name, norm)` in the place of each named layer, once where it has two names."""
-    replica = copy.deepcopy(model)
-    built: dict[int, nn.Module] = {}
-    for name, module in list(replica.named_modules(remove_duplicate=False)):
-        if id(module) in built or (name in names and isinstance(module, _BatchNorm)):
-            new = built.get(id(module)) or _dressed(module, build(name, module))
-            built[id(module)] = new.train(module.training)
-            if not name:
-                return new  # type: ignore[return-value]
-            parent, _, child = name.rpartition(".")
-            setattr(replica.get_submodule(parent), child, new)
-    return replica
-
-
-def _dressed(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Keep the dropout and activation that a fused layer (timm's BatchNormAct2d) applies after its normalization."""
-    if "act" not in old._modules or "act" in new._modules:
-        return new
-    return nn.Sequential(new, *(old._modules[n] for n in ("drop", "act") if old._modules.get(n) is not None))  # type: ignore[arg-type]
-
-
-def _supported(wiring: Wiring, chosen: set[str], *, has_input_prior: bool) -> Wiring:
-    """Keep the priors of the chosen layers, and of those only what can be computed."""
-    priors, reasons = {}, {name: reason for name, reason in wiring.reasons.items() if name in chosen}
-    for name, number in wiring.priors.items():
-        reads_input = any(wiring.lines[i].operation in ("patches", "measured") for i in wiring.needed([number]))
-        if name not in chosen:
-            continue
-        if reads_input and not has_input_prior:
-            reasons[name] = "reads the network input, whose moments were not given (input_prior)"
-        else:
-            priors[name] = number
-    return wiring.only(priors, reasons)
-
-
 def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
     """Count the channels that feed each learned transition, by a trial run on zeros."""
 
@@ -287,7 +262,7 @@ def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
         count = int(model.get_submodule(name).num_features)  # type: ignore[arg-type]
         return Gaussian(torch.zeros(1, count), torch.zeros(1, count))
 
-    replica = copy.deepcopy(model)
+    replica = copied(model)
     for name in input_modules(wiring):
         reserve_input_moments(replica.get_submodule(name))
     evaluation = Evaluation(wiring, replica, zeros, STRUCTURE)

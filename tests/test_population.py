@@ -77,9 +77,9 @@ def test_contexts_nest_and_end_after_an_exception() -> None:
 
 def test_estimate_is_the_average_posterior() -> None:
     layer = BatchKalmanNorm2d(3, gain=0.4, statistics_batch_size=2).double()
-    layer.expects_prior, layer.is_in_forward = True, True
+    layer.expects_prior = True
     prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
-    layer.relay = Handed([], prior, layer.gain)
+    layer.hand(Handed([], prior, layer.gain))
     batches = [torch.randn(n, 3, 4, 4, dtype=torch.float64) + n for n in (4, 3)]
     estimate_population(layer, batches)
     mean, variance, gain = np.zeros(3), np.zeros(3), float(layer.gain.detach())

@@ -78,7 +78,8 @@ class LiveImageNorm(BatchKalmanNorm):
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize every image and pass its posterior on."""
-        prior = None if self.relay is None else self.relay.prior()
+        relay = self.mailboxes.own.relay
+        prior = None if relay is None else relay.prior()
         _check_values(self.name, x, has_prior=prior is not None)
         observed = _image_moments(x, covariance=self.covariance == "full")
         posterior = observed
@@ -89,8 +90,8 @@ class LiveImageNorm(BatchKalmanNorm):
             if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
-        if self.relay is not None:
-            self.relay.publish(posterior)
+        if relay is not None:
+            relay.publish(posterior)
         return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 

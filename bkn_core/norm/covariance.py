@@ -10,6 +10,7 @@ from torch import Tensor
 from bkn_core.norm.fused import Filtered, FilterSettings
 from bkn_core.norm.kalman import (
     Gaussian,
+    Moments,
     diagonal,
     guard,
     in_form_of,
@@ -34,8 +35,27 @@ def matrix_normalize(
     Shape:
         x (N, C, *spatial), prior mean (C,) or (G, C) and variance (..., C) or (..., C, C).
     """
-    size = settings.statistics_batch_size
-    observed = moments(x, size, covariance=True)
+    observed = moments(x, settings.statistics_batch_size, covariance=True)
+    return normalize_by(x, prior, observed, (gain, weight, bias), settings)
+
+
+def normalize_by(
+    x: Tensor,
+    prior: Gaussian | None,
+    observed: Moments,
+    parameters: tuple[Tensor, Tensor | None, Tensor | None],
+    settings: FilterSettings,
+) -> Filtered:
+    """Normalize by the posterior from given moments, in the covariance form where S is a matrix.
+
+    Args:
+        x: activations.
+        prior: as in `matrix_normalize`.
+        observed: x̄ and S of every group.
+        parameters: gain, γ and β.
+        settings: see `FilterSettings`.
+    """
+    gain, weight, bias = parameters
     seen = diagonal(Gaussian(observed.mean, observed.variance))
     posterior, weight_of_seen = Gaussian(observed.mean, observed.variance), torch.ones_like(gain)
     if prior is not None:
@@ -44,7 +64,9 @@ def matrix_normalize(
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)
     variances = diagonal(posterior)
+    size = settings.statistics_batch_size
     rows = Gaussian(*(spread_over_images(values, len(x), size) for values in variances))
     moving = unbiased(posterior, observed, weight_of_seen)
     statistics = torch.stack((*variances, *seen, moving.variance, (variances.variance + settings.eps).rsqrt()))
-    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, posterior.variance)
+    matrix = posterior.variance if posterior.variance.dim() > posterior.mean.dim() else None
+    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import native, passes
 from bkn_core.norm.kalman import Gaussian, guard
-from bkn_core.norm.nodes import with_signature
+from bkn_core.norm.nodes import is_eager, with_signature
 
 _LARGEST = 1e30
 
@@ -92,7 +92,8 @@ def kalman_normalize(
     body = len(x) // size * size
     mean, variance = prior if prior is not None else (None, None)
     if body == len(x):
-        return Filtered(*_KalmanNormalize.apply(x, mean, variance, gain, weight, bias, settings, len(x) // size))
+        node = _Direct if is_eager() else _KalmanNormalize
+        return Filtered(*node.apply(x, mean, variance, gain, weight, bias, settings, len(x) // size))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
     parts = [
         kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
@@ -163,6 +164,22 @@ class _KalmanNormalize(torch.autograd.Function):
             )
         dx, g_prior, g_weight, g_bias = _gradients((dy, grad_statistics), saved, ctx.settings, ctx.groups)
         return dx, *g_prior, g_weight, g_bias if ctx.has_bias else None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The same node in the form that PyTorch calls fastest, which compilation and transforms cannot take apart."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Forward and context in one."""
+        output = _KalmanNormalize.forward(*inputs)
+        _KalmanNormalize.setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The same."""
+        return _KalmanNormalize.backward(ctx, *gradients)
 
 
 def _normalized(

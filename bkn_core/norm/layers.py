@@ -9,15 +9,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.errors import ConversionError, StatisticsError
+from bkn_core.errors import StatisticsError
 from bkn_core.norm import together
+from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.covariance import matrix_normalize
 from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
-from bkn_core.norm.handing import Relay, is_recomputation
+from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, rectangular_identity
+from bkn_core.norm.synchronized import joint_normalize, spans_processes
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
@@ -40,7 +44,7 @@ class BatchKalmanNorm(_BatchNorm):
         track_running_stats: whether moving statistics are kept.
         device, dtype: of the parameters.
         bias: whether an affine layer has β.
-        statistics_batch_size: images per group; None is the whole batch.
+        statistics_batch_size: images per group; None is the whole batch, over all processes in place of SyncBatchNorm.
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
@@ -64,6 +68,9 @@ class BatchKalmanNorm(_BatchNorm):
     fixed_gain: Tensor
     gain_factor: Tensor
     innovation: Tensor | None
+    innovation_then: Tensor | None = None  # before the last forward moved it
+    synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
+    process_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -89,13 +96,14 @@ class BatchKalmanNorm(_BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         check_gain(gain, learn_gain)
-        _check_form(covariance, statistics_batch_size)
+        check_form(covariance, statistics_batch_size)
         self.statistics_batch_size = statistics_batch_size
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
-        self.relay: Relay | None = None  # set at every forward of the converted model that holds the layer
-        self.is_in_forward = False
+        self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
+        self.mailboxes = Mailboxes()
+        self.relay: Relay | None = None  # the newest of all threads
         self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(gain, device=device, dtype=wide)
@@ -122,12 +130,19 @@ class BatchKalmanNorm(_BatchNorm):
             return self.statistics[0] == "batch"
         return self.training or self.running_mean is None
 
+    @property
+    def present_innovation(self) -> Tensor | None:
+        """The innovation of the forward that runs, or that is computed again and has moved it since."""
+        return self.innovation_then if self.innovation_then is not None and is_recomputation() else self.innovation
+
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
         return together.refine([self], [prior])[0]
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
+        if isinstance(x, Proxy):  # symbolic tracing takes the layer as one step, as it takes those of PyTorch
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check_input_dim(x)
         return self._filtered(x, prior).y if self.uses_batch_statistics else self._by_population(x)
 
@@ -147,7 +162,8 @@ class BatchKalmanNorm(_BatchNorm):
         elif relay is not None and self.expects_prior:
             prior = relay.prior()
         size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
-        self._check_values(x, size, has_prior=prior is not None)
+        if not self._spans_processes(size):
+            check_values(x, size, has_prior=prior is not None)
         filtered = self._by_batch(x, prior, self.gain if gain is None else gain, size)
         if relay is not None and relay.reads_posteriors:
             relay.publish(filtered.posterior)
@@ -156,7 +172,10 @@ class BatchKalmanNorm(_BatchNorm):
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
         elif self.training and self.statistics is None and not is_recomputation():
             seen = together.Seen(self, prior, filtered.statistics.detach(), len(x))
-            together.track([seen]) if relay is None else relay.record(seen)
+            if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
+                together.track([seen])
+            else:
+                relay.record(seen)
         return filtered
 
     def _by_population(self, x: Tensor) -> Tensor:
@@ -168,13 +187,28 @@ class BatchKalmanNorm(_BatchNorm):
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
         limit = GUARD_LIMIT if self.guarded else math.inf
-        if self.covariance == "diagonal":
-            return kalman_normalize(x, prior, gain, weight, bias, FilterSettings(self.eps, size, limit))
-        return matrix_normalize(x, prior, gain, weight, bias, FilterSettings(self.eps, size, limit))
+        settings = FilterSettings(self.eps, size, limit)
+        if self._spans_processes(size):
+            is_matrix = self.covariance == "full"
+            return joint_normalize(x, prior, (gain, weight, bias), settings, (self.process_group, is_matrix))
+        normalize = kalman_normalize if self.covariance == "diagonal" else matrix_normalize
+        return normalize(x, prior, gain, weight, bias, settings)
+
+    def _spans_processes(self, size: int | None) -> bool:
+        is_asked = self.synchronized and size is None and self.training and self.statistics is None
+        return is_asked and spans_processes(self.process_group)
+
+    def hand(self, relay: Relay) -> None:
+        """Take the relay of the forward that begins on this thread."""
+        if not is_recomputation():
+            self.innovation_then = None
+        self.relay = relay
+        self.mailboxes.own.put(relay)
 
     def _relay_of_forward(self, *, warn: bool) -> Relay | None:
-        if self.relay is not None and (self.is_in_forward or is_recomputation()):
-            return self.relay
+        relay = self.mailboxes.own.take(self.relay)
+        if relay is not None:
+            return relay
         if self.expects_prior and warn:
             warnings.warn(
                 f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
@@ -182,17 +216,6 @@ class BatchKalmanNorm(_BatchNorm):
                 stacklevel=5,
             )
         return None
-
-    def _check_values(self, x: Tensor, size: int | None, *, has_prior: bool) -> None:
-        if len(x) == 0:
-            raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
-        images = len(x) if size is None else min(size, len(x))
-        smallest = (len(x) % images or images) * x.shape[2:].numel()
-        if smallest == 1 and not has_prior:
-            raise StatisticsError(
-                f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
-                "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
-            )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.dimensions and input.dim() not in self.dimensions:
@@ -204,7 +227,7 @@ class BatchKalmanNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the relay of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "relay": None, "on_posterior": None, "is_in_forward": False}
+        return {**state, "relay": None, "on_posterior": None, "innovation_then": None}
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""
@@ -215,38 +238,19 @@ class BatchKalmanNorm(_BatchNorm):
         return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
 
 
-class BatchKalmanNorm1d(BatchKalmanNorm):
+class BatchKalmanNorm1d(BatchKalmanNorm, nn.BatchNorm1d):
     """`BatchKalmanNorm` over (N, C) or (N, C, L)."""
 
     dimensions = (2, 3)
 
 
-class BatchKalmanNorm2d(BatchKalmanNorm):
+class BatchKalmanNorm2d(BatchKalmanNorm, nn.BatchNorm2d):
     """`BatchKalmanNorm` over (N, C, H, W)."""
 
     dimensions = (4,)
 
 
-class BatchKalmanNorm3d(BatchKalmanNorm):
+class BatchKalmanNorm3d(BatchKalmanNorm, nn.BatchNorm3d):
     """`BatchKalmanNorm` over (N, C, D, H, W)."""
 
     dimensions = (5,)
-
-
-def _check_form(covariance: str, size: int | None) -> None:
-    if covariance not in ("diagonal", "full"):
-        raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
-    if size is not None and size < 1:
-        raise ConversionError(f"statistics_batch_size is {size}", "It must be at least 1, or None.")
-
-
-def check_gain(gain: float, learn_gain: bool) -> None:
-    """Refuse a gain that a filter cannot have.
-
-    Raises:
-        ConversionError: a learned gain outside (0, 1) or a fixed one outside [0, 1].
-    """
-    inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
-    if not inside:
-        allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"
-        raise ConversionError(f"gain is {gain}", f"The gain must be {allowed}; learn_gain=False allows 0 and 1.")

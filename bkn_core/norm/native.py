@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bkn_core.norm.nodes import is_eager
+
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
 _LOG = logging.getLogger("bkn")
 
@@ -69,7 +71,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def are_usable() -> bool:
     """Whether the kernels can be called now: they are there, and nothing is traced or transformed."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and library() is not None
+    return is_eager() and library() is not None
 
 
 def serves(x: Tensor, parameters: Parameters, groups: int) -> bool:

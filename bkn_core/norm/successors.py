@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,7 +60,10 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
     _inherit(norm, layer)
     if isinstance(layer, BatchKalmanNormAct):  # timm's BatchNormAct2d
         layer.drop, layer.act = norm._modules.get("drop") or nn.Identity(), norm._modules["act"] or nn.Identity()
+    if isinstance(norm, nn.SyncBatchNorm):
+        layer.synchronized, layer.process_group = True, norm.process_group
     layer.expects_prior = has_prior
+    layer.predecessor = None if type(norm) in _LAYERS and type(norm) is not nn.SyncBatchNorm else (_shell(norm),)
     return layer
 
 
@@ -95,7 +98,9 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
 
 
 def plain_layer(name: str, norm: _BatchNorm) -> nn.Module:
-    """Return the `nn.BatchNorm*` layer with a layer's parameters and population statistics."""
+    """Return the layer that a Batch Kalman layer took the place of, with its parameters and population statistics."""
+    if isinstance(norm, BatchKalmanNorm) and norm.predecessor is not None:
+        return _restored(norm.predecessor[0], norm)
     kinds = {layer: plain for plain, layer in _LAYERS.items() if plain is not nn.SyncBatchNorm}
     plain = next((kind for layer, kind in kinds.items() if isinstance(norm, layer)), nn.BatchNorm2d)
     place = norm.weight if norm.weight is not None else norm.running_mean
@@ -106,6 +111,22 @@ def plain_layer(name: str, norm: _BatchNorm) -> nn.Module:
         made = made.to(place.device, place.dtype)
     _inherit(norm, made)
     return made
+
+
+def _shell(norm: _BatchNorm) -> _BatchNorm:
+    """Copy a layer of a kind of its own without its tensors and submodules."""
+    shell = copy.copy(norm)
+    for contents in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[contents] = dict.fromkeys(getattr(norm, contents))
+    return shell
+
+
+def _restored(shell: _BatchNorm, layer: _BatchNorm) -> _BatchNorm:
+    """Fill a shell again."""
+    norm = copy.copy(shell)
+    for contents in ("_parameters", "_buffers", "_modules"):
+        norm.__dict__[contents] = {name: getattr(layer, contents).get(name) for name in getattr(shell, contents)}
+    return norm
 
 
 def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
@@ -126,10 +147,8 @@ def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
 
 
 def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
-    """Give a new layer the parameters and moving statistics of the old one, frozen where they were frozen."""
-    own = dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
-    with torch.no_grad():
-        for name, old in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
-            if own.get(name) is not None:
-                own[name].copy_(old)
-                own[name].requires_grad_(old.requires_grad)
+    """Give a new layer the parameters and moving statistics of the old one: themselves, so that tied ones stay tied."""
+    for own, old in ((layer._parameters, norm._parameters), (layer._buffers, norm._buffers)):
+        for name, tensor in old.items():
+            if tensor is not None and own.get(name) is not None:
+                own[name] = tensor  # type: ignore[assignment]

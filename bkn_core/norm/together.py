@@ -33,6 +33,8 @@ class Seen(NamedTuple):
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
     """Return the positions of equal keys, in the order of their first appearance."""
+    if len(keys) == 1:
+        return [[0]]  # whose key may hold sizes of an exported graph, which cannot be compared
     found: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         found.setdefault(key, []).append(i)
@@ -67,7 +69,7 @@ def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> lis
             mean = torch.addcmul(mean, offset, (variance + chosen[0].eps).sqrt())
             log_scale = _beside(_those([layer.prior_log_scale for layer in chosen]))
         if chosen[0].innovation is not None:
-            innovation = _beside(_those([layer.innovation for layer in chosen]))
+            innovation = _beside(_those([layer.present_innovation for layer in chosen]))
             log_scale = innovation if log_scale is None else log_scale + innovation
         if log_scale is not None:
             variance = variance * log_scale.exp()
@@ -133,7 +135,11 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     prior = Gaussian(_beside([p.mean for p in priors]), _beside([p.variance for p in priors]))
     innovations = [layer.innovation for layer in layers if layer.innovation is not None]
     ratio = log_innovation(prior, Gaussian(statistics[2], statistics[3]), share, layers[0].eps)
-    target = (INNOVATION_SHARE * (ratio + _beside(innovations))).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
+    before = torch.cat(innovations, -1)
+    if not torch.compiler.is_compiling():  # a checkpoint that runs the forward again wants what it used
+        for layer, innovation in zip(layers, _apart(before, layers), strict=True):
+            layer.innovation_then = innovation
+    target = (INNOVATION_SHARE * (ratio + before)).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
     targets = list(_apart(target.to(innovations[0].dtype), layers))
     torch._foreach_lerp_(innovations, targets, layers[0].innovation_momentum)
 

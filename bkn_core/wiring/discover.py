@@ -7,8 +7,10 @@ tensor with no history (scripted code, NumPy) are both "unknown", never a guess.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bkn_core.norm.replacement import copied
 from bkn_core.wiring.interpreter import Interpreter
-from bkn_core.wiring.operations import name_of
+from bkn_core.wiring.operations import MEMORY, name_of
 from bkn_core.wiring.program import Wiring
 from bkn_core.wiring.values import Arguments, Running, Step, Value, argument
 
+REPEATED = "called more than once in a forward"
 
+
+@torch.inference_mode(mode=False)  # whose tensors keep no version
 def discover(model: nn.Module, example_input: Any) -> Wiring:
     """Run one forward on a copy of the model in training mode, dropout off, and return its wiring.
 
@@ -34,10 +40,11 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
     Returns:
         The program with a prior or a reason for every batch normalization layer.
     """
-    replica = copy.deepcopy(model).train()
+    replica = copied(model).train()
     for module in replica.modules():
-        if "drop" in type(module).__name__.lower() or "stochasticdepth" in type(module).__name__.lower():
-            module.eval()
+        kind = type(module).__name__.lower()
+        if "drop" in kind or "stochasticdepth" in kind or isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # a synchronized layer would wait for other processes
     recorder = Recorder(replica)
     devices = sorted({p.device.index or 0 for p in replica.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _module_names(replica, recorder.stack):
@@ -45,7 +52,8 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
         for tensor in pytree.tree_leaves(example_input):
             if isinstance(tensor, Tensor):
                 recorder.keep(tensor, Value(is_input=True))
-        with recorder:
+        with recorder, _uncompiled(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the forward has to say, such as a checkpoint without gradients
             if isinstance(example_input, dict):
                 replica(**example_input)
             elif isinstance(example_input, tuple):
@@ -53,6 +61,14 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
             else:
                 replica(example_input)
     return recorder.wiring()
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled models as they were written; their compiler is not imported where nothing else has done so."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class Recorder(TorchFunctionMode):
@@ -76,12 +92,12 @@ class Recorder(TorchFunctionMode):
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         operands = [self.value(t) for t in tensors]
         result = func(*args, **arguments[1])
+        if name in MEMORY:
+            self._give_up(tensors[0])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if isinstance(result, float) and any(operand is not None for operand in operands):
             self.program.listing.read_numbers.add(result)
         if outputs and any(operand is not None for operand in operands):
-            if name == "data":  # what is written through it leaves no version behind
-                self.keep(tensors[0], Value(reason="a tensor that may be written in place through its .data"))
             results = self._interpreted(Step(name, func, arguments, operands, outputs))
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
@@ -97,7 +113,17 @@ class Recorder(TorchFunctionMode):
 
     def keep(self, tensor: Tensor, value: Value) -> None:
         """Attach a value to a tensor and keep it alive, so that its identity stays its own."""
-        self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
+        if tensor.is_inference():
+            self.values[id(tensor)] = Value(reason="a tensor made under torch.inference_mode", tensor=tensor)
+        else:
+            self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
+
+    def _give_up(self, tensor: Tensor) -> None:
+        """Forget all tensors that share their memory with one whose memory the model asked for."""
+        storage = tensor.untyped_storage()._cdata
+        for known in [v.tensor for v in self.values.values() if v.tensor is not None]:
+            if known.untyped_storage()._cdata == storage:
+                self.keep(known, Value(reason="a tensor that may be written in place through its .data or memory"))
 
     def value(self, tensor: Tensor) -> Value | None:
         """Return what is known of a tensor; None for a number that was made in the forward."""
@@ -107,7 +133,7 @@ class Recorder(TorchFunctionMode):
             if known is not None or tensor.dim() == 0:
                 return known
             return Value(reason="a tensor without history (scripted code, NumPy, or made in the forward)")
-        if found.version != tensor._version:
+        if not tensor.is_inference() and found.version != tensor._version:
             return Value(reason="a tensor written in place through a view")
         return found
 
@@ -125,7 +151,7 @@ class Recorder(TorchFunctionMode):
             elif len(calls) == 1:
                 reasons[name] = str(calls[0])
             else:
-                reasons[name] = "called more than once in a forward" if calls else "not reached by the example forward"
+                reasons[name] = REPEATED if calls else "not reached by the example forward"
         return Wiring(tuple(self.program.listing.lines), priors, reasons).only(priors, reasons)
 
     def _norm(self, arguments: Arguments) -> Tensor:

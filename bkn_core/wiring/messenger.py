@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
 from bkn_core.norm import native, together
-from bkn_core.norm.handing import Handed, Relay, is_recomputation
+from bkn_core.norm.handing import Handed, Relay, is_recomputation, not_again
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.together import Seen
@@ -66,13 +68,32 @@ class Messenger:
         if self.is_static:
             priors, gains = self.priors(model), together.gains(list(layers.values()))
             relays: list[Relay] = [
-                Handed(ledger, priors.get(name), gain) for name, gain in zip(layers, gains, strict=True)
+                Handed(ledger, priors.get(name), gain, self._renewal(model, name))
+                for name, gain in zip(layers, gains, strict=True)
             ]
         else:
             post = _Post(self, model)
             relays = [_Relay(ledger, post, name) for name in layers]
         for layer, relay in zip(layers.values(), relays, strict=True):
-            layer.relay, layer.is_in_forward = relay, True
+            layer.hand(relay)
+
+    def _renewal(self, model: nn.Module, name: str) -> Callable[[], Handed] | None:
+        """Return how to compute one layer's prior and gain on their own, as reentrant checkpoints need them."""
+        if torch.compiler.is_compiling():
+            return None
+        found = weakref.ref(model)  # so that a model that is dropped goes at once
+
+        def renew() -> Handed:
+            living = found()
+            assert living is not None  # its backward is running
+            layer, number = layer_of(living, name), self.wiring.priors.get(name)
+            if number is None:
+                return Handed([], None, layer.gain)
+            with _no_autocast(layer):
+                evaluation = Evaluation(self.wiring, living, lambda name: normalized_message(norm_of(living, name)))
+                return Handed([], layer.refine(evaluation.line(number)), layer.gain)
+
+        return renew
 
     def priors(self, model: nn.Module) -> dict[str, Gaussian]:
         """Compute the refined priors of all layers from the model's parameters, each line once."""
@@ -109,9 +130,11 @@ class Farewell:
         ledger: list[Seen] = []
         for name in self.messenger.names:
             layer = model.get_submodule(name)
-            if isinstance(layer, BatchKalmanNorm) and layer.is_in_forward:  # a changed model has been refused before
-                layer.is_in_forward = False
-                ledger = ledger if layer.relay is None else layer.relay.ledger
+            if not isinstance(layer, BatchKalmanNorm):  # a changed model has been refused before
+                continue
+            mailbox = layer.mailboxes.own
+            if mailbox.is_open and mailbox.relay is not None:
+                mailbox.is_open, ledger = False, mailbox.relay.ledger
         together.track(ledger)
 
 
@@ -143,6 +166,7 @@ class _Relay:
     post: _Post
     name: str
     reads_posteriors = True
+    is_without_gradient: bool = False
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior of the layer, from the posteriors that have arrived."""
@@ -172,10 +196,15 @@ class _Relay:
         """Keep it for the end of the forward."""
         self.ledger.append(seen)
 
+    def alone(self) -> Relay:
+        """Refuse: others have used the posterior without its gradient."""
+        raise not_again()
+
 
 def _no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
     """Keep statistics out of mixed precision."""
-    return torch.autocast(layer.gain_factor.device.type, enabled=False)
+    device = layer.gain_factor.device.type
+    return torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False)
 
 
 def normalized_message(norm: _BatchNorm) -> Gaussian:

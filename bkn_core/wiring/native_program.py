@@ -161,7 +161,7 @@ class NativeProgram:
     ) -> None:
         if prior[2] != out[2]:
             raise _Unsupported
-        tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", "innovation"))
+        tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", "present_innovation"))
         self.moving.add(tensors[2])
         self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
 

@@ -92,7 +92,7 @@ def number_channels(value: Value, channels: int) -> Tensor:
     if numbers is None:
         shape = [1] * value.tensor.dim()
         shape[value.dimension] = channels
-        device = "cpu" if value.tensor.is_meta else value.tensor.device  # a meta tensor holds no numbers
+        device = "cpu" if value.tensor.is_meta else value.tensor.device  # they are read, which needs memory
         numbers = torch.arange(channels, device=device).view(shape).expand(value.tensor.shape)
     return numbers.contiguous()  # the original may have been viewed where an expanded tensor cannot
 

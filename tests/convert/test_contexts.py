@@ -23,10 +23,10 @@ from small_models import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bkn_core.convert import convert
 from bkn_core.errors import ConversionError
+from bkn_core.norm.layers import BatchKalmanNorm
 
 
 @every_variant
@@ -102,36 +102,6 @@ def test_compiled_model_equals_the_eager_one(options: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-class Checkpointed(SmallResNet):
-    """The block, and the head, run again in the backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        h = checkpoint(self.layer, h, use_reentrant=False)
-        h = F.adaptive_avg_pool2d(h, 1).flatten(1)
-        h = checkpoint(lambda t: F.relu(self.bn4(self.linear(t))), h, use_reentrant=False)
-        result: Tensor = self.out(h)
-        return result
-
-
-@every_variant
-def test_checkpointing_changes_neither_gradients_nor_statistics(options: dict[str, Any]) -> None:
-    x = images()
-    plain = pretrained(SmallResNet())
-    saving = Checkpointed()
-    saving.load_state_dict(plain.state_dict())
-    models = [convert(m, x, input_prior=x, gain=0.3, **options).train() for m in (plain, saving)]
-    if options.get("message") == "raw":
-        with pytest.raises(ConversionError, match="checkpointing"):
-            step(models[1], x)
-        return
-    for _ in range(2):
-        for model in models:
-            step(model, x)
-    assert_same(gradients(models[0]), gradients(models[1]), 1e-6)
-    assert_same(dict(models[0].named_buffers()), dict(models[1].named_buffers()), 1e-6)
-
-
 @pytest.fixture
 def process_group() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +122,11 @@ def test_distributed_wrapper_changes_nothing(options: dict[str, Any], process_gr
         torch.testing.assert_close(step(wrapped, x), step(model, x))
     assert_same(gradients(model), gradients(other), 1e-6)
     assert_same(dict(model.named_buffers()), dict(other.named_buffers()), 1e-6)
+
+
+def test_distributed_wrapper_is_refused_where_its_model_is_not(process_group: None) -> None:
+    with pytest.raises(ConversionError, match="DistributedDataParallel"):
+        convert(nn.parallel.DistributedDataParallel(SmallResNet()), images())
 
 
 @every_variant
@@ -198,7 +173,7 @@ def test_exception_in_a_forward_harms_no_later_one(options: dict[str, Any]) -> N
     state = {n: b.clone() for n, b in model.named_buffers()}
     with pytest.raises(KeyError, match="mid"):
         model(x)
-    assert not any(getattr(m, "is_in_forward", False) for m in model.modules())
+    assert not any(m.mailboxes.own.is_open for m in model.modules() if isinstance(m, BatchKalmanNorm))
     handle.remove()
     model.load_state_dict(state, strict=False)
     step(model, x), step(other, x)

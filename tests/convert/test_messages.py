@@ -14,7 +14,7 @@ from small_models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.convert import convert
+from bkn_core.convert import conversion_report, convert
 
 
 def test_raw_messages_are_the_posteriors_of_the_preceding_layers() -> None:
@@ -94,3 +94,38 @@ def test_branches_join(options: dict[str, Any], covariance: Any, with_input: boo
     y.square().sum().backward()
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in gradients(model).values())
+
+
+class Twice(nn.Module):
+    """One norm layer on two branches; what follows the first branch runs after the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.shared = nn.BatchNorm2d(4)
+        self.conv, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.shared(self.left(x)), self.shared(self.right(x))
+        result: Tensor = self.last(self.conv(first)) + second
+        return result
+
+
+@pytest.mark.parametrize("options", [{"message": "raw"}, {"transition": "learned"}], ids=str)
+def test_layers_of_two_posteriors_or_none_predict_nothing_from_them(options: dict[str, Any]) -> None:
+    converted = convert(Twice(), images(), **options)
+    report = {r.name: r for r in conversion_report(converted)}
+    assert report["last"].prior is None and "reads shared" in report["last"].reason
+    converted.train()(images()).sum().backward()
+    silent = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    converted = convert(silent, images(), exclude=("1",), **options)
+    assert "reads 1" in conversion_report(converted)[0].reason
+    converted.train()(images()).sum().backward()
+    assert conversion_report(convert(silent, images(), **options))[1].prior == "1 -> 2"
+
+
+def test_parameters_predict_from_layers_of_two_posteriors() -> None:
+    report = {r.name: r.prior for r in conversion_report(convert(Twice(), images()))}
+    assert report == {"shared": None, "last": "shared -> conv"}

@@ -189,17 +189,16 @@ def test_state_dict_holds_all_names_of_batch_norm() -> None:
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "state_dict"])
 def test_layer_with_a_prior_of_a_forward_survives(through: str) -> None:
     layer = BatchKalmanNorm2d(4, gain=0.3, correction=True, innovation=True, statistics_batch_size=2)
-    layer.expects_prior, layer.is_in_forward = True, True
     prior = Gaussian(layer.bias * 2, layer.weight.square())  # tensors of a graph, which cannot be copied
-    layer.relay = Handed([], prior, layer.gain)
+    layer.hand(Handed([], prior, layer.gain))
     layer(torch.randn(4, 4, 3, 3))
-    layer.is_in_forward = layer.expects_prior = False
+    layer.mailboxes.own.is_open = False
     if through == "state_dict":
         other = BatchKalmanNorm2d(4, gain=0.9, correction=True, innovation=True, statistics_batch_size=2)
         other.load_state_dict(layer.state_dict())
     else:
         other = copy.deepcopy(layer) if through == "deepcopy" else pickle.loads(pickle.dumps(layer))
-        assert other.relay is None
+        assert other.relay is None and other.mailboxes.own.relay is None
     x, prior = torch.randn(4, 4, 3, 3), Gaussian(torch.zeros(4), torch.ones(4))
     assert torch.equal(other(x, prior), layer(x, prior))
     for name, value in layer.state_dict().items():

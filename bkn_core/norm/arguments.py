@@ -1,0 +1,48 @@
+"""What a Batch Kalman layer refuses: arguments at its construction, batches in its forward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bkn_core.errors import ConversionError, StatisticsError
+
+
+def check_gain(gain: float, learn_gain: bool) -> None:
+    """Refuse a gain that a filter cannot have.
+
+    Raises:
+        ConversionError: a learned gain outside (0, 1) or a fixed one outside [0, 1].
+    """
+    inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
+    if not inside:
+        allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"
+        raise ConversionError(f"gain is {gain}", f"The gain must be {allowed}; learn_gain=False allows 0 and 1.")
+
+
+def check_form(covariance: str, statistics_batch_size: int | None) -> None:
+    """Refuse a covariance that has no form and a group without images.
+
+    Raises:
+        ConversionError: for either.
+    """
+    if covariance not in ("diagonal", "full"):
+        raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
+    if statistics_batch_size is not None and statistics_batch_size < 1:
+        raise ConversionError(f"statistics_batch_size is {statistics_batch_size}", "It must be at least 1, or None.")
+
+
+def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: bool) -> None:
+    """Refuse a batch without statistics.
+
+    Raises:
+        StatisticsError: no image, or a group with one value per channel and no prior.
+    """
+    if len(x) == 0:
+        raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
+    images = len(x) if statistics_batch_size is None else min(statistics_batch_size, len(x))
+    smallest = (len(x) % images or images) * x.shape[2:].numel()
+    if smallest == 1 and not has_prior:
+        raise StatisticsError(
+            f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
+            "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
+        )

@@ -1,0 +1,99 @@
+"""Statistics groups that span processes: what a layer that takes the place of `nn.SyncBatchNorm` observes.
+
+Each process sends the mean m_i, the centred sum of squares M_i and the count n_i of its values; all compute
+
+    n = Σ n_i ;  x̄ = Σ n_i m_i / n ;  S = ( Σ M_i + n_i (m_i - x̄)² ) / n
+
+and the filter goes on from there in each process alike. Backward, the gradients of x̄ and S, which hold the sums G₁ and
+G₂ of `fused`, are added up over the processes:  dx = ( Σ g_x̄ + 2 (x - x̄) Σ g_S ) / n  beside what reaches x directly.
+One exchange of 2C + 1 numbers forward, one of 2C backward.
+
+Only the group that is the whole batch spans processes. Groups of a given `statistics_batch_size` stay inside one.
+Checked with gloo on the CPU; not run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bkn_core.norm.covariance import normalize_by
+from bkn_core.norm.fused import Filtered, FilterSettings
+from bkn_core.norm.kalman import Gaussian, Moments
+
+
+def spans_processes(group: dist.ProcessGroup | None) -> bool:
+    """Whether there is another process in a group; None is all processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def joint_normalize(
+    x: Tensor,
+    prior: Gaussian | None,
+    parameters: tuple[Tensor, Tensor | None, Tensor | None],
+    settings: FilterSettings,
+    form: tuple[dist.ProcessGroup | None, bool],
+) -> Filtered:
+    """Normalize this process's part of one group by the posterior of the whole; see `covariance.normalize_by`.
+
+    Args:
+        x: may be empty; the other processes must call this too.
+        prior: the same in all processes.
+        parameters: gain, γ and β.
+        settings: see `FilterSettings`.
+        form: the processes, None for all of them, and whether to observe the full matrix S.
+    """
+    return normalize_by(x, prior, joint_moments(x, form[0], covariance=form[1]), parameters, settings)
+
+
+def joint_moments(x: Tensor, group: dist.ProcessGroup | None, *, covariance: bool = False) -> Moments:
+    """Observe the moments of one statistics group that holds the batches of all processes.
+
+    Args:
+        x: this process's part, which may be empty; the others must call this too.
+        group: the processes; None is all of them.
+        covariance: the full matrix S instead of its diagonal.
+
+    Shape:
+        x (N, C, *spatial) -> mean (1, C), variance (1, C) or (1, C, C), count (1,).
+    """
+    flat = x.movedim(1, -1).flatten(0, -2)
+    mean, variance, count = _JointMoments.apply(flat.to(torch.promote_types(x.dtype, torch.float32)), group, covariance)
+    return Moments(mean[None], variance[None], count)
+
+
+class _JointMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, covariance: bool) -> tuple[Tensor, ...]:
+        """Observe (n, C) here and everywhere."""
+        channels = x.shape[1]
+        mean = x.sum(0) / max(len(x), 1)
+        centred = x - mean
+        squares = centred.T @ centred if covariance else centred.square().sum(0)
+        own = torch.cat([x.new_tensor([len(x)]), mean, squares.flatten()])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group)
+        counts, means, sums = torch.split(torch.stack(parts), [1, channels, squares.numel()], dim=1)
+        count = counts.sum(0)
+        joint = (counts * means).sum(0) / count
+        apart = means - joint
+        between = (counts * apart).T @ apart if covariance else (counts * apart.square()).sum(0)
+        ctx.group = group
+        ctx.save_for_backward(x, joint, count)
+        ctx.mark_non_differentiable(count)
+        return joint, (sums.sum(0).view_as(between) + between) / count, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        """Add up what every process's loss says of the joint moments."""
+        x, mean, count = ctx.saved_tensors
+        joint = torch.cat([to_mean, to_variance.flatten()])
+        dist.all_reduce(joint, group=ctx.group)
+        to_mean, to_variance = joint[: len(mean)], joint[len(mean) :].view_as(to_variance)
+        spread = (x - mean) @ (to_variance + to_variance.T) if to_variance.dim() == 2 else 2 * to_variance * (x - mean)
+        return (to_mean + spread) / count, None, None
