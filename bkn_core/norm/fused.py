@@ -190,14 +190,14 @@ def _normalized(
     view = passes.rows(x, groups)
     observed_mean, observed_variance, buffer = passes.observe(view)
     mean, variance = observed_mean, observed_variance
-    rest = observed_variance.clamp_max(_LARGEST) * (1 / (view.positions - 1) if view.positions > 1 else 0.0)
+    rest = observed_variance * (1 / (view.positions - 1)) if view.positions > 1 else torch.zeros_like(observed_variance)
     if prior_mean is not None and prior_variance is not None:
         gain = _effective_gain(prior_variance, observed_variance, gain, settings)
         difference = observed_mean - prior_mean
         surplus = _surplus(difference, observed_variance, prior_variance, 1 - gain)
         mean = torch.addcmul(prior_mean, difference, gain)
         variance = torch.addcmul(prior_variance, surplus, gain)
-        rest = rest * gain
+        rest = torch.where(gain > 0, rest * gain, torch.zeros_like(rest))  # 0 · ∞ is 0 here
     inverse = (variance + settings.eps).rsqrt_()
     scale = inverse if weight is None else inverse * weight
     shift = -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)

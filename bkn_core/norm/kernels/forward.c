@@ -22,7 +22,7 @@ static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)
     f->statistics[2 * plane + at] = mean;
     f->statistics[3 * plane + at] = variance;
     float limited = variance > LARGEST ? LARGEST : variance;
-    float rest = seen->count > 1 ? q * limited / (float)(seen->count - 1) : 0;
+    float rest = q > 0 && seen->count > 1 ? q * variance / (float)(seen->count - 1) : 0;
     if (f->prior_mean) {
         float expected = f->prior_mean[g * f->prior_stride + c];
         float predicted = f->prior_variance[g * f->prior_stride + c], d = mean - expected, square = d * d;
