@@ -12,6 +12,7 @@ from bkn_core.norm.kalman import (
     Gaussian,
     Moments,
     diagonal,
+    follow,
     guard,
     in_form_of,
     moments,
@@ -62,6 +63,8 @@ def normalize_by(
         weight_of_seen = gain
         if not math.isinf(settings.guard_limit):
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
+        if settings.share:
+            prior = follow(prior, seen, settings.share, settings.eps)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)
     variances = diagonal(posterior)
     size = settings.statistics_batch_size

@@ -9,6 +9,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
     backward   gx̄ = q g_m + 2q(1-q) d g_v ;  gS = q g_v
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
+    share λ    h = λ Σ_G v' gv' / (G N + G ε),  N = mean_G( S + (x̄ - µ')² );  see `kalman.follow`
+               gv' becomes (1-λ) gv',  gµ' loses 2 h (x̄ - µ'),  dx gains 2 h (x - µ') / n
 
 Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
 """
@@ -30,11 +32,12 @@ _LARGEST = 1e30
 
 
 class FilterSettings(NamedTuple):
-    """What the filter needs to know beside tensors: ε, images per statistics group, limit of the guard."""
+    """What the filter needs to know beside tensors: ε, images per statistics group, limit of the guard, share λ."""
 
     eps: float
     statistics_batch_size: int | None = None
     guard_limit: float = math.inf
+    share: float = 0.0
 
 
 class Filtered(NamedTuple):
@@ -153,17 +156,13 @@ class _KalmanNormalize(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(saved[0])
         if math.isinf(ctx.settings.guard_limit) and native.serves(saved[0], (*saved[1:5], None), ctx.groups):
-            dx, *to_prior, (g_weight, g_bias) = native.normalize_backward((dy, grad_statistics), saved, ctx.groups)
-            return (
-                dx,
-                *to_prior,
-                g_weight if saved[4] is not None else None,
-                g_bias if ctx.has_bias else None,
-                None,
-                None,
-            )
-        dx, g_prior, g_weight, g_bias = _gradients((dy, grad_statistics), saved, ctx.settings, ctx.groups)
-        return dx, *g_prior, g_weight, g_bias if ctx.has_bias else None, None, None
+            numbers = (ctx.settings.share, ctx.settings.eps)
+            results = native.normalize_backward((dy, grad_statistics), saved, numbers, ctx.groups)
+        else:
+            results = _gradients((dy, grad_statistics), saved, ctx.settings, ctx.groups)
+        dx, to_prior, to_weight, to_bias = results
+        affine = to_weight if saved[4] is not None else None, to_bias if ctx.has_bias else None
+        return dx, *to_prior, *affine, None, None
 
 
 class _Direct(torch.autograd.Function):
@@ -209,8 +208,8 @@ def _normalized(
 
 def _gradients(
     gradients: tuple[Tensor, Tensor | None], saved: tuple[Any, ...], settings: FilterSettings, groups: int
-) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None, Tensor]:
-    """The backward in PyTorch: of x, of the prior and the gain, of γ and of β."""
+) -> native.Gradients:
+    """The backward in PyTorch."""
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
     mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
@@ -221,19 +220,25 @@ def _gradients(
     gm, gv = -scale * total, (scale * inverse).mul_(scaled).mul_(-0.5)
     if grad_statistics is not None:
         gm, gv = gm + grad_statistics[0], gv + grad_statistics[1]
-    g_weight = scaled.sum(0) if weight is not None else None
     gx, gs = gm, gv
-    g_prior: tuple[Tensor | None, ...] = (None, None, None)
+    to_prior: native.ToPrior = (None, None, None)
     if prior_mean is not None:
         q = _effective_gain(prior_variance, observed_variance, gain, settings)
         p, d = 1 - q, observed_mean - prior_mean
         cross = (gv * (2 * p * q)).mul_(d)
-        g_prior = _prior_gradients(gm, gv, cross, d, q, (prior_mean, prior_variance, gain, observed_variance))
+        parts = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
+        if settings.share:
+            seen = (observed_variance + d * d).mean(0) + settings.eps
+            h = (parts[1] * prior_variance).mean(0).mul_(settings.share).div_(seen)
+            parts = torch.addcmul(parts[0], h, d, value=-2), (1 - settings.share) * parts[1]
+            gx, gs = torch.addcmul(gx, h, d, value=2), gs + h
+        surplus = _surplus(d, observed_variance, prior_variance, p - q)
+        to_prior = _to_prior(parts, (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
     count = view.positions
     offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
     dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
-    return passes.unrows(dx, x), g_prior, g_weight, total.sum(0)
+    return passes.unrows(dx, x), to_prior, scaled.sum(0), total.sum(0)
 
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:
@@ -242,20 +247,16 @@ def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor
     return torch.addcmul(observed.clamp_max(_LARGEST) - prior, spread, factor)
 
 
-def _prior_gradients(
-    gm: Tensor, gv: Tensor, cross: Tensor, d: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _to_prior(
+    parts: tuple[Tensor, Tensor], terms: tuple[Tensor, ...], q: Tensor, gain: Tensor, is_shared: bool
+) -> native.ToPrior:
     """Return the gradients of µ', v' and the gain."""
-    prior_mean, prior_variance, gain, observed_variance = saved
-    p = 1 - q
-    to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
-    if prior_mean.dim() == 1:
-        to_mean, to_variance = to_mean.sum(0), to_variance.sum(0)
-    surplus = _surplus(d, observed_variance, prior_variance, p - q)
+    gm, gv, d, surplus = terms
     # Infinities of both signs must not meet in the sum.
     to_gain = torch.addcmul((gv * surplus).clamp_(-_LARGEST, _LARGEST), gm, d)
     if q.dim():  # groups whose prior was dropped do not depend on the gain
         to_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain))
+    to_mean, to_variance = (part.sum(0) for part in parts) if is_shared else parts
     return to_mean, to_variance, to_gain.sum().to(gain.dtype)
 
 

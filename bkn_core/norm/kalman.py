@@ -183,6 +183,31 @@ def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, ep
     return torch.log((spread + eps) / (predicted + eps))
 
 
+def follow(prior: Gaussian, observed: Gaussian, share: float, eps: float) -> Gaussian:
+    """Return a prior of the same values whose variance depends, to a share, on what was observed.
+
+        v' = exp( (1-λ) log v' + λ log N + constant ),   N = mean_G( S + (x̄ - µ')² )
+
+    A prior that is scaled to a running ratio of observed to predicted variance moves with the network's true variance,
+    of which the closed form knows a part only. Its gradient has to say so, or training differentiates another function
+    than the one it evaluates.
+
+    Args:
+        prior: µ', v', for all groups or for each; per channel.
+        observed: x̄, S of all groups.
+        share: λ.
+        eps: added to N.
+
+    Shape:
+        prior (C,) or (G, C), observed (G, C) -> as the prior.
+    """
+    difference = observed.mean - prior.mean
+    seen = torch.log((observed.variance + difference.square()).mean(0) + eps)
+    analytic = prior.variance - prior.variance.detach()
+    live = prior.variance.detach() * torch.exp(share * (seen - seen.detach()))
+    return Gaussian(prior.mean, live + (1 - share) * analytic)
+
+
 def diagonal(gaussian: Gaussian) -> Gaussian:
     """Return the per-channel variances of a Gaussian in either form."""
     if gaussian.variance.dim() == gaussian.mean.dim():

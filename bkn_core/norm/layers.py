@@ -25,6 +25,8 @@ from bkn_core.norm.synchronized import joint_normalize, spans_processes
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
+INNOVATION_SHARE = 1.0  # of the gradient of a prior's variance that follows what is observed
+FEWEST_IMAGES = 32
 GUARD_LIMIT = 100.0
 
 
@@ -48,7 +50,8 @@ class BatchKalmanNorm(_BatchNorm):
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
-        innovation: multiply v' by a moving average of observed over predicted variance, to the power of 1/3.
+        innovation: multiply v' by a moving average of observed over predicted variance, and let its gradient follow
+            what is observed where a forward has at least 32 images (fewer say too little: see docs/method.md).
         previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
         covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
         guarded: drop a prior whose variance is 100 times the observed one.
@@ -187,7 +190,8 @@ class BatchKalmanNorm(_BatchNorm):
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
         limit = GUARD_LIMIT if self.guarded else math.inf
-        settings = FilterSettings(self.eps, size, limit)
+        follows = self.innovation is not None and prior is not None and len(x) >= FEWEST_IMAGES
+        settings = FilterSettings(self.eps, size, limit, INNOVATION_SHARE if follows else 0.0)
         if self._spans_processes(size):
             is_matrix = self.covariance == "full"
             return joint_normalize(x, prior, (gain, weight, bias), settings, (self.process_group, is_matrix))

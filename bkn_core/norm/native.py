@@ -28,6 +28,8 @@ from bkn_core.norm.nodes import is_eager
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
 _LOG = logging.getLogger("bkn")
 
+ToPrior = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of µ', v' and the gain
+Gradients = tuple[Tensor, ToPrior, Tensor, Tensor]  # of x, of the prior and the gain, of γ, of β
 Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]  # µ', v', gain, γ, β
 
 
@@ -124,13 +126,14 @@ def normalize(x: Tensor, parameters: Parameters, eps: float, groups: int) -> tup
 
 
 def normalize_backward(
-    gradients: tuple[Tensor, Tensor | None], saved: tuple[Tensor | None, ...], groups: int
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Return the gradients of x, µ', v' and the gain, and those of γ and β as one tensor (2, C).
+    gradients: tuple[Tensor, Tensor | None], saved: tuple[Tensor | None, ...], numbers: tuple[float, float], groups: int
+) -> Gradients:
+    """Return the gradients that `fused.py` asks for.
 
     Args:
         gradients: of y and of the statistics.
         saved: x, µ', v', gain, γ, statistics.
+        numbers: λ and ε.
         groups: G.
     """
     dy, to_statistics = gradients
@@ -141,13 +144,13 @@ def normalize_backward(
     if to_statistics is not None:
         to_statistics = to_statistics.contiguous()
     dx, affine = torch.empty_like(x), x.new_empty((2, x.shape[1]))
-    prior: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    prior: ToPrior = (None, None, None)
     if prior_mean is not None and prior_variance is not None:
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
     slots = [*_shape(x, groups), *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
     slots += map(address, (gain, weight, statistics, to_statistics, dx, affine, *prior))
-    run("bkn_backward", [*slots, *[0] * 4])
-    return dx, *prior, affine
+    run("bkn_backward", [*slots, *map(bits_of, numbers), *[0] * 4])
+    return dx, prior, affine[0], affine[1]
 
 
 def _stride(prior_mean: Tensor | None) -> int:

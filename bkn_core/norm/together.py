@@ -18,7 +18,6 @@ from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal, log_in
 if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
 
-INNOVATION_SHARE = 1 / 3  # of the log ratio; the whole of it is worse (docs/method.md)
 INNOVATION_LIMIT = 2.0
 
 
@@ -139,7 +138,7 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     if not torch.compiler.is_compiling():  # a checkpoint that runs the forward again wants what it used
         for layer, innovation in zip(layers, _apart(before, layers), strict=True):
             layer.innovation_then = innovation
-    target = (INNOVATION_SHARE * (ratio + before)).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
+    target = (ratio + before).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
     targets = list(_apart(target.to(innovations[0].dtype), layers))
     torch._foreach_lerp_(innovations, targets, layers[0].innovation_momentum)
 
