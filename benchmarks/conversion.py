@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import bkn_core as bkn
 from bkn_core.wiring.discover import discover
 
-MOST_PARAMETERS = 30_000_000  # of larger models only the wiring is looked at, on the meta device
+MOST_PARAMETERS = 150_000_000  # of larger models only the wiring is looked at, on the meta device
 
 
 @dataclasses.dataclass(frozen=True)

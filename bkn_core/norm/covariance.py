@@ -63,10 +63,10 @@ def normalize_by(
         weight_of_seen = gain
         if not math.isinf(settings.guard_limit):
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
-        if settings.share:
-            prior = follow(prior, seen, settings.share, settings.eps)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)
-    variances = diagonal(posterior)
+    variances = (
+        follow(diagonal(posterior), seen, settings.share, settings.eps) if settings.share else diagonal(posterior)
+    )
     size = settings.statistics_batch_size
     rows = Gaussian(*(spread_over_images(values, len(x), size) for values in variances))
     moving = unbiased(posterior, observed, weight_of_seen)

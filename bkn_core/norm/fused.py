@@ -9,8 +9,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
     backward   gx̄ = q g_m + 2q(1-q) d g_v ;  gS = q g_v
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
-    share λ    h = λ Σ_G v' gv' / (G N + G ε),  N = mean_G( S + (x̄ - µ')² );  see `kalman.follow`
-               gv' becomes (1-λ) gv',  gµ' loses 2 h (x̄ - µ'),  dx gains 2 h (x - µ') / n
+    share λ    h = λ mean_G( v̂ g_v ) / (V + ε),  V and m the variance and the mean of all groups together
+               then g_v becomes (1-λ) g_v,  and dx gains 2 h (x - m) / n;  see `kalman.follow`
 
 Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
 """
@@ -212,7 +212,7 @@ def _gradients(
     """The backward in PyTorch."""
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
-    mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
+    mean, variance, observed_mean, observed_variance, _, inverse = statistics.unbind()
     view, gradient = passes.rows(x, groups), passes.rows(dy, groups, like=x)
     total, weighted, buffer = passes.weighted_sums(gradient, view, mean)
     scale = inverse if weight is None else inverse * weight
@@ -220,6 +220,12 @@ def _gradients(
     gm, gv = -scale * total, (scale * inverse).mul_(scaled).mul_(-0.5)
     if grad_statistics is not None:
         gm, gv = gm + grad_statistics[0], gv + grad_statistics[1]
+    h = centre = torch.zeros_like(gv[:1])
+    if settings.share:
+        centre = observed_mean.mean(0)
+        seen = (observed_variance + (observed_mean - centre).square()).mean(0) + settings.eps
+        h = (gv * variance).mean(0).mul_(settings.share).div_(seen)
+        gv = (1 - settings.share) * gv
     gx, gs = gm, gv
     to_prior: native.ToPrior = (None, None, None)
     if prior_mean is not None:
@@ -228,14 +234,10 @@ def _gradients(
         cross = (gv * (2 * p * q)).mul_(d)
         parts = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
-        if settings.share:
-            seen = (observed_variance + d * d).mean(0) + settings.eps
-            h = (parts[1] * prior_variance).mean(0).mul_(settings.share).div_(seen)
-            parts = torch.addcmul(parts[0], h, d, value=-2), (1 - settings.share) * parts[1]
-            gx, gs = torch.addcmul(gx, h, d, value=2), gs + h
         surplus = _surplus(d, observed_variance, prior_variance, p - q)
         to_prior = _to_prior(parts, (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
     count = view.positions
+    gx, gs = torch.addcmul(gx, h, observed_mean - centre, value=2), gs + h
     offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
     dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
     return passes.unrows(dx, x), to_prior, scaled.sum(0), total.sum(0)

@@ -183,29 +183,29 @@ def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, ep
     return torch.log((spread + eps) / (predicted + eps))
 
 
-def follow(prior: Gaussian, observed: Gaussian, share: float, eps: float) -> Gaussian:
-    """Return a prior of the same values whose variance depends, to a share, on what was observed.
+def follow(posterior: Gaussian, observed: Gaussian, share: float, eps: float) -> Gaussian:
+    """Return the same posterior with a variance whose gradient follows, to a share, that of all groups together.
 
-        v' = exp( (1-λ) log v' + λ log N + constant ),   N = mean_G( S + (x̄ - µ')² )
+        v̂ = exp( (1-λ) log v̂ + λ log(V + ε) + constant ),   V = mean_G(S + x̄²) - mean_G(x̄)²
 
     A prior that is scaled to a running ratio of observed to predicted variance moves with the network's true variance,
-    of which the closed form knows a part only. Its gradient has to say so, or training differentiates another function
+    of which the closed form knows a part only. The gradient has to say so, or training differentiates another function
     than the one it evaluates.
 
     Args:
-        prior: µ', v', for all groups or for each; per channel.
+        posterior: µ̂, v̂ per channel.
         observed: x̄, S of all groups.
         share: λ.
-        eps: added to N.
+        eps: ε.
 
     Shape:
-        prior (C,) or (G, C), observed (G, C) -> as the prior.
+        all (G, C).
     """
-    difference = observed.mean - prior.mean
-    seen = torch.log((observed.variance + difference.square()).mean(0) + eps)
-    analytic = prior.variance - prior.variance.detach()
-    live = prior.variance.detach() * torch.exp(share * (seen - seen.detach()))
-    return Gaussian(prior.mean, live + (1 - share) * analytic)
+    centred = observed.mean - observed.mean.mean(0)
+    seen = torch.log((observed.variance + centred.square()).mean(0) + eps)
+    constant = posterior.variance.detach()
+    live = constant * torch.exp(share * (seen - seen.detach()))
+    return Gaussian(posterior.mean, live + (1 - share) * (posterior.variance - constant))
 
 
 def diagonal(gaussian: Gaussian) -> Gaussian:

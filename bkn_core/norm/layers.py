@@ -25,8 +25,6 @@ from bkn_core.norm.synchronized import joint_normalize, spans_processes
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
-INNOVATION_SHARE = 1.0  # of the gradient of a prior's variance that follows what is observed
-FEWEST_IMAGES = 32
 GUARD_LIMIT = 100.0
 
 
@@ -50,8 +48,9 @@ class BatchKalmanNorm(_BatchNorm):
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
-        innovation: multiply v' by a moving average of observed over predicted variance, and let its gradient follow
-            what is observed where a forward has at least 32 images (fewer say too little: see docs/method.md).
+        innovation: multiply v' by a moving average of observed over predicted variance, and let the gradient of v̂
+            follow what is observed; with fewer than 32 images in a forward, which say too little for that, multiply by
+            a third of it on the log scale (docs/method.md).
         previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
         covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
         guarded: drop a prior whose variance is 100 times the observed one.
@@ -190,8 +189,8 @@ class BatchKalmanNorm(_BatchNorm):
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
         limit = GUARD_LIMIT if self.guarded else math.inf
-        follows = self.innovation is not None and prior is not None and len(x) >= FEWEST_IMAGES
-        settings = FilterSettings(self.eps, size, limit, INNOVATION_SHARE if follows else 0.0)
+        follows = self.innovation is not None and prior is not None and len(x) >= together.FEWEST_IMAGES
+        settings = FilterSettings(self.eps, size, limit, share=float(follows))
         if self._spans_processes(size):
             is_matrix = self.covariance == "full"
             return joint_normalize(x, prior, (gain, weight, bias), settings, (self.process_group, is_matrix))

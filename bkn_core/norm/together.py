@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
 
 INNOVATION_LIMIT = 2.0
+FEWEST_IMAGES = 32  # in a forward, for its variance to be known well enough to differentiate through (docs/method.md)
+SMALL_SHARE = 1 / 3  # of the log ratio that the innovation follows with fewer
 
 
 class Seen(NamedTuple):
@@ -138,7 +140,8 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     if not torch.compiler.is_compiling():  # a checkpoint that runs the forward again wants what it used
         for layer, innovation in zip(layers, _apart(before, layers), strict=True):
             layer.innovation_then = innovation
-    target = (ratio + before).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
+    whole = records[0].images >= FEWEST_IMAGES
+    target = ((1.0 if whole else SMALL_SHARE) * (ratio + before)).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
     targets = list(_apart(target.to(innovations[0].dtype), layers))
     torch._foreach_lerp_(innovations, targets, layers[0].innovation_momentum)
 

@@ -1,4 +1,4 @@
-"""A prior whose variance follows, to a share, what all groups showed: the fused node against the plain functions."""
+"""A posterior whose variance follows, to a share, that of all groups: the fused node against the plain functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_the_plain_functions(share: float, grouped: bool,
     x, mean, variance, gain, weight, bias = wide
     observed = moments(x, 2)
     seen = Gaussian(observed.mean, observed.variance)
-    posterior = update(follow(Gaussian(mean, variance), seen, share, EPS), observed, gain)
+    posterior = follow(update(Gaussian(mean, variance), observed, gain), seen, share, EPS)
     rows = Gaussian(*(spread_over_images(values, 6, 2) for values in posterior))
     expected = normalize(x, rows, weight, bias, EPS)
     exact = torch.autograd.grad((expected * upstream).sum() + posterior.variance.sum(), wide)
@@ -50,11 +50,10 @@ def test_gradients_are_those_of_the_plain_functions(share: float, grouped: bool,
 
 
 def test_with_the_whole_share_the_loss_does_not_feel_the_scale_of_what_is_observed() -> None:
-    """As under batch normalization: ∂L/∂x has no part along x - µ' once the variance follows it (gain 0, ε 0)."""
-    x = torch.randn(8, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    difference = moments(x.detach(), 2)
-    spread = (difference.variance + difference.mean.square()).mean(0)
-    prior, zero = Gaussian(torch.zeros(3).double(), spread), torch.tensor(0.0).double()
+    """As under batch normalization: ∂L/∂x has no part along x - µ' if the prior is right (gain 0, ε 0)."""
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    x = (x - x.mean((0, 2, 3), keepdim=True)).requires_grad_()
+    prior, zero = Gaussian(torch.zeros(3).double(), x.detach().var((0, 2, 3))), torch.tensor(0.0).double()
     settings = FilterSettings(0.0, 2, share=1.0)
     y = kalman_normalize(x, prior, zero, None, None, settings).y
     (gradient,) = torch.autograd.grad(y.pow(3).sum() + y.exp().sum(), x)

@@ -28,7 +28,7 @@ static float *coefficient(const Backward *b, int64_t g, int j, int64_t c)
     return b->coefficients + (4 * g + j) * b->channels + c;
 }
 
-/* One channel of one group: adds to dγ, dβ, µ', v', q, to Σ v' gv' and to Σ S + (x̄ - µ')². */
+/* One channel of one group: adds to dγ, dβ, µ', v', q, and to Σ v̂ g_v, Σ S + x̄² and Σ x̄. */
 static void differentiate_group(const Backward *b, int64_t g, int64_t c, double *totals)
 {
     int64_t at = g * b->channels + c, plane = b->groups * b->channels;
@@ -45,21 +45,24 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, double 
         gm += b->to_statistics[at];
         gv += b->to_statistics[plane + at];
     }
+    double variance = limited(s[3 * plane + at]);
+    totals[5] += gv * s[plane + at];
+    totals[6] += variance + limited(seen * seen);
+    totals[7] += seen;
+    gv *= 1 - b->share;
     double to_mean = gm, to_variance = gv;
     if (b->prior_mean) {
         double q = *b->gain, p = 1 - q, predicted = b->prior_variance[g * b->prior_stride + c];
         double d = seen - b->prior_mean[g * b->prior_stride + c], cross = 2 * p * q * gv * d;
-        double square = limited(d * d), variance = limited(s[3 * plane + at]);
+        double square = limited(d * d);
         totals[2] += p * gm - cross;
         totals[3] += p * gv;
         totals[4] += limited(gm * d + gv * (variance - predicted + (p - q) * square));
-        totals[5] += p * gv * predicted;
-        totals[6] += variance + square;
         to_mean = q * gm + cross;
         to_variance = q * gv;
         if (b->prior_stride) {
             b->to_prior_mean[at] = (float)(p * gm - cross);
-            b->to_prior_variance[at] = (float)((1 - b->share) * p * gv);
+            b->to_prior_variance[at] = (float)(p * gv);
         }
     }
     *coefficient(b, g, 0, c) = (float)scale;
@@ -68,34 +71,31 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, double 
     *coefficient(b, g, 3, c) = (float)(to_mean / count);
 }
 
-/* The part of the prior's variance that follows what all groups showed about the prior's mean. */
-static void differentiate_innovation(const Backward *b, int64_t c, double *totals)
+/* The share of the posterior's variance that follows the variance V of all groups together. */
+static void follow(const Backward *b, int64_t c, const double *totals)
 {
-    double factor = 2 * b->share * totals[5] / (totals[6] + b->groups * b->eps); /* 2 λ Σ v' gv' / (G N) */
-    double count = (double)(b->images * b->length);
+    double groups = (double)b->groups, mean = totals[7] / groups, variance = totals[6] / groups - mean * mean;
+    double factor = 2 * b->share * totals[5] / groups / ((variance > 0 ? variance : 0) + b->eps);
+    factor /= (double)(b->images * b->length);
     for (int64_t g = 0; g < b->groups; g++) {
-        double d = *coefficient(b, g, 2, c) - b->prior_mean[g * b->prior_stride + c];
-        *coefficient(b, g, 1, c) += (float)(factor / count);
-        *coefficient(b, g, 3, c) += (float)(factor * d / count);
-        totals[2] -= factor * d;
-        if (b->prior_stride)
-            b->to_prior_mean[g * b->channels + c] -= (float)(factor * d);
+        *coefficient(b, g, 1, c) += (float)factor;
+        *coefficient(b, g, 3, c) += (float)(factor * (*coefficient(b, g, 2, c) - mean));
     }
 }
 
 static void differentiate(const Backward *b, int64_t c)
 {
-    double totals[7] = {0, 0, 0, 0, 0, 0, 0};
+    double totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int64_t g = 0; g < b->groups; g++)
         differentiate_group(b, g, c, totals);
-    if (b->prior_mean && b->share > 0)
-        differentiate_innovation(b, c, totals);
+    if (b->share > 0)
+        follow(b, c, totals);
     b->to_affine[c] = (float)totals[0];
     b->to_affine[b->channels + c] = (float)totals[1];
     b->gain_parts[c] = totals[4];
     if (b->prior_mean && !b->prior_stride) {
         b->to_prior_mean[c] = (float)totals[2];
-        b->to_prior_variance[c] = (float)((1 - b->share) * totals[3]);
+        b->to_prior_variance[c] = (float)totals[3];
     }
 }
 
