@@ -44,7 +44,7 @@ def evaluate(
 ) -> None:
     """Measure a trained model on test images, with PyTorch or ONNX Runtime.
 
-    Of a run folder it measures the weights of the best epoch.
+    Of a run folder it measures the weights of the last epoch.
 
     Examples:
       bkn eval

@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Write a trained model as an ONNX file, once it was run and agreed with the model.
 
-    Of a run folder it takes the weights of the best epoch.
+    Of a run folder it takes the weights of the last epoch.
 
     Examples:
       bkn export model.onnx
