@@ -123,6 +123,19 @@ def test_networks(name: str, memory_format: torch.memory_format) -> None:
         IMAGES = images
 
 
+def test_a_fresh_network_whose_means_lie_on_the_kink_of_a_rectifier() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+            self.second, self.norm2 = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm2(self.second(F.max_pool2d(F.relu(self.norm1(self.first(x))), 2)))
+
+    assert_equal_to_float64(convert(Pooled(), IMAGES[:1], statistics_batch_size=2, input_prior=IMAGES).train())
+
+
 def test_gradients_are_those_of_the_forward_though_innovations_move() -> None:
     model = drawn(Structures())
     found, _ = priors(model)

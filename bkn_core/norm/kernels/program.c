@@ -72,7 +72,7 @@ static void max_pool(const Line *l, const float *v, float *out, float *g)
         for (int i = 0; i < NODES; i++)
             mean += mass[i] * (l->y && m + d * node(i) < 0 ? 0 : m + d * node(i));
         for (int i = 0; i < NODES; i++) {
-            double z = m + d * node(i), is_live = !(l->y && z < 0), apart = is_live * z - mean;
+            double z = m + d * node(i), is_live = !(l->y && z <= 0), apart = is_live * z - mean; /* no slope at 0 */
             square += mass[i] * apart * apart;
             if (g) {
                 double slope = mass[i] * is_live * (g[l->out_mean + c] + 2 * g[l->out_variance + c] * apart);
