@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.together import Seen
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
+from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.native_program import NativeProgram, native_program
 from bkn_core.wiring.program import Wiring
 
@@ -49,6 +50,9 @@ class Messenger:
     native: NativeProgram | None = dataclasses.field(default=None, repr=False, compare=False)
     was_compiled: bool = dataclasses.field(default=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        self.lookup = Lookup(self.names)
+
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
         model.register_forward_pre_hook(self)
@@ -61,20 +65,20 @@ class Messenger:
 
     def __call__(self, model: nn.Module, arguments: Any = None) -> None:
         """Open the relays of the forward that begins."""
-        layers = {name: layer_of(model, name) for name in self.names}
-        if not any(layer.uses_batch_statistics for layer in layers.values()):
+        layers = [checked(layer, name) for layer, name in zip(self.lookup(model), self.names, strict=True)]
+        if not any(layer.uses_batch_statistics for layer in layers):
             return
         ledger: list[Seen] = []
         if self.is_static:
-            priors, gains = self.priors(model), together.gains(list(layers.values()))
+            priors, gains = self.predictions(model, layers)
             relays: list[Relay] = [
                 Handed(ledger, priors.get(name), gain, self._renewal(model, name))
-                for name, gain in zip(layers, gains, strict=True)
+                for name, gain in zip(self.names, gains, strict=True)
             ]
         else:
             post = _Post(self, model)
-            relays = [_Relay(ledger, post, name) for name in layers]
-        for layer, relay in zip(layers.values(), relays, strict=True):
+            relays = [_Relay(ledger, post, name) for name in self.names]
+        for layer, relay in zip(layers, relays, strict=True):
             layer.hand(relay)
 
     def _renewal(self, model: nn.Module, name: str) -> Callable[[], Handed] | None:
@@ -97,21 +101,29 @@ class Messenger:
 
     def priors(self, model: nn.Module) -> dict[str, Gaussian]:
         """Compute the refined priors of all layers from the model's parameters, each line once."""
-        with _no_autocast(layer_of(model, self.names[0])):
+        return self.predictions(model, [layer_of(model, name) for name in self.names])[0]
+
+    def predictions(
+        self, model: nn.Module, layers: Sequence[BatchKalmanNorm]
+    ) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Compute the refined priors by the names of their layers, and the gains of all layers."""
+        with _no_autocast(layers[0]):
             tensors = self._native_tensors(model)
             if tensors is not None and self.native is not None:
-                return self.native.priors(tensors)
+                return self.native.predictions(tensors)
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
-            layers = [layer_of(model, name) for name in self.wiring.priors]
-            refined = together.refine(layers, [evaluation.line(number) for number in self.wiring.priors.values()])
-        return dict(zip(self.wiring.priors, refined, strict=True))
+            receiving = [layer for layer, name in zip(layers, self.names, strict=True) if name in self.wiring.priors]
+            analytic = [evaluation.line(self.wiring.priors[name]) for name in self.names if name in self.wiring.priors]
+            refined = together.refine(receiving, analytic)
+        named = [name for name in self.names if name in self.wiring.priors]
+        return dict(zip(named, refined, strict=True)), together.gains(layers)
 
     def _native_tensors(self, model: nn.Module) -> list[Tensor] | None:
         """Return what the CPU kernels read to compute the priors, None where they cannot."""
         if not native.are_usable():
             return None
         if not self.was_compiled:
-            self.native, self.was_compiled = native_program(self.wiring, model), True
+            self.native, self.was_compiled = native_program(self.wiring, self.names, model), True
         return None if self.native is None else self.native.tensors(model)
 
 
@@ -128,8 +140,7 @@ class Farewell:
     def __call__(self, model: nn.Module, *_: Any) -> None:
         """Close the relays."""
         ledger: list[Seen] = []
-        for name in self.messenger.names:
-            layer = model.get_submodule(name)
+        for layer in self.messenger.lookup(model):
             if not isinstance(layer, BatchKalmanNorm):  # a changed model has been refused before
                 continue
             mailbox = layer.mailboxes.own
@@ -237,7 +248,15 @@ def layer_of(model: nn.Module, name: str) -> BatchKalmanNorm:
     Raises:
         ConversionError: if the model was changed after its conversion.
     """
-    layer = norm_of(model, name)
+    return checked(norm_of(model, name), name)
+
+
+def checked(layer: nn.Module, name: str) -> BatchKalmanNorm:
+    """Return a module as the layer that it was at the conversion.
+
+    Raises:
+        ConversionError: if the model was changed after its conversion.
+    """
     if not isinstance(layer, BatchKalmanNorm):
         raise ConversionError(f"{name} is a {type(layer).__name__} since the conversion", "Convert the model again.")
     return layer

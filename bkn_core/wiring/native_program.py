@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
+from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.program import Line, Wiring
 
-_NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL = (
-    range(12)
-)
+(
+    _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL, _GAIN,
+) = range(13)  # fmt: skip
 _MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling may pool: a Gaussian, or a rectified one
 _FIELDS, _PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 23, 13, 11, 12, 21  # places in the structure of `program.h`
 
@@ -41,19 +43,36 @@ class _Unsupported(Exception):
     """The kernels do not know an operation."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """The lines as the kernels read them, but for what depends on the tensors: where each address goes.
+
+    `parameters`, `gradients` and `layouts` are pairs of a place in `fields` and the number of a tensor.
+    """
+
+    fields: array.array[int]
+    parameters: list[tuple[int, int]]
+    gradients: list[tuple[int, int]]
+    layouts: list[tuple[int, int]]
+    indices: list[array.array[int]]  # which `fields` points into
+
+
 class NativeProgram:
     """The rows of a wiring, as plain data: offsets, shapes and the paths of parameters.
 
+    The arena begins with the results: all refined means, all refined variances, all gains.
+
     Args:
         wiring: the program.
+        names: all layers, of which each gets its gain.
         model: gives the shapes.
 
     Raises:
         _Unsupported: see `native_program`.
     """
 
-    def __init__(self, wiring: Wiring, model: nn.Module) -> None:
-        self.layers = tuple(wiring.priors)
+    def __init__(self, wiring: Wiring, names: Sequence[str], model: nn.Module) -> None:
+        self.layers, self.names = tuple(wiring.priors), tuple(names)
         self.paths: list[tuple[str, str]] = []
         self.shapes: list[torch.Size] = []
         self.rows: list[Row] = []
@@ -61,7 +80,7 @@ class NativeProgram:
         self.model = model
         widths = [_layer(model, name).num_features for name in self.layers]
         self.widths, total = widths, sum(widths)
-        self.size = 2 * total
+        self.size = self.results = 2 * total + len(self.names)
         self.places: list[tuple[int, int, int]] = []  # offsets of mean and variance, and channels, of each line
         for line in wiring.lines:
             self.places.append(self._line(line))
@@ -69,7 +88,16 @@ class NativeProgram:
         for (name, number), width in zip(wiring.priors.items(), widths, strict=True):
             self._refine(_layer(model, name), name, self.places[number], (start, total + start, width))
             start += width
+        for i, name in enumerate(self.names):
+            self._gain(name, 2 * total + i)
+        self.lookup = Lookup(dict.fromkeys(module for module, _ in self.paths))
+        self.owners = [(self.lookup.paths.index(module), name) for module, name in self.paths]
+        self._structure: _Structure | None = None
         del self.model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds addresses."""
+        return {**self.__dict__, "_structure": None}
 
     def _tensor(self, module: str, name: str) -> int:
         """Return the number of a parameter or buffer, -1 where the module has None."""
@@ -165,6 +193,12 @@ class NativeProgram:
         self.moving.add(tensors[2])
         self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
 
+    def _gain(self, name: str, place: int) -> None:
+        is_learned = _layer(self.model, name).gain_logit is not None
+        value = self._tensor(name, "gain_logit" if is_learned else "fixed_gain")
+        tensors = (value, self._tensor(name, "gain_factor"))
+        self._row(_GAIN, (place, place, 1), tensors=tensors, numbers=(float(is_learned),))
+
     def _named(self, path: Any) -> int:
         if not path:
             return -1
@@ -175,54 +209,67 @@ class NativeProgram:
 
     def tensors(self, model: nn.Module) -> list[Tensor] | None:
         """Return the parameters and buffers that the rows read; None where the kernels cannot take them."""
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = self.lookup(model)
         found: list[Tensor] = []
-        for (module, name), shape in zip(self.paths, self.shapes, strict=True):
-            tensor = getattr(modules.get(module), name, None)
+        for (owner, name), shape in zip(self.owners, self.shapes, strict=True):
+            module = modules[owner]
+            tensor = module._parameters.get(name)
+            tensor = getattr(module, name, None) if tensor is None else tensor
             if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
                 return None
             found.append(tensor)
         return found
 
-    def priors(self, tensors: list[Tensor]) -> dict[str, Gaussian]:
-        """Return the refined priors, by the names of their layers."""
-        results = _Evaluate.apply(self, *tensors)
-        count = len(self.layers)
-        return {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
+    def predictions(self, tensors: list[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Return the refined priors by the names of their layers, and the gains of all layers."""
+        results, count = _Evaluate.apply(self, *tensors), len(self.layers)
+        priors = {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
+        return priors, list(results[2 * count :])
 
-    def structure(
-        self, tensors: list[Tensor | None], gradients: list[Tensor | None]
-    ) -> tuple[array.array[int], list[Any]]:
-        """Return the lines as the kernels read them, and what must live as long as they do."""
-        fields = array.array("q", bytes(8 * _FIELDS * len(self.rows)))
-        addresses, targets = [native.address(t) for t in tensors], [native.address(t) for t in gradients]
-        indices: list[Any] = []
+    def structure(self, tensors: list[Tensor | None], gradients: list[Tensor | None]) -> array.array[int]:
+        """Return the lines as the kernels read them."""
+        if self._structure is None:
+            self._structure = self._laid_out()
+        known = self._structure
+        fields = known.fields[:]
+        addresses = [native.address(tensor) for tensor in tensors]
+        for place, number in known.parameters:
+            fields[place] = addresses[number]
+        for place, number in known.layouts:
+            weight = tensors[number]
+            fields[place] = weight is not None and not weight.is_contiguous()
+        if gradients:
+            targets = [native.address(tensor) for tensor in gradients]
+            for place, number in known.gradients:
+                fields[place] = targets[number]
+        return fields
+
+    def _laid_out(self) -> _Structure:
+        made = _Structure(array.array("q", bytes(8 * _FIELDS * len(self.rows))), [], [], [], [])
         written: set[int] = set()
-        for i in range(len(self.rows) - 1, -1, -1):
+        for i in range(len(self.rows) - 1, -1, -1):  # backward: what is written first is not added to
             row, start = self.rows[i], i * _FIELDS
-            fields[start : start + len(row.fields)] = array.array("q", row.fields)
+            made.fields[start : start + len(row.fields)] = array.array("q", row.fields)
             for j, number in enumerate(row.tensors):
                 if number >= 0:
-                    fields[start + _PARAMETERS + j] = addresses[number]
-                    if targets:
-                        fields[start + _PARAMETERS + 4 + j] = targets[number]
-                        fields[start + _ACCUMULATES] |= (number in written) << j
-                        written.add(number)
+                    made.parameters.append((start + _PARAMETERS + j, number))
+                    made.gradients.append((start + _PARAMETERS + 4 + j, number))
+                    made.fields[start + _ACCUMULATES] |= (number in written) << j
+                    written.add(number)
             if row.fields[0] in (_CONVOLUTION, _PATCHES):
-                weight = tensors[row.tensors[0]]
-                fields[start + _LAYOUT] = weight is not None and not weight.is_contiguous()
+                made.layouts.append((start + _LAYOUT, row.tensors[0]))
             for j, value in enumerate(row.numbers):
-                fields[start + _NUMBERS + j] = native.bits_of(value)
+                made.fields[start + _NUMBERS + j] = native.bits_of(value)
             if row.index:
-                indices.append(array.array("q", row.index))
-                fields[start + _PARAMETERS] = indices[-1].buffer_info()[0]
-        return fields, indices
+                made.indices.append(array.array("q", row.index))
+                made.fields[start + _PARAMETERS] = made.indices[-1].buffer_info()[0]
+        return made
 
 
-def native_program(wiring: Wiring, model: nn.Module) -> NativeProgram | None:
+def native_program(wiring: Wiring, names: Sequence[str], model: nn.Module) -> NativeProgram | None:
     """Return the program of a wiring, None where it has an operation that the kernels do not know."""
     try:
-        return NativeProgram(wiring, model)
+        return NativeProgram(wiring, names, model)
     except _Unsupported:
         return None
 
@@ -238,17 +285,17 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class _Evaluate(torch.autograd.Function):
-    """All priors as one node. Its inputs are the parameters and buffers, its outputs the means, then the variances."""
+    """All priors and gains as one node, from parameters and buffers to means, then variances, then gains."""
 
     @staticmethod
     def forward(ctx: Any, program: NativeProgram, *tensors: Tensor) -> tuple[Tensor, ...]:
         values = torch.empty(program.size)
-        lines, _index = program.structure(list(tensors), [])
-        _call("bkn_evaluate", lines, values, None)
+        _call("bkn_evaluate", program.structure(list(tensors), []), values, None)
         ctx.program = program
         ctx.save_for_backward(values, *(None if i in program.moving else tensor for i, tensor in enumerate(tensors)))
-        results: tuple[Tensor, ...] = torch.split(values[: 2 * sum(program.widths)], 2 * program.widths)
-        return results
+        priors = program.results - len(program.names)
+        gains = values[priors : program.results].unbind()
+        return *torch.split(values[:priors], 2 * program.widths), *gains
 
     @staticmethod
     @once_differentiable
@@ -258,9 +305,11 @@ class _Evaluate(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
         arena = torch.zeros(program.size)
-        torch.cat(results, out=arena[: 2 * sum(program.widths)])
-        lines, _index = program.structure(tensors, gradients)
-        _call("bkn_reverse", lines, values, arena)
+        priors, count = program.results - len(program.names), 2 * len(program.widths)
+        if count:
+            torch.cat(results[:count], out=arena[:priors])
+        torch.stack(results[count:], out=arena[priors : program.results])
+        _call("bkn_reverse", program.structure(tensors, gradients), values, arena)
         return None, *gradients
 
 

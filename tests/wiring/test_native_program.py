@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from torchvision import models
 from bkn_core.convert import convert, find_messenger
 from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.wiring.messenger import layer_of
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -64,21 +66,28 @@ def drawn(model: nn.Module) -> nn.Module:
     return converted
 
 
-def priors(model: nn.Module) -> tuple[dict[str, Gaussian], bool]:
+Predictions = tuple[dict[str, Gaussian], list[Tensor]]
+
+
+def predictions(model: nn.Module) -> tuple[Predictions, bool]:
+    """The priors of the layers that have one, the gains of all, and whether the kernels made them."""
     owner, messenger = find_messenger(model)
-    found = messenger.priors(owner)
+    found = messenger.predictions(owner, [layer_of(owner, name) for name in messenger.names])
     return found, messenger.native is not None
 
 
-def gradients(model: nn.Module, found: dict[str, Gaussian]) -> dict[str, Tensor]:
-    """Of a sum of the priors with fixed weights."""
+def priors(model: nn.Module) -> dict[str, Gaussian]:
+    return predictions(model)[0][0]
+
+
+def gradients(model: nn.Module, found: Predictions) -> dict[str, Tensor]:
+    """Of a sum of the priors and the gains with fixed weights."""
     model.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(9)
     total: Tensor = torch.zeros(())
-    for prior in found.values():
-        for values in prior:
-            weights = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-            total = total + (values * weights.to(values.dtype)).sum()
+    for values in (*itertools.chain.from_iterable(found[0].values()), *found[1]):
+        weights = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        total = total + (values * weights.to(values.dtype)).sum()
     total.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -89,13 +98,16 @@ def assert_close(actual: Tensor, exact: Tensor, scale: Tensor, name: str) -> Non
 
 def assert_equal_to_float64(model: nn.Module) -> None:
     wide = copy.deepcopy(model).double()
-    found, is_native = priors(model)
+    found, is_native = predictions(model)
     assert is_native
-    expected, _ = priors(wide)
-    assert list(found) == list(expected)
-    for name, prior in found.items():
-        assert_close(prior.mean, expected[name].mean, expected[name].variance.sqrt(), name)
-        assert_close(prior.variance, expected[name].variance, expected[name].variance, name)
+    expected, _ = predictions(wide)
+    assert list(found[0]) == list(expected[0])
+    for name, prior in found[0].items():
+        exact_prior = expected[0][name]
+        assert_close(prior.mean, exact_prior.mean, exact_prior.variance.sqrt(), name)
+        assert_close(prior.variance, exact_prior.variance, exact_prior.variance, name)
+    for gain, exact_gain in zip(found[1], expected[1], strict=True):
+        assert_close(gain, exact_gain, exact_gain, "gain")
     actual, exact = gradients(model, found), gradients(wide, expected)
     assert actual.keys() == exact.keys()
     for name in exact:
@@ -138,8 +150,8 @@ def test_a_fresh_network_whose_means_lie_on_the_kink_of_a_rectifier() -> None:
 
 def test_gradients_are_those_of_the_forward_though_innovations_move() -> None:
     model = drawn(Structures())
-    found, _ = priors(model)
-    exact = gradients(model, priors(model)[0])
+    found, _ = predictions(model)
+    exact = gradients(model, predictions(model)[0])
     for name, buffer in model.named_buffers():
         if name.endswith("innovation"):
             buffer.add_(1.0)
@@ -149,7 +161,7 @@ def test_gradients_are_those_of_the_forward_though_innovations_move() -> None:
 
 def test_weights_changed_before_the_backward_pass_are_refused() -> None:
     model = drawn(Structures())
-    found, _ = priors(model)
+    found, _ = predictions(model)
     with torch.no_grad():
         model.get_parameter("stem.weight").add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -169,5 +181,5 @@ def test_copies_carry_the_program_and_read_their_own_weights() -> None:
 
 def test_an_operation_that_the_kernels_do_not_know_leaves_all_to_pytorch() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.GELU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    found, is_native = priors(drawn(model))
-    assert not is_native and len(found) == 2
+    found, is_native = predictions(drawn(model))
+    assert not is_native and len(found[0]) == 2

@@ -91,6 +91,12 @@ static void max_pool(const Line *l, const float *v, float *out, float *g)
     }
 }
 
+static double gain(const Line *l)
+{
+    double value = *(const float *)l->parameters[0];
+    return l->x ? 1 / (1 + exp(-value)) : value;
+}
+
 static void put(const Line *l, int parameter, int64_t c, float gradient)
 {
     float *to = l->gradients[parameter];
@@ -151,6 +157,9 @@ static void evaluate(const Line *l, float *v, int64_t threads)
                 v[l->b_mean + c] = (float)exp(log_scale); /* kept: the innovation moves before the backward pass */
                 variance[c] = av[c] * v[l->b_mean + c];
                 break;
+            case GAIN:
+                mean[c] = (float)(gain(l) * *p1);
+                break;
             }
         }
 }
@@ -209,6 +218,10 @@ static void reverse(const Line *l, const float *v, float *g, int64_t threads)
                 put(l, 1, c, (float)(gv * av[c] * factor));
                 gam[c] += gm;
                 gav[c] += (float)(gv * factor + (p0 ? 0.5 * gm * p0[c] / scale : 0));
+                break;
+            case GAIN:
+                factor = gain(l);
+                put(l, 0, c, (float)(gm * *(const float *)l->parameters[1] * (l->x ? factor * (1 - factor) : 1)));
                 break;
             }
         }

@@ -7,7 +7,9 @@
 
 #include "parallel.h"
 
-enum Operation { NORM, MEASURED, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY, AFFINE, GATHER, REFINE, AVERAGE, MAX_POOL };
+enum Operation {
+    NORM, MEASURED, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY, AFFINE, GATHER, REFINE, AVERAGE, MAX_POOL, GAIN
+};
 
 typedef struct {
     int64_t operation, channels;
@@ -18,7 +20,8 @@ typedef struct {
     const void *parameters[4];      /* NULL where there is none */
     float *gradients[4];            /* NULL where none is wanted */
     double x, y;                    /* numbers of an affine map; x is eps of a refinement, the variance's factor of an
-                                       average, the number of a maximum, whose y says whether its values are rectified */
+                                       average, the number of a maximum, whose y says whether its values are rectified,
+                                       and whether a gain is learned: the sigmoid of its parameter */
 } Line;
 
 /* Reads and writes W once per line and direction; `columns` are the messages laid out once per tap. */

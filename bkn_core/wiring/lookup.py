@@ -1,0 +1,50 @@
+"""Find modules of a model by their paths at every forward: by walking once, then by checking that nothing has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+_Edge = tuple[dict[str, nn.Module | None], str, nn.Module]
+
+
+class Lookup:
+    """Modules by path. What was found is trusted as long as every step of every path still leads to the same module.
+
+    Args:
+        paths: of the modules, as `nn.Module.get_submodule` takes them.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = tuple(paths)
+        self._found: tuple[list[_Edge], list[nn.Module]] | None = None
+
+    def __reduce__(self) -> tuple[type[Lookup], tuple[tuple[str, ...]]]:
+        """Copies look again."""
+        return Lookup, (self.paths,)
+
+    def __call__(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules in the order of the paths."""
+        if self._found is not None and not torch.compiler.is_compiling():
+            edges, modules = self._found
+            if edges[0][0] is model._modules and all(children.get(key) is child for children, key, child in edges):
+                return modules
+        modules = [model.get_submodule(path) for path in self.paths]
+        if all(self.paths) and self.paths and not torch.compiler.is_compiling():
+            self._found = self._edges(model), modules
+        return modules
+
+    def _edges(self, model: nn.Module) -> list[_Edge]:
+        """Return every step of the paths, those of the model itself first. Dictionaries of children, so that nothing
+        here keeps the model alive."""
+        edges: dict[str, _Edge] = {}
+        for path in self.paths:
+            module, walked = model, ""
+            for name in path.split("."):
+                walked = f"{walked}.{name}"
+                child = module.get_submodule(name)
+                edges.setdefault(walked, (module._modules, name, child))
+                module = child
+        return list(edges.values())
