@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from bkn_core.norm.following import Processes, Sensitivity, follow
 from bkn_core.norm.fused import Filtered, FilterSettings
 from bkn_core.norm.kalman import (
     Gaussian,
     Moments,
     diagonal,
-    follow,
     guard,
     in_form_of,
     moments,
@@ -30,6 +30,7 @@ def matrix_normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: FilterSettings,
+    sensitivity: Sensitivity | None = None,
 ) -> Filtered:
     """Normalize every group by the diagonal of its posterior; as `fused.kalman_normalize`, with matrices S and Σ̂.
 
@@ -37,7 +38,7 @@ def matrix_normalize(
         x (N, C, *spatial), prior mean (C,) or (G, C) and variance (..., C) or (..., C, C).
     """
     observed = moments(x, settings.statistics_batch_size, covariance=True)
-    return normalize_by(x, prior, observed, (gain, weight, bias), settings)
+    return normalize_by(x, prior, observed, (gain, weight, bias), settings, sensitivity)
 
 
 def normalize_by(
@@ -46,6 +47,8 @@ def normalize_by(
     observed: Moments,
     parameters: tuple[Tensor, Tensor | None, Tensor | None],
     settings: FilterSettings,
+    sensitivity: Sensitivity | None = None,
+    processes: Processes | None = None,
 ) -> Filtered:
     """Normalize by the posterior from given moments, in the covariance form where S is a matrix.
 
@@ -55,21 +58,25 @@ def normalize_by(
         observed: x̄ and S of every group.
         parameters: gain, γ and β.
         settings: see `FilterSettings`.
+        sensitivity: h̄, as in `fused.kalman_normalize`; for a diagonal prior.
+        processes: where the moments are those of several processes.
     """
     gain, weight, bias = parameters
     seen = diagonal(Gaussian(observed.mean, observed.variance))
     posterior, weight_of_seen = Gaussian(observed.mean, observed.variance), torch.ones_like(gain)
     if prior is not None:
         weight_of_seen = gain
+        if sensitivity is not None and prior.variance.dim() == prior.mean.dim():
+            share = observed.count[:, None] / observed.count.sum()
+            prior = follow(prior, seen, share, settings.eps, sensitivity, len(x), processes)
         if not math.isinf(settings.guard_limit):
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)
-    variances = (
-        follow(diagonal(posterior), seen, settings.share, settings.eps) if settings.share else diagonal(posterior)
-    )
+    variances = diagonal(posterior)
     size = settings.statistics_batch_size
     rows = Gaussian(*(spread_over_images(values, len(x), size) for values in variances))
     moving = unbiased(posterior, observed, weight_of_seen)
     statistics = torch.stack((*variances, *seen, moving.variance, (variances.variance + settings.eps).rsqrt()))
     matrix = posterior.variance if posterior.variance.dim() > posterior.mean.dim() else None
-    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix)
+    images = None if processes is None else processes.images
+    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix, images)

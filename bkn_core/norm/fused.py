@@ -9,8 +9,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
     backward   gx̄ = q g_m + 2q(1-q) d g_v ;  gS = q g_v
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
-    share λ    h = λ mean_G( v̂ g_v ) / (V + ε),  V and m the variance and the mean of all groups together
-               then g_v becomes (1-λ) g_v,  and dx gains 2 h (x - m) / n;  see `kalman.follow`
+    following  k = h̄ / (G (N + ε)),  N = mean_G(S + d²) ;  h̄ the remembered Σ_G v' gv', see `following.py`
+               gS += k,  gx̄ += 2 k d,  gµ' -= 2 k d,  gv' -= h̄ / (G (v' + ε))
 
 Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm import native, passes
+from bkn_core.norm import following, native, passes
+from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.kalman import Gaussian, guard
 from bkn_core.norm.nodes import is_eager, with_signature
 
@@ -32,12 +33,19 @@ _LARGEST = 1e30
 
 
 class FilterSettings(NamedTuple):
-    """What the filter needs to know beside tensors: ε, images per statistics group, limit of the guard, share λ."""
+    """What the filter needs to know beside tensors.
+
+    Args:
+        eps: ε.
+        statistics_batch_size: images per statistics group.
+        guard_limit: by how much a prior may exceed what is observed.
+        portion: which part of the images of the forward these are.
+    """
 
     eps: float
     statistics_batch_size: int | None = None
     guard_limit: float = math.inf
-    share: float = 0.0
+    portion: float = 1.0
 
 
 class Filtered(NamedTuple):
@@ -47,8 +55,8 @@ class Filtered(NamedTuple):
         y: the normalized input.
         statistics: per group and channel µ̂, v̂ (differentiable: later layers may predict from them), x̄, S,
             the unbiased v̂ + q S / (n-1) for moving averages, and r.
-
         covariance: Σ̂, where the layer carries the full matrix.
+        images: how many images were observed, where that is not the length of x.
 
     Shape:
         y (N, C, *spatial), statistics (6, G, C), covariance (G, C, C).
@@ -57,6 +65,7 @@ class Filtered(NamedTuple):
     y: Tensor
     statistics: Tensor
     covariance: Tensor | None = None
+    images: Tensor | None = None
 
     @property
     def posterior(self) -> Gaussian:
@@ -77,6 +86,7 @@ def kalman_normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     settings: FilterSettings,
+    sensitivity: Sensitivity | None = None,
 ) -> Filtered:
     """Normalize every group by its posterior; without a prior by what is observed in it.
 
@@ -87,21 +97,24 @@ def kalman_normalize(
         weight: γ or None.
         bias: β or None.
         settings: see `FilterSettings`.
+        sensitivity: h̄, where v' holds an innovation whose gradient is to be followed.
 
     Shape:
-        x (N, C, *spatial), prior (C,) or (G, C).
+        x (N, C, *spatial), prior (C,) or (G, C), sensitivity (C,).
     """
-    size = min(settings.statistics_batch_size or len(x), len(x))
-    body = len(x) // size * size
+    images = x.shape[0]
+    size = min(settings.statistics_batch_size or images, images)
+    body = images // size * size
     mean, variance = prior if prior is not None else (None, None)
-    if body == len(x):
+    if body == images:
         node = _Direct if is_eager() else _KalmanNormalize
-        return Filtered(*node.apply(x, mean, variance, gain, weight, bias, settings, len(x) // size))
+        used, newest = sensitivity or (None, None)
+        return Filtered(*node.apply(x, mean, variance, gain, weight, bias, used, newest, settings, images // size))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
-    parts = [
-        kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
-        kalman_normalize(x[body:], _part(prior, slice(-1, None)), gain, weight, bias, settings),
-    ]
+    parts = []
+    for some, groups in ((x[:body], slice(None, -1)), (x[body:], slice(-1, None))):
+        own = settings._replace(portion=settings.portion * some.shape[0] / images)
+        parts.append(kalman_normalize(some, _part(prior, groups), gain, weight, bias, own, sensitivity))
     return Filtered(torch.cat([part.y for part in parts]), torch.cat([part.statistics for part in parts], 1))
 
 
@@ -131,21 +144,21 @@ class _KalmanNormalize(torch.autograd.Function):
         gain: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        sensitivity: Tensor | None,
+        newest: Tensor | None,
         settings: FilterSettings,
         groups: int,
     ) -> tuple[Tensor, Tensor]:
         """Observe, update, apply."""
-        parameters = (prior_mean, prior_variance, gain, weight, bias)
-        if math.isinf(settings.guard_limit) and native.serves(x, parameters, groups):
-            return native.normalize(x, parameters, settings.eps, groups)
-        return _normalized(x, parameters, settings, groups)
+        return _normalized(x, (prior_mean, prior_variance, gain, weight, bias), settings, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep the activation and O(G·C) numbers, no more than batch normalization keeps."""
-        x, prior_mean, prior_variance, gain, weight, bias, settings, groups = inputs
+        x, prior_mean, prior_variance, gain, weight, bias, used, newest, ctx.settings, ctx.groups = inputs
+        ctx.sensitivity = None if used is None else Sensitivity(used, newest)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.groups, ctx.has_bias = settings, groups, bias is not None
+        ctx.has_bias, ctx.shape = bias is not None, None
         ctx.save_for_backward(x, prior_mean, prior_variance, gain, weight, output[1])
 
     @staticmethod
@@ -153,26 +166,33 @@ class _KalmanNormalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, grad_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
         """The closed form of the module's docstring."""
         saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(saved[0])
-        if math.isinf(ctx.settings.guard_limit) and native.serves(saved[0], (*saved[1:5], None), ctx.groups):
-            numbers = (ctx.settings.share, ctx.settings.eps)
-            results = native.normalize_backward((dy, grad_statistics), saved, numbers, ctx.groups)
+        gradients = torch.zeros_like(saved[0]) if dy is None else dy, grad_statistics
+        if ctx.shape is not None and is_eager():
+            images, settings = saved[0].shape[0], ctx.settings
+            numbers = following.weight_of(images), settings.portion, settings.eps
+            results = native.normalize_backward(gradients, saved, ctx.sensitivity or (None, None), numbers, ctx.shape)
         else:
-            results = _gradients((dy, grad_statistics), saved, ctx.settings, ctx.groups)
+            results = _gradients(gradients, saved, ctx.sensitivity, ctx.settings, ctx.groups)
         dx, to_prior, to_weight, to_bias = results
-        affine = to_weight if saved[4] is not None else None, to_bias if ctx.has_bias else None
-        return dx, *to_prior, *affine, None, None
+        return dx, *to_prior, to_weight, to_bias if ctx.has_bias else None, None, None, None, None
 
 
 class _Direct(torch.autograd.Function):
-    """The same node in the form that PyTorch calls fastest, which compilation and transforms cannot take apart."""
+    """The same node in the form that PyTorch calls fastest, which compilation and transforms cannot take apart; by the
+    CPU kernels where they can take the tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Forward and context in one."""
-        output = _KalmanNormalize.forward(*inputs)
+        x, parameters, settings, groups = inputs[0], inputs[1:6], inputs[8], inputs[9]
+        shape = native.shape_of(x, parameters, groups) if settings.guard_limit == math.inf else None
+        if shape is None:
+            output = _normalized(x, parameters, settings, groups)
+        else:
+            output = native.normalize(x, parameters, settings.eps, shape)
         _KalmanNormalize.setup_context(ctx, inputs, output)
+        ctx.shape = shape
         return output
 
     @staticmethod
@@ -207,12 +227,16 @@ def _normalized(
 
 
 def _gradients(
-    gradients: tuple[Tensor, Tensor | None], saved: tuple[Any, ...], settings: FilterSettings, groups: int
+    gradients: tuple[Tensor, Tensor | None],
+    saved: tuple[Any, ...],
+    sensitivity: Sensitivity | None,
+    settings: FilterSettings,
+    groups: int,
 ) -> native.Gradients:
     """The backward in PyTorch."""
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
-    mean, variance, observed_mean, observed_variance, _, inverse = statistics.unbind()
+    mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
     view, gradient = passes.rows(x, groups), passes.rows(dy, groups, like=x)
     total, weighted, buffer = passes.weighted_sums(gradient, view, mean)
     scale = inverse if weight is None else inverse * weight
@@ -220,27 +244,28 @@ def _gradients(
     gm, gv = -scale * total, (scale * inverse).mul_(scaled).mul_(-0.5)
     if grad_statistics is not None:
         gm, gv = gm + grad_statistics[0], gv + grad_statistics[1]
-    h = centre = torch.zeros_like(gv[:1])
-    if settings.share:
-        centre = observed_mean.mean(0)
-        seen = (observed_variance + (observed_mean - centre).square()).mean(0) + settings.eps
-        h = (gv * variance).mean(0).mul_(settings.share).div_(seen)
-        gv = (1 - settings.share) * gv
     gx, gs = gm, gv
     to_prior: native.ToPrior = (None, None, None)
     if prior_mean is not None:
         q = _effective_gain(prior_variance, observed_variance, gain, settings)
         p, d = 1 - q, observed_mean - prior_mean
         cross = (gv * (2 * p * q)).mul_(d)
-        parts = torch.addcmul(-cross, gm, p), p * gv
+        to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
+        if sensitivity is not None:
+            seen = (to_variance * prior_variance).sum(0)
+            running = following.remember(sensitivity, seen, x.shape[0], settings.portion).to(gv.dtype) / groups
+            spread = torch.addcmul(observed_variance, d, d).clamp_max(_LARGEST).mean(0)
+            share = running / (spread + settings.eps)
+            shift = (2 * share) * d
+            gx, gs, to_mean = gx + shift, gs + share, to_mean - shift
+            to_variance = to_variance - running / (prior_variance.reshape(-1, len(running)).mean(0) + settings.eps)
         surplus = _surplus(d, observed_variance, prior_variance, p - q)
-        to_prior = _to_prior(parts, (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
+        to_prior = _to_prior((to_mean, to_variance), (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
     count = view.positions
-    gx, gs = torch.addcmul(gx, h, observed_mean - centre, value=2), gs + h
     offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
     dx = passes.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
-    return passes.unrows(dx, x), to_prior, scaled.sum(0), total.sum(0)
+    return passes.unrows(dx, x), to_prior, None if weight is None else scaled.sum(0), total.sum(0)
 
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:

@@ -183,31 +183,6 @@ def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, ep
     return torch.log((spread + eps) / (predicted + eps))
 
 
-def follow(posterior: Gaussian, observed: Gaussian, share: float, eps: float) -> Gaussian:
-    """Return the same posterior with a variance whose gradient follows, to a share, that of all groups together.
-
-        v̂ = exp( (1-λ) log v̂ + λ log(V + ε) + constant ),   V = mean_G(S + x̄²) - mean_G(x̄)²
-
-    A prior that is scaled to a running ratio of observed to predicted variance moves with the network's true variance,
-    of which the closed form knows a part only. The gradient has to say so, or training differentiates another function
-    than the one it evaluates.
-
-    Args:
-        posterior: µ̂, v̂ per channel.
-        observed: x̄, S of all groups.
-        share: λ.
-        eps: ε.
-
-    Shape:
-        all (G, C).
-    """
-    centred = observed.mean - observed.mean.mean(0)
-    seen = torch.log((observed.variance + centred.square()).mean(0) + eps)
-    constant = posterior.variance.detach()
-    live = constant * torch.exp(share * (seen - seen.detach()))
-    return Gaussian(posterior.mean, live + (1 - share) * (posterior.variance - constant))
-
-
 def diagonal(gaussian: Gaussian) -> Gaussian:
     """Return the per-channel variances of a Gaussian in either form."""
     if gaussian.variance.dim() == gaussian.mean.dim():

@@ -18,6 +18,7 @@ from bkn_core.errors import StatisticsError
 from bkn_core.norm import together
 from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.covariance import matrix_normalize
+from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, rectangular_identity
@@ -48,9 +49,8 @@ class BatchKalmanNorm(_BatchNorm):
         gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
         learn_gain: train q (through a sigmoid).
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
-        innovation: multiply v' by a moving average of observed over predicted variance, and let the gradient of v̂
-            follow what is observed; with fewer than 32 images in a forward, which say too little for that, multiply by
-            a third of it on the log scale (docs/method.md).
+        innovation: multiply v' by a moving average of observed over predicted variance, and let the gradient follow
+            that ratio (`following.py`).
         previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
         covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
         guarded: drop a prior whose variance is 100 times the observed one.
@@ -70,6 +70,8 @@ class BatchKalmanNorm(_BatchNorm):
     fixed_gain: Tensor
     gain_factor: Tensor
     innovation: Tensor | None
+    sensitivity: Tensor | None  # see `following.py`
+    newest_sensitivity: Tensor | None
     innovation_then: Tensor | None = None  # before the last forward moved it
     synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
     process_group: ProcessGroup | None = None
@@ -116,6 +118,8 @@ class BatchKalmanNorm(_BatchNorm):
         self.prior_offset = nn.Parameter(zeros.clone()) if correction else None
         self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
         self.register_buffer("innovation", zeros if innovation else None)
+        self.register_buffer("sensitivity", zeros.clone() if innovation else None)
+        self.register_buffer("newest_sensitivity", zeros.clone() if innovation else None)
         identity = None if previous_features is None else rectangular_identity(num_features, previous_features, start)
         self.transition = None if identity is None else nn.Parameter(identity)
 
@@ -173,7 +177,8 @@ class BatchKalmanNorm(_BatchNorm):
             share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
         elif self.training and self.statistics is None and not is_recomputation():
-            seen = together.Seen(self, prior, filtered.statistics.detach(), len(x))
+            images = x.shape[0] if filtered.images is None else filtered.images
+            seen = together.Seen(self, prior, filtered.statistics.detach(), images)
             if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
                 together.track([seen])
             else:
@@ -188,14 +193,17 @@ class BatchKalmanNorm(_BatchNorm):
     def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
         weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
         bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
-        limit = GUARD_LIMIT if self.guarded else math.inf
-        follows = self.innovation is not None and prior is not None and len(x) >= together.FEWEST_IMAGES
-        settings = FilterSettings(self.eps, size, limit, share=float(follows))
+        settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
+        memory = None
+        if prior is not None and self.sensitivity is not None and self.newest_sensitivity is not None:
+            is_tracked = self.training and self.statistics is None
+            newest = self.newest_sensitivity if is_tracked else self.newest_sensitivity.clone()
+            memory = Sensitivity(self.sensitivity, newest)
         if self._spans_processes(size):
-            is_matrix = self.covariance == "full"
-            return joint_normalize(x, prior, (gain, weight, bias), settings, (self.process_group, is_matrix))
+            form = self.process_group, self.covariance == "full"
+            return joint_normalize(x, prior, (gain, weight, bias), settings, form, memory)
         normalize = kalman_normalize if self.covariance == "diagonal" else matrix_normalize
-        return normalize(x, prior, gain, weight, bias, settings)
+        return normalize(x, prior, gain, weight, bias, settings, memory)
 
     def _spans_processes(self, size: int | None) -> bool:
         is_asked = self.synchronized and size is None and self.training and self.statistics is None

@@ -29,7 +29,8 @@ _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
 _LOG = logging.getLogger("bkn")
 
 ToPrior = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of µ', v' and the gain
-Gradients = tuple[Tensor, ToPrior, Tensor, Tensor]  # of x, of the prior and the gain, of γ, of β
+Gradients = tuple[Tensor, ToPrior, Tensor | None, Tensor]  # of x, of the prior and the gain, of γ, of β
+Shape = tuple[int, int, int, int, int, int]  # groups, images in each, channels, length, channels last?, threads
 Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]  # µ', v', gain, γ, β
 
 
@@ -76,18 +77,28 @@ def are_usable() -> bool:
     return is_eager() and library() is not None
 
 
-def serves(x: Tensor, parameters: Parameters, groups: int) -> bool:
-    """Whether the kernels can take these tensors now: they trust every type, layout and shape."""
-    if not are_usable() or not is_plain(x) or not _layout(x) or x.numel() == 0:
-        return False
+def shape_of(x: Tensor, parameters: Parameters, groups: int) -> Shape | None:
+    """Return how the kernels see an activation, None where they cannot take these tensors: they trust every type,
+    layout and shape.
+    """
+    if not are_usable() or not is_plain(x):
+        return None
+    layout, size, dimensions = _layout(x), x.numel(), x.shape
+    if not layout or not size:
+        return None
+    images, channels = dimensions[0], dimensions[1]
+    for tensor in parameters:
+        if tensor is not None and not (is_plain(tensor) and tensor.is_contiguous()):
+            return None
     prior_mean, prior_variance, gain, weight, bias = parameters
-    vector = x.shape[1:2]
-    if not all(t is None or t.shape == vector for t in (weight, bias)) or gain.dim():
-        return False
-    shapes = {t.shape for t in (prior_mean, prior_variance) if t is not None}
-    if len(shapes) > 1 or not shapes <= {vector, (groups, x.shape[1])}:
-        return False
-    return all(t is None or (is_plain(t) and t.is_contiguous()) for t in parameters)
+    vector = dimensions[1:2]
+    if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias)):
+        return None
+    if prior_mean is not None and prior_variance is not None:
+        wide = prior_mean.shape
+        if wide != prior_variance.shape or wide not in (vector, (groups, channels)):
+            return None
+    return groups, images // groups, channels, size // (images * channels), layout - 1, torch.get_num_threads()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -105,52 +116,52 @@ def _layout(x: Tensor) -> int:
     return 2 if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) else 0
 
 
-def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int, int, int]:
-    images, channels = x.shape[:2]
-    threads = torch.get_num_threads()
-    return groups, images // groups, channels, x.numel() // (images * channels), _layout(x) - 1, threads
-
-
 def address(tensor: Tensor | None) -> int:
     """Return where a tensor's values begin, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def normalize(x: Tensor, parameters: Parameters, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, parameters: Parameters, eps: float, shape: Shape) -> tuple[Tensor, Tensor]:
     """Return y and the statistics (6, G, C) of `fused.py`."""
     prior_mean, prior_variance, gain, weight, bias = parameters
-    y, statistics = torch.empty_like(x), x.new_empty((6, groups, x.shape[1]))
-    slots = [*_shape(x, groups), *map(address, (x, prior_mean, prior_variance)), _stride(prior_mean)]
-    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), *[0] * 3])
+    y, statistics = torch.empty_like(x), x.new_empty((6, shape[0], shape[2]))
+    slots = [*shape, *map(address, (x, prior_mean, prior_variance)), _stride(prior_mean)]
+    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), 0, 0, 0])
     return y, statistics
 
 
 def normalize_backward(
-    gradients: tuple[Tensor, Tensor | None], saved: tuple[Tensor | None, ...], numbers: tuple[float, float], groups: int
+    gradients: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor | None, ...],
+    sensitivity: tuple[Tensor | None, Tensor | None],
+    numbers: tuple[float, ...],
+    shape: Shape,
 ) -> Gradients:
     """Return the gradients that `fused.py` asks for.
 
     Args:
         gradients: of y and of the statistics.
         saved: x, µ', v', gain, γ, statistics.
-        numbers: λ and ε.
-        groups: G.
+        sensitivity: h̄ and the newest one, which is moved; None to follow no innovation.
+        numbers: by how much to move it, the part of the forward's images, ε.
+        shape: of `shape_of`.
     """
     dy, to_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
     assert x is not None and gain is not None
-    if dy.stride() != x.stride():
+    if not is_plain(dy) or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     if to_statistics is not None:
         to_statistics = to_statistics.contiguous()
-    dx, affine = torch.empty_like(x), x.new_empty((2, x.shape[1]))
+    dx, to_bias = torch.empty_like(x), x.new_empty(shape[2])
+    to_weight = None if weight is None else torch.empty_like(weight)
     prior: ToPrior = (None, None, None)
     if prior_mean is not None and prior_variance is not None:
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
-    slots = [*_shape(x, groups), *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
-    slots += map(address, (gain, weight, statistics, to_statistics, dx, affine, *prior))
-    run("bkn_backward", [*slots, *map(bits_of, numbers), *[0] * 4])
-    return dx, prior, affine[0], affine[1]
+    slots = [*shape, *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
+    slots += map(address, (gain, weight, statistics, to_statistics, dx, to_weight, to_bias, *prior, *sensitivity))
+    run("bkn_backward", [*slots, *map(bits_of, numbers), 0, 0, 0, 0])
+    return dx, prior, to_weight, to_bias
 
 
 def _stride(prior_mean: Tensor | None) -> int:

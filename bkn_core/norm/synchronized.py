@@ -6,7 +6,7 @@ Each process sends the mean m_i, the centred sum of squares M_i and the count n_
 
 and the filter goes on from there in each process alike. Backward, the gradients of x̄ and S, which hold the sums G₁ and
 G₂ of `fused`, are added up over the processes:  dx = ( Σ g_x̄ + 2 (x - x̄) Σ g_S ) / n  beside what reaches x directly.
-One exchange of 2C + 1 numbers forward, one of 2C backward.
+One exchange of 2C + 1 numbers forward, one of 2C backward, one more of C where an innovation is followed.
 
 Only the group that is the whole batch spans processes. Groups of a given `statistics_batch_size` stay inside one.
 Checked with gloo on the CPU; not run on a GPU.
@@ -14,6 +14,7 @@ Checked with gloo on the CPU; not run on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bkn_core.norm.covariance import normalize_by
+from bkn_core.norm.following import Processes, Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings
 from bkn_core.norm.kalman import Gaussian, Moments
 
@@ -37,6 +39,7 @@ def joint_normalize(
     parameters: tuple[Tensor, Tensor | None, Tensor | None],
     settings: FilterSettings,
     form: tuple[dist.ProcessGroup | None, bool],
+    sensitivity: Sensitivity | None = None,
 ) -> Filtered:
     """Normalize this process's part of one group by the posterior of the whole; see `covariance.normalize_by`.
 
@@ -46,8 +49,19 @@ def joint_normalize(
         parameters: gain, γ and β.
         settings: see `FilterSettings`.
         form: the processes, None for all of them, and whether to observe the full matrix S.
+        sensitivity: h̄, as in `fused.kalman_normalize`.
     """
-    return normalize_by(x, prior, joint_moments(x, form[0], covariance=form[1]), parameters, settings)
+    group, is_matrix = form
+    observed = joint_moments(x, group, covariance=is_matrix)
+    images = observed.count[0] / x.shape[2:].numel()
+    processes = Processes(dist.get_world_size(group), images, functools.partial(_total, group))
+    return normalize_by(x, prior, observed, parameters, settings, sensitivity, processes)
+
+
+def _total(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
+    values = values.clone()
+    dist.all_reduce(values, group=group)
+    return values
 
 
 def joint_moments(x: Tensor, group: dist.ProcessGroup | None, *, covariance: bool = False) -> Moments:

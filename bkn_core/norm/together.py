@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from bkn_core.norm import following
 from bkn_core.norm.fused import images_per_group
 from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal, log_innovation
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
 
 INNOVATION_LIMIT = 2.0
-FEWEST_IMAGES = 32  # in a forward, for its variance to be known well enough to differentiate through (docs/method.md)
-SMALL_SHARE = 1 / 3  # of the log ratio that the innovation follows with fewer
+_FARTHEST = 8.0  # a log ratio beyond it is an outlier, which a running mean of ratios would take long to forget
 
 
 class Seen(NamedTuple):
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
     layer: BatchKalmanNorm
     prior: Gaussian | None
     statistics: Tensor
-    images: int
+    images: int | Tensor  # a tensor where they are those of several processes
 
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -111,8 +111,8 @@ def track(records: Sequence[Seen]) -> None:
         chosen = [records[i] for i in numbers]
         images, size, layers = chosen[0].images, chosen[0].layer.statistics_batch_size, [r.layer for r in chosen]
         statistics = _beside([record.statistics for record in chosen])
-        is_even = size is None or images % min(size, images) == 0
-        share = None if is_even else images_per_group(images, size, statistics) / images
+        is_even = isinstance(images, Tensor) or size is None or images % min(size, images) == 0
+        share = None if isinstance(images, Tensor) or is_even else images_per_group(images, size, statistics) / images
         if chosen[0].prior is not None and layers[0].innovation is not None:
             _move_innovations(chosen, statistics, share)
         if layers[0].running_mean is not None:
@@ -136,14 +136,17 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     prior = Gaussian(_beside([p.mean for p in priors]), _beside([p.variance for p in priors]))
     innovations = [layer.innovation for layer in layers if layer.innovation is not None]
     ratio = log_innovation(prior, Gaussian(statistics[2], statistics[3]), share, layers[0].eps)
-    before = torch.cat(innovations, -1)
+    before = torch.cat(innovations, -1).to(ratio.dtype)
     if not torch.compiler.is_compiling():  # a checkpoint that runs the forward again wants what it used
         for layer, innovation in zip(layers, _apart(before, layers), strict=True):
             layer.innovation_then = innovation
-    whole = records[0].images >= FEWEST_IMAGES
-    target = ((1.0 if whole else SMALL_SHARE) * (ratio + before)).clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT)
-    targets = list(_apart(target.to(innovations[0].dtype), layers))
-    torch._foreach_lerp_(innovations, targets, layers[0].innovation_momentum)
+    # The mean of ratios, not of their logarithms: few images at a time must not make it smaller.
+    weight = 1 - (1 - layers[0].innovation_momentum) ** (records[0].images / following.IMAGES)
+    ratio = torch.lerp(before.exp(), (ratio + before).clamp_(-_FARTHEST, _FARTHEST).exp(), weight)
+    after = ratio.log().clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(innovations[0].dtype)
+    torch._foreach_copy_(innovations, list(_apart(after, layers)))
+    newest = _those([layer.newest_sensitivity for layer in layers])
+    torch._foreach_copy_(_those([layer.sensitivity for layer in layers]), newest)
 
 
 def _move_statistics(layers: Sequence[BatchKalmanNorm], statistics: Tensor, share: Tensor | None) -> None:

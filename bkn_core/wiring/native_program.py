@@ -22,9 +22,8 @@ from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN
 from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.program import Line, Wiring
 
-(
-    _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY, _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL, _GAIN,
-) = range(13)  # fmt: skip
+_NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
+_AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL, _GAIN = range(7, 13)
 _MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling may pool: a Gaussian, or a rectified one
 _FIELDS, _PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 23, 13, 11, 12, 21  # places in the structure of `program.h`
 

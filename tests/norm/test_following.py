@@ -1,4 +1,4 @@
-"""A posterior whose variance follows, to a share, that of all groups: the fused node against the plain functions."""
+"""The gradient of the innovation and the sensitivity that it is weighted by: the fused node against plain functions."""
 
 from __future__ import annotations
 
@@ -6,56 +6,129 @@ import pytest
 import torch
 from torch import Tensor
 
+from bkn_core.norm.following import IMAGES, Sensitivity, follow
 from bkn_core.norm.fused import FilterSettings, kalman_normalize
-from bkn_core.norm.kalman import Gaussian, follow, moments, normalize, spread_over_images, update
+from bkn_core.norm.kalman import Gaussian, log_innovation, moments, normalize, spread_over_images, update
+from bkn_core.norm.layers import BatchKalmanNorm2d
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 EPS = 1e-3
 
 
-def leaves(*, grouped: bool, dtype: torch.dtype, last: bool) -> list[Tensor]:
+def leaves(*, images: int, grouped: bool, dtype: torch.dtype, last: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    rows = (3, 5) if grouped else (5,)
-    x = 2 * draw(6, 5, 4, 3) + 1
+    rows = ((images + 1) // 2, 5) if grouped else (5,)
+    x = 2 * draw(images, 5, 4, 3) + 1
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     values = [x, draw(*rows), draw(*rows).square() + 0.3, torch.tensor(0.2).double(), draw(5), draw(5)]
     return [value.to(dtype).requires_grad_() for value in values]
 
 
+def filtered_by_hand(values: list[Tensor], innovation: Tensor | None = None) -> tuple[Tensor, Gaussian]:
+    """The plain functions, with v' exp(ι - constant) where the innovation ι is to be differentiated."""
+    x, mean, variance, gain, weight, bias = values
+    prior = Gaussian(mean, variance if innovation is None else variance * innovation.exp())
+    posterior = update(prior, moments(x, 2), gain)
+    rows = Gaussian(*(spread_over_images(part, len(x), 2) for part in posterior))
+    return normalize(x, rows, weight, bias, EPS), posterior
+
+
+def innovation_of(values: list[Tensor]) -> Tensor:
+    x, mean, variance, *_ = values
+    observed = moments(x, 2)
+    return log_innovation(Gaussian(mean, variance), Gaussian(observed.mean, observed.variance), None, EPS)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_gradients_are_those_of_the_plain_functions(share: float, grouped: bool, last: bool) -> None:
-    narrow, wide = (leaves(grouped=grouped, dtype=dtype, last=last) for dtype in (torch.float32, torch.float64))
-    upstream = torch.randn(6, 5, 4, 3, dtype=torch.float64)
-    x, mean, variance, gain, weight, bias = wide
-    observed = moments(x, 2)
-    seen = Gaussian(observed.mean, observed.variance)
-    posterior = follow(update(Gaussian(mean, variance), observed, gain), seen, share, EPS)
-    rows = Gaussian(*(spread_over_images(values, 6, 2) for values in posterior))
-    expected = normalize(x, rows, weight, bias, EPS)
-    exact = torch.autograd.grad((expected * upstream).sum() + posterior.variance.sum(), wide)
+@pytest.mark.parametrize("images", [6, IMAGES])
+def test_gradients_are_those_of_the_plain_functions(images: int, grouped: bool, last: bool) -> None:
+    types = torch.float32, torch.float64
+    narrow, wide = (leaves(images=images, grouped=grouped, dtype=dtype, last=last) for dtype in types)
+    upstream = torch.randn(images, 5, 4, 3, dtype=torch.float64)
+    used, before = torch.randn(2, 5, dtype=torch.float64)
+    constant = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    y, posterior = filtered_by_hand(wide, constant)
+    seen, *own = torch.autograd.grad((y * upstream).sum() + posterior.variance.sum(), [constant, *wide])
+    after = before + min(1, images / IMAGES) * (seen - before)
+    current = used + min(1, images / IMAGES) * (seen - used)
+    through = torch.autograd.grad(innovation_of(wide), wide[:3], current)
+    exact = [a + b for a, b in zip(own, [*through, 0, 0, 0], strict=True)]
     for values in (wide, narrow):
         x, mean, variance, gain, weight, bias = values
-        settings = FilterSettings(EPS, 2, share=share)
-        filtered = kalman_normalize(x, Gaussian(mean, variance), gain, weight, bias, settings)
-        torch.testing.assert_close(filtered.y.double(), expected, rtol=1e-5, atol=1e-5)
+        memory = Sensitivity(used.to(x.dtype), before.to(x.dtype, copy=True))
+        filtered = kalman_normalize(x, Gaussian(mean, variance), gain, weight, bias, FilterSettings(EPS, 2), memory)
+        torch.testing.assert_close(filtered.y.double(), y, rtol=1e-5, atol=1e-5)
         objective = (filtered.y * upstream.to(x.dtype)).sum() + filtered.posterior.variance.sum()
         for actual, wanted in zip(torch.autograd.grad(objective, values), exact, strict=True):
             torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(memory.newest.double(), after, rtol=1e-4, atol=1e-4)
 
 
-def test_with_the_whole_share_the_loss_does_not_feel_the_scale_of_what_is_observed() -> None:
+def test_the_plain_form_is_the_same() -> None:
+    values = leaves(images=6, grouped=False, dtype=torch.float64, last=False)
+    x, mean, variance, gain, weight, bias = values
+    fused, plain = (Sensitivity(torch.arange(5.0).double(), torch.ones(5).double()) for _ in range(2))
+    y = kalman_normalize(x, Gaussian(mean, variance), gain, weight, bias, FilterSettings(EPS, 2), fused).y
+    expected = torch.autograd.grad(y.pow(3).sum(), values)
+    observed = moments(x, 2)
+    prior = follow(Gaussian(mean, variance), Gaussian(observed.mean, observed.variance), None, EPS, plain, 6)
+    y, _ = filtered_by_hand([x, prior.mean, prior.variance, gain, weight, bias])
+    for actual, wanted in zip(torch.autograd.grad(y.pow(3).sum(), values), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(plain.newest, fused.newest)
+    assert torch.equal(fused.used, torch.arange(5.0).double())
+
+
+def test_the_loss_does_not_feel_the_scale_of_what_is_observed() -> None:
     """As under batch normalization: ∂L/∂x has no part along x - µ' if the prior is right (gain 0, ε 0)."""
-    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    x = torch.randn(IMAGES, 3, 5, 5, dtype=torch.float64)
     x = (x - x.mean((0, 2, 3), keepdim=True)).requires_grad_()
-    prior, zero = Gaussian(torch.zeros(3).double(), x.detach().var((0, 2, 3))), torch.tensor(0.0).double()
-    settings = FilterSettings(0.0, 2, share=1.0)
-    y = kalman_normalize(x, prior, zero, None, None, settings).y
+    prior, zero = Gaussian(torch.zeros(3).double(), x.detach().var((0, 2, 3), correction=0)), torch.tensor(0.0).double()
+    memory = Sensitivity(torch.ones(3).double(), torch.zeros(3).double())
+    y = kalman_normalize(x, prior, zero, None, None, FilterSettings(0.0, 2), memory).y
     (gradient,) = torch.autograd.grad(y.pow(3).sum() + y.exp().sum(), x)
     along = (gradient * x.detach()).sum((0, 2, 3))
     torch.testing.assert_close(along, torch.zeros(3).double(), rtol=0, atol=1e-9)
+
+
+def test_a_smaller_last_group_is_weighted_by_its_part_of_the_images() -> None:
+    """The sensitivity is that of the whole forward: a group says as much of it as it has images."""
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    prior = Gaussian(torch.zeros(2).double(), torch.ones(2).double())
+    seen = []
+    for part, portion in ((x[:4], 0.8), (x[4:], 0.2)):
+        ratio = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        scaled = Gaussian(prior.mean, prior.variance * ratio.exp())
+        y = kalman_normalize(part, scaled, torch.tensor(0.1).double(), None, None, FilterSettings(EPS, 2)).y
+        seen.append(torch.autograd.grad(y.pow(4).sum() / x.numel(), ratio)[0] / portion)
+    expected = torch.zeros(2).double()
+    for h, images in reversed(list(zip(seen, (4, 1), strict=True))):  # backward, the last comes first
+        expected = expected + images / IMAGES * (h - expected)
+    memory = Sensitivity(torch.zeros(2).double(), torch.zeros(2).double())
+    y = kalman_normalize(x, prior, torch.tensor(0.1).double(), None, None, FilterSettings(EPS, 2), memory).y
+    (y.pow(4).sum() / x.numel()).backward()
+    torch.testing.assert_close(memory.newest, expected)
+
+
+def test_what_overflowed_is_not_remembered() -> None:
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    memory = Sensitivity(torch.zeros(3), torch.arange(3.0))
+    prior = Gaussian(torch.zeros(3), torch.ones(3))
+    y = kalman_normalize(x, prior, torch.tensor(0.1), None, None, FilterSettings(EPS, 2), memory).y
+    y[:, 1].mul(torch.inf).sum().backward()
+    assert memory.newest[1] == 1 and memory.newest[2] < 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_remembers_and_the_next_forward_uses_it(training: bool) -> None:
+    layer = BatchKalmanNorm2d(3, innovation=True, statistics_batch_size=2, track_running_stats=False).train(training)
+    x, prior = torch.randn(4, 3, 5, 5, requires_grad=True), Gaussian(torch.zeros(3), torch.ones(3))
+    layer(x, prior).pow(3).sum().backward()
+    assert bool(layer.newest_sensitivity.any()) is training and not layer.sensitivity.any()
+    layer(x, prior)
+    assert torch.equal(layer.sensitivity, layer.newest_sensitivity)

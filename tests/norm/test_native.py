@@ -44,7 +44,7 @@ def leaves(shape: tuple[int, ...], groups: int | None, dtype: torch.dtype, *, la
 
 def serves(values: list[Tensor], groups: int = 1) -> bool:
     x, mean, variance, gain, weight, bias = values
-    return native.serves(x, (mean, variance, gain, weight, bias), groups)
+    return native.shape_of(x, (mean, variance, gain, weight, bias), groups) is not None
 
 
 def results(values: list[Tensor], size: int | None, *, posterior: bool) -> tuple[Filtered, list[Tensor | None]]:

@@ -28,7 +28,7 @@ def test_correction_shifts_by_standard_deviations_and_scales_by_an_exponential()
 
 @pytest.mark.parametrize("images", [5, 33])
 @pytest.mark.parametrize("ratio", [1.7, 1e6, 1e-6])
-def test_innovation_averages_the_clipped_log_ratio_of_observed_to_predicted(ratio: float, images: int) -> None:
+def test_innovation_is_the_clipped_logarithm_of_an_average_ratio(ratio: float, images: int) -> None:
     layer = BatchKalmanNorm2d(2, innovation=True, statistics_batch_size=2).double()
     raw = Gaussian(torch.tensor([0.3, -0.1]).double(), torch.tensor([1.0, 2.0]).double())
     expected = np.zeros(2)
@@ -41,9 +41,9 @@ def test_innovation_averages_the_clipped_log_ratio_of_observed_to_predicted(rati
         second = sum(
             w * (np.diag(c) + (m - raw.mean.numpy()) ** 2) for w, c, m in zip(weights, covariance, mean, strict=True)
         )
-        share = 1 if images >= 32 else 1 / 3  # of a ratio that few images do not let the gradient follow
-        target = np.clip(share * np.log(second / raw.variance.numpy()), -2, 2)
-        expected = 0.94 * expected + 0.06 * target
+        weight = 1 - 0.94 ** (images / 128)  # the same after as many images, however many a forward has
+        seen = np.exp(np.clip(np.log(second / raw.variance.numpy()), -8, 8))
+        expected = np.clip(np.log((1 - weight) * np.exp(expected) + weight * seen), -2, 2)
     np.testing.assert_allclose(layer.innovation.numpy(), expected, rtol=1e-3)
     layer.eval()(torch.randn(4, 2, 3, 3, dtype=torch.float64), raw)
     np.testing.assert_allclose(layer.innovation.numpy(), expected, rtol=1e-3)

@@ -7,10 +7,12 @@ typedef struct {
     const float *dy, *x, *prior_mean, *prior_variance;
     int64_t prior_stride;
     const float *gain, *weight, *statistics, *to_statistics; /* gradient of the statistics or NULL */
-    float *dx, *to_affine;                                   /* (2, C): dγ, dβ */
+    float *dx, *to_weight, *to_bias;                         /* no weight: NULL */
     float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
     float *to_gain;
-    double share, eps;
+    const float *sensitivity;
+    float *newest;                                           /* sensitivity; NULL to follow no innovation */
+    double newness, portion, eps;                            /* by how much to move it; see `following.py` */
     /* of this call, not set by the caller: */
     int64_t parts;
     double *sums;        /* (G, parts, C, 2) */
@@ -28,8 +30,13 @@ static float *coefficient(const Backward *b, int64_t g, int j, int64_t c)
     return b->coefficients + (4 * g + j) * b->channels + c;
 }
 
-/* One channel of one group: adds to dγ, dβ, µ', v', q, and to Σ v̂ g_v, Σ S + x̄² and Σ x̄. */
-static void differentiate_group(const Backward *b, int64_t g, int64_t c, double *totals)
+typedef struct {
+    double weight, bias, prior_mean, prior_variance, gain; /* gradients */
+    double sensitivity, spread, predicted;                 /* Σ v' gv', Σ S + d², Σ v' */
+} Totals;
+
+/* One channel of one group. */
+static void differentiate_group(const Backward *b, int64_t g, int64_t c, Totals *totals)
 {
     int64_t at = g * b->channels + c, plane = b->groups * b->channels;
     const float *s = b->statistics;
@@ -39,25 +46,23 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, double 
             sums[j] += b->sums[2 * ((g * b->parts + p) * b->channels + c) + j];
     double inverse = s[5 * plane + at], scale = b->weight ? inverse * b->weight[c] : inverse;
     double gm = -scale * sums[0], gv = -0.5 * scale * inverse * inverse * sums[1], seen = s[2 * plane + at];
-    totals[0] += inverse * sums[1];
-    totals[1] += sums[0];
+    totals->weight += inverse * sums[1];
+    totals->bias += sums[0];
     if (b->to_statistics) {
         gm += b->to_statistics[at];
         gv += b->to_statistics[plane + at];
     }
-    double variance = limited(s[3 * plane + at]);
-    totals[5] += gv * s[plane + at];
-    totals[6] += variance + limited(seen * seen);
-    totals[7] += seen;
-    gv *= 1 - b->share;
     double to_mean = gm, to_variance = gv;
     if (b->prior_mean) {
         double q = *b->gain, p = 1 - q, predicted = b->prior_variance[g * b->prior_stride + c];
         double d = seen - b->prior_mean[g * b->prior_stride + c], cross = 2 * p * q * gv * d;
-        double square = limited(d * d);
-        totals[2] += p * gm - cross;
-        totals[3] += p * gv;
-        totals[4] += limited(gm * d + gv * (variance - predicted + (p - q) * square));
+        double variance = limited(s[3 * plane + at]), square = limited(d * d);
+        totals->prior_mean += p * gm - cross;
+        totals->prior_variance += p * gv;
+        totals->gain += limited(gm * d + gv * (variance - predicted + (p - q) * square));
+        totals->sensitivity += p * gv * predicted;
+        totals->spread += variance + square;
+        totals->predicted += predicted;
         to_mean = q * gm + cross;
         to_variance = q * gv;
         if (b->prior_stride) {
@@ -71,31 +76,44 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, double 
     *coefficient(b, g, 3, c) = (float)(to_mean / count);
 }
 
-/* The share of the posterior's variance that follows the variance V of all groups together. */
-static void follow(const Backward *b, int64_t c, const double *totals)
+/* What the innovation's gradient adds to every group. */
+static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, mean = totals[7] / groups, variance = totals[6] / groups - mean * mean;
-    double factor = 2 * b->share * totals[5] / groups / ((variance > 0 ? variance : 0) + b->eps);
-    factor /= (double)(b->images * b->length);
+    double groups = (double)b->groups, seen = totals->sensitivity / b->portion, running = b->sensitivity[c];
+    if (isfinite(seen)) {
+        b->newest[c] += (float)(b->newness * (seen - b->newest[c]));
+        running += b->newness * (seen - running);
+    }
+    running *= b->portion / groups;
+    double share = running / (totals->spread / groups + b->eps);
+    double to_variance = running / (totals->predicted / groups + b->eps), count = (double)(b->images * b->length);
     for (int64_t g = 0; g < b->groups; g++) {
-        *coefficient(b, g, 1, c) += (float)factor;
-        *coefficient(b, g, 3, c) += (float)(factor * (*coefficient(b, g, 2, c) - mean));
+        double shift = 2 * share * (*coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c]);
+        *coefficient(b, g, 1, c) += (float)(2 * share / count);
+        *coefficient(b, g, 3, c) += (float)(shift / count);
+        totals->prior_mean -= shift;
+        totals->prior_variance -= to_variance;
+        if (b->prior_stride) {
+            b->to_prior_mean[g * b->channels + c] -= (float)shift;
+            b->to_prior_variance[g * b->channels + c] -= (float)to_variance;
+        }
     }
 }
 
 static void differentiate(const Backward *b, int64_t c)
 {
-    double totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    Totals totals = {0};
     for (int64_t g = 0; g < b->groups; g++)
-        differentiate_group(b, g, c, totals);
-    if (b->share > 0)
-        follow(b, c, totals);
-    b->to_affine[c] = (float)totals[0];
-    b->to_affine[b->channels + c] = (float)totals[1];
-    b->gain_parts[c] = totals[4];
+        differentiate_group(b, g, c, &totals);
+    if (b->prior_mean && b->newest)
+        follow(b, c, &totals);
+    if (b->to_weight)
+        b->to_weight[c] = (float)totals.weight;
+    b->to_bias[c] = (float)totals.bias;
+    b->gain_parts[c] = totals.gain;
     if (b->prior_mean && !b->prior_stride) {
-        b->to_prior_mean[c] = (float)totals[2];
-        b->to_prior_variance[c] = (float)totals[3];
+        b->to_prior_mean[c] = (float)totals.prior_mean;
+        b->to_prior_variance[c] = (float)totals.prior_variance;
     }
 }
 
