@@ -1,6 +1,6 @@
 """Training with several processes, as torchrun starts them: one model replica each, gradients averaged.
 
-Statistics groups never cross a process, so nothing but gradients, the loss and innovations is exchanged in a step.
+Statistics groups never cross a process: a step exchanges gradients, the loss, innovations and sensitivities only.
 Checked with gloo on the CPU; not run on several GPUs.
 """
 

@@ -76,7 +76,8 @@ class Training:
             self.model.compile()
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
-        self.innovations = [buffer for name, buffer in self.model.named_buffers() if name.endswith(".innovation")]
+        shared = (".innovation", "sensitivity")
+        self.innovations = [buffer for name, buffer in self.model.named_buffers() if name.endswith(shared)]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint

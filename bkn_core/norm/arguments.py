@@ -37,11 +37,13 @@ def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: boo
     Raises:
         StatisticsError: no image, or a group with one value per channel and no prior.
     """
-    if len(x) == 0:
+    images = x.shape[0]
+    if images == 0:
         raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
-    images = len(x) if statistics_batch_size is None else min(statistics_batch_size, len(x))
-    smallest = (len(x) % images or images) * x.shape[2:].numel()
-    if smallest == 1 and not has_prior:
+    if has_prior:
+        return
+    size = images if statistics_batch_size is None else min(statistics_batch_size, images)
+    if (images % size or size) * x.shape[2:].numel() == 1:
         raise StatisticsError(
             f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
             "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",

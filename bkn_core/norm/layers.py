@@ -191,14 +191,12 @@ class BatchKalmanNorm(_BatchNorm):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
-        weight = None if self.weight is None else self.weight.to(self.gain_factor.dtype)
-        bias = None if self.bias is None else self.bias.to(self.gain_factor.dtype)
+        weight, bias = (_of_type(self.gain_factor.dtype, parameter) for parameter in (self.weight, self.bias))
         settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
-        memory = None
-        if prior is not None and self.sensitivity is not None and self.newest_sensitivity is not None:
+        used, newest, memory = self.sensitivity, self.newest_sensitivity, None
+        if prior is not None and used is not None and newest is not None:
             is_tracked = self.training and self.statistics is None
-            newest = self.newest_sensitivity if is_tracked else self.newest_sensitivity.clone()
-            memory = Sensitivity(self.sensitivity, newest)
+            memory = Sensitivity(used, newest if is_tracked else newest.clone())
         if self._spans_processes(size):
             form = self.process_group, self.covariance == "full"
             return joint_normalize(x, prior, (gain, weight, bias), settings, form, memory)
@@ -211,9 +209,10 @@ class BatchKalmanNorm(_BatchNorm):
 
     def hand(self, relay: Relay) -> None:
         """Take the relay of the forward that begins on this thread."""
-        if not is_recomputation():
-            self.innovation_then = None
-        self.relay = relay
+        own = self.__dict__  # which `nn.Module.__setattr__` writes as well, after looking for tensors and modules
+        if own.get("innovation_then") is not None and not is_recomputation():
+            own["innovation_then"] = None
+        own["relay"] = relay
         self.mailboxes.own.put(relay)
 
     def _relay_of_forward(self, *, warn: bool) -> Relay | None:
@@ -247,6 +246,10 @@ class BatchKalmanNorm(_BatchNorm):
         prior = "prior" if self.expects_prior else "no prior"
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
+
+
+def _of_type(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 class BatchKalmanNorm1d(BatchKalmanNorm, nn.BatchNorm1d):

@@ -213,7 +213,10 @@ class NativeProgram:
         for (owner, name), shape in zip(self.owners, self.shapes, strict=True):
             module = modules[owner]
             tensor = module._parameters.get(name)
-            tensor = getattr(module, name, None) if tensor is None else tensor
+            if tensor is None:
+                tensor = module._buffers.get(name)
+            if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
+                tensor = getattr(module, name, None)
             if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
                 return None
             found.append(tensor)
