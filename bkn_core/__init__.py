@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from bkn_core.accumulation import accumulation
 from bkn_core.calibration import calibrate_priors_
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
@@ -38,6 +39,7 @@ __all__ = [
     "PriorQuality",
     "Recipe",
     "TrainResult",
+    "accumulation",
     "anneal_gain_",
     "build_model",
     "calibrate_priors_",

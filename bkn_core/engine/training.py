@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bkn_core.accumulation import accumulation
 from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import check_recipe, deciding_keys, load_strictly_
@@ -76,14 +77,10 @@ class Training:
             self.model.compile()
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
-        shared = (".innovation", "sensitivity")
-        self.innovations = [buffer for name, buffer in self.model.named_buffers() if name.endswith(shared)]
+        self.shared = [b for name, b in self.model.named_buffers() if name.endswith((".innovation", "sensitivity"))]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint
-        for layer in self.model.modules():
-            if isinstance(layer, BatchKalmanNorm):  # an innovation's memory is counted in steps, not in passes
-                layer.innovation_momentum = 1 - (1 - layer.innovation_momentum) ** (1 / self.accumulated)
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
         self.step = self.measured = self.skipped = self.images = 0
@@ -128,12 +125,11 @@ class Training:
             DivergedError: a value is not finite and the recipe does not skip such steps.
         """
         started = time.perf_counter()
-        schedule = self.recipe.norm.gain_schedule if self.recipe.norm.kind == "bkn" else "constant"
-        rate = set_step_(self.optimizer, self.model, self.recipe.optim, schedule, step=self.step, steps=self.steps)
+        rate = set_step_(self.optimizer, self.model, self.recipe, step=self.step, steps=self.steps)
         self.snapshot.take()
         images = sum(self.plan.joint_images(part.index) for part in passes)
         loss = self._backward(epoch, passes, images)
-        self.world.average_(self.innovations)  # the priors of the next step scale with them
+        self.world.average_(self.shared)  # the priors of the next step scale with them
         if self.recipe.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
@@ -157,16 +153,19 @@ class Training:
 
     def _backward(self, epoch: int, passes: list[Pass], images: int) -> Tensor:
         """Add up the gradients of the mean loss over all passes, and return that loss."""
-        losses = []
-        for part in passes:
-            untouched = None if len(part.labels) else BufferSnapshot(self.model)
-            with self._without_exchange(is_last=part is passes[-1]):
-                loss = self._loss(epoch, part) / images
-                self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            if untouched is not None:
-                untouched.restore()
+        is_alone = len(passes) > 1 and self.recipe.norm.kind == "bkn" and self.network is self.model
+        with accumulation(self.model) if is_alone else contextlib.nullcontext():
+            losses = [self._backward_part(epoch, part, images, is_last=part is passes[-1]) for part in passes]
         return self.world.total(torch.stack(losses).sum())
+
+    def _backward_part(self, epoch: int, part: Pass, images: int, *, is_last: bool) -> Tensor:
+        untouched = None if len(part.labels) else BufferSnapshot(self.model)
+        with self._without_exchange(is_last=is_last):
+            loss = self._loss(epoch, part) / images
+            self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
+        if untouched is not None:
+            untouched.restore()
+        return loss.detach()
 
     def _loss(self, epoch: int, part: Pass) -> Tensor:
         """Return the summed cross entropy of this process's part of a pass."""

@@ -24,12 +24,15 @@ _FARTHEST = 8.0  # a log ratio beyond it is an outlier, which a running mean of 
 
 
 class Seen(NamedTuple):
-    """What a layer saw in one forward: its refined prior, the statistics of `fused.Filtered`, the number of images."""
+    """What a layer saw in one forward: its refined prior, the statistics of `fused.Filtered`, the number of images, and
+    the innovation that the prior holds, where that is not the present one.
+    """
 
     layer: BatchKalmanNorm
     prior: Gaussian | None
     statistics: Tensor
     images: int | Tensor  # a tensor where they are those of several processes
+    innovation: Tensor | None = None
 
 
 def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -140,9 +143,11 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     if not torch.compiler.is_compiling():  # a checkpoint that runs the forward again wants what it used
         for layer, innovation in zip(layers, _apart(before, layers), strict=True):
             layer.innovation_then = innovation
+    pairs = zip(records, innovations, strict=True)
+    inside = torch.cat([present if record.innovation is None else record.innovation for record, present in pairs], -1)
     # The mean of ratios, not of their logarithms: few images at a time must not make it smaller.
     weight = 1 - (1 - layers[0].innovation_momentum) ** (records[0].images / following.IMAGES)
-    ratio = torch.lerp(before.exp(), (ratio + before).clamp_(-_FARTHEST, _FARTHEST).exp(), weight)
+    ratio = torch.lerp(before.exp(), (ratio + inside).clamp_(-_FARTHEST, _FARTHEST).exp(), weight)
     after = ratio.log().clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(innovations[0].dtype)
     torch._foreach_copy_(innovations, list(_apart(after, layers)))
     newest = _those([layer.newest_sensitivity for layer in layers])

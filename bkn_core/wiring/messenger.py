@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -52,6 +53,7 @@ class Messenger:
 
     def __post_init__(self) -> None:
         self.lookup = Lookup(self.names)
+        self.held: Held | None = None  # inside `accumulation`
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
@@ -65,13 +67,16 @@ class Messenger:
 
     def __call__(self, model: nn.Module, arguments: Any = None) -> None:
         """Open the relays of the forward that begins."""
-        layers = [checked(layer, name) for layer, name in zip(self.lookup(model), self.names, strict=True)]
+        layers = self.layers(model)
         if not any(layer.uses_batch_statistics for layer in layers):
             return
         ledger: list[Seen] = []
-        if self.is_static:
+        relays: list[Relay]
+        if self.held is not None and not torch.compiler.is_compiling():
+            relays = self.held.relays(ledger, self.names)
+        elif self.is_static:
             priors, gains = self.predictions(model, layers)
-            relays: list[Relay] = [
+            relays = [
                 Handed(ledger, priors.get(name), gain, self._renewal(model, name))
                 for name, gain in zip(self.names, gains, strict=True)
             ]
@@ -80,6 +85,10 @@ class Messenger:
             relays = [_Relay(ledger, post, name) for name in self.names]
         for layer, relay in zip(layers, relays, strict=True):
             layer.hand(relay)
+
+    def layers(self, model: nn.Module) -> list[BatchKalmanNorm]:
+        """Return the layers in the order of their names."""
+        return [checked(layer, name) for layer, name in zip(self.lookup(model), self.names, strict=True)]
 
     def _renewal(self, model: nn.Module, name: str) -> Callable[[], Handed] | None:
         """Return how to compute one layer's prior and gain on their own, as reentrant checkpoints need them."""
@@ -101,7 +110,7 @@ class Messenger:
 
     def priors(self, model: nn.Module) -> dict[str, Gaussian]:
         """Compute the refined priors of all layers from the model's parameters, each line once."""
-        return self.predictions(model, [layer_of(model, name) for name in self.names])[0]
+        return self.predictions(model, self.layers(model))[0]
 
     def predictions(
         self, model: nn.Module, layers: Sequence[BatchKalmanNorm]
@@ -125,6 +134,34 @@ class Messenger:
         if not self.was_compiled:
             self.native, self.was_compiled = native_program(self.wiring, self.names, model), True
         return None if self.native is None else self.native.tensors(model)
+
+
+@dataclasses.dataclass
+class Held:
+    """The priors and gains of all forwards of one optimizer step, as constants with gradients of their own.
+
+    Args:
+        priors: by the names of their layers.
+        gains: of all layers.
+        innovations: those that the priors hold, of all layers.
+    """
+
+    priors: dict[str, Gaussian]
+    gains: list[Tensor]
+    innovations: list[Tensor | None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all of them: mean and variance of each prior, then the gains."""
+        return [*(tensor for prior in self.priors.values() for tensor in prior), *self.gains]
+
+    def relays(self, ledger: list[Seen], names: Sequence[str]) -> list[Relay]:
+        """Return what the layers of one forward are handed."""
+        found: list[Relay] = []
+        for name, gain, innovation in zip(names, self.gains, self.innovations, strict=True):
+            relay = Handed(ledger, self.priors.get(name), gain, innovation=innovation)
+            relay.renew = functools.partial(dataclasses.replace, relay)  # a constant can be backpropagated to in parts
+            found.append(relay)
+        return found
 
 
 class Farewell:

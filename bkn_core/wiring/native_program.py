@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
 from bkn_core.wiring.lookup import Lookup
+from bkn_core.wiring.native_node import FIELDS, Evaluate
 from bkn_core.wiring.program import Line, Wiring
 
 _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
 _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL, _GAIN = range(7, 13)
 _MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling may pool: a Gaussian, or a rectified one
-_FIELDS, _PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 23, 13, 11, 12, 21  # places in the structure of `program.h`
+_PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 13, 11, 12, 21  # places in the structure of `program.h`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ class NativeProgram:
         found: list[Tensor] = []
         for (owner, name), shape in zip(self.owners, self.shapes, strict=True):
             module = modules[owner]
-            tensor = module._parameters.get(name)
+            tensor: Tensor | None = module._parameters.get(name)
             if tensor is None:
                 tensor = module._buffers.get(name)
             if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
@@ -224,7 +224,7 @@ class NativeProgram:
 
     def predictions(self, tensors: list[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Return the refined priors by the names of their layers, and the gains of all layers."""
-        results, count = _Evaluate.apply(self, *tensors), len(self.layers)
+        results, count = Evaluate.apply(self, *tensors), len(self.layers)
         priors = {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
         return priors, list(results[2 * count :])
 
@@ -247,10 +247,10 @@ class NativeProgram:
         return fields
 
     def _laid_out(self) -> _Structure:
-        made = _Structure(array.array("q", bytes(8 * _FIELDS * len(self.rows))), [], [], [], [])
+        made = _Structure(array.array("q", bytes(8 * FIELDS * len(self.rows))), [], [], [], [])
         written: set[int] = set()
         for i in range(len(self.rows) - 1, -1, -1):  # backward: what is written first is not added to
-            row, start = self.rows[i], i * _FIELDS
+            row, start = self.rows[i], i * FIELDS
             made.fields[start : start + len(row.fields)] = array.array("q", row.fields)
             for j, number in enumerate(row.tensors):
                 if number >= 0:
@@ -284,38 +284,3 @@ def _layer(model: nn.Module, name: str) -> BatchKalmanNorm:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-class _Evaluate(torch.autograd.Function):
-    """All priors and gains as one node, from parameters and buffers to means, then variances, then gains."""
-
-    @staticmethod
-    def forward(ctx: Any, program: NativeProgram, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values = torch.empty(program.size)
-        _call("bkn_evaluate", program.structure(list(tensors), []), values, None)
-        ctx.program = program
-        ctx.save_for_backward(values, *(None if i in program.moving else tensor for i, tensor in enumerate(tensors)))
-        priors = program.results - len(program.names)
-        gains = values[priors : program.results].unbind()
-        return *torch.split(values[:priors], 2 * program.widths), *gains
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *results: Tensor) -> tuple[Tensor | None, ...]:
-        program: NativeProgram = ctx.program
-        values, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
-        arena = torch.zeros(program.size)
-        priors, count = program.results - len(program.names), 2 * len(program.widths)
-        if count:
-            torch.cat(results[:count], out=arena[:priors])
-        torch.stack(results[count:], out=arena[priors : program.results])
-        _call("bkn_reverse", program.structure(tensors, gradients), values, arena)
-        return None, *gradients
-
-
-def _call(kernel: str, lines: array.array[int], values: Tensor, gradients: Tensor | None) -> None:
-    address, length = lines.buffer_info()
-    slots = [length // _FIELDS, torch.get_num_threads(), values.data_ptr()]
-    native.run(kernel, [*slots, 0 if gradients is None else gradients.data_ptr(), address])

@@ -1,0 +1,143 @@
+"""One optimizer step of several forwards with priors computed once: the same gradients as with priors for each."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import bkn_core as bkn
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.wiring.messenger import Messenger
+
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+class Net(nn.Module):
+    """Two blocks behind a stem, the second maybe under a checkpoint."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.GELU(), nn.Conv2d(6, 4, 1))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        x = self.stem(x)
+        y = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.norm(y).mean((2, 3))
+
+
+def parts(count: int = 3) -> list[Tensor]:
+    return list(torch.randn(count, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).unbind())
+
+
+def converted(reentrant: bool | None = None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return bkn.convert(Net(reentrant), parts()[0], statistics_batch_size=2, **options).train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def accumulate(model: nn.Module) -> dict[str, Tensor]:
+    for x in parts():
+        (F.cross_entropy(model(x), LABELS) / 3).backward()
+    return gradients(model)
+
+
+def held_still(model: nn.Module) -> nn.Module:
+    """Keep innovations from moving, which without the block act on the next forward at once."""
+    for layer in model.modules():
+        if isinstance(layer, BatchKalmanNorm):
+            layer.innovation_momentum = 0.0
+    return model
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_gradients_are_those_of_separate_priors(reentrant: bool | None) -> None:
+    model = held_still(converted(reentrant))
+    other = copy.deepcopy(model)
+    with bkn.accumulation(model):
+        accumulate(model)
+    assert_same(gradients(model), accumulate(other))
+
+
+def test_the_priors_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = converted(), []
+    original = Messenger.predictions
+    monkeypatch.setattr(Messenger, "predictions", lambda *a: calls.append(1) or original(*a))
+    with bkn.accumulation(model):
+        accumulate(model)
+    assert len(calls) == 1
+    accumulate(model)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("options", [{"message": "raw"}, {"transition": "learned"}], ids=str)
+def test_priors_of_activations_are_left_alone(options: dict[str, Any]) -> None:
+    model = held_still(converted(**options))
+    other = copy.deepcopy(model)
+    with bkn.accumulation(model):
+        accumulate(model)
+    assert_same(gradients(model), accumulate(other))
+
+
+def test_innovations_move_towards_what_they_would_have_and_act_afterwards() -> None:
+    model = converted()
+    other = copy.deepcopy(model)
+    layers = [[m for m in net.modules() if isinstance(m, BatchKalmanNorm)] for net in (model, other)]
+    for layer in (*layers[0], *layers[1]):
+        layer.innovation_momentum = 0.5
+    with torch.no_grad(), bkn.accumulation(model):
+        outputs = [model(x) for x in parts()]
+    with torch.no_grad():
+        expected = [other(x) for x in parts()]
+    torch.testing.assert_close(outputs[0], expected[0])
+    assert not torch.allclose(outputs[1], expected[1])
+    # The first layer sees the same in both; the ratio is taken to the analytic prior, which is the same as well.
+    torch.testing.assert_close(layers[0][0].innovation, layers[1][0].innovation)
+
+
+def test_nothing_is_left_behind_by_an_error() -> None:
+    model = converted()
+    other = copy.deepcopy(model)
+    with pytest.raises(KeyError), bkn.accumulation(model):
+        raise KeyError
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(accumulate(model), accumulate(other))
+
+
+def test_an_optimizer_that_steps_inside_is_refused() -> None:
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(bkn.BknError, match="after the block"), bkn.accumulation(model):
+        accumulate(model)
+        optimizer.step()
+
+
+def test_a_plain_model_is_refused() -> None:
+    with pytest.raises(bkn.BknError, match="not converted"), bkn.accumulation(Net()):
+        pass
+
+
+def test_a_block_inside_a_block_changes_nothing() -> None:
+    model = held_still(converted())
+    other = copy.deepcopy(model)
+    with bkn.accumulation(model), bkn.accumulation(model):
+        accumulate(model)
+    assert_same(gradients(model), accumulate(other))
