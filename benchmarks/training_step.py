@@ -1,13 +1,15 @@
 """The cost of a training step with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
-    python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20]
+    python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20] [--size 32]
+                                       [--cases 128:128 128:2 8:2] [--accumulate 1]
 
-Not run on a GPU.
+A case is the images of a forward and of a statistics group. Not run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -16,42 +18,55 @@ from torch import nn
 from torch.nn import functional as F
 
 import bkn_core as bkn
+from bkn_core.convert import is_converted
 from bkn_core.engine.models import build_network
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """Return one training step: forward, backward, SGD."""
+def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, forwards: int) -> Callable[[], None]:
+    """Return one training step: forwards and backwards, with the priors computed once where there are several, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    is_shared = forwards > 1 and is_converted(model)
 
     def run() -> None:
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        with bkn.accumulation(model) if is_shared else contextlib.nullcontext():
+            for _ in range(forwards):
+                (F.cross_entropy(model(images), labels) / forwards).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
+def case(text: str) -> tuple[int, int]:
+    """Read IMAGES:GROUP."""
+    images, group = map(int, text.split(":"))
+    return images, group
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", default="cifar_resnet20")
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--cases", type=case, nargs="+", default=[(128, 128), (128, 2), (8, 2)])
+    parser.add_argument("--accumulate", type=int, default=1, help="forwards in a step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     plain = build_network(arguments.model, classes=10)
-    print(f"{arguments.model}, {arguments.size}x{arguments.size}, {arguments.threads} threads, {arguments.pairs} pairs")
+    words = f"{arguments.threads} threads, {arguments.pairs} pairs, forwards in a step: {arguments.accumulate}"
+    print(f"{arguments.model}, {arguments.size}x{arguments.size}, {words}")
     print("| layout | images | s | BKN / BN step time, median (quartiles) | BN step, ms |\n|---|---|---|---|---|")
     for layout in (torch.channels_last, torch.contiguous_format):
-        for images, size in ((128, 128), (128, 2), (8, 2)):
+        for images, size in arguments.cases:
             x = torch.randn(images, 3, arguments.size, arguments.size).contiguous(memory_format=layout)
             labels = torch.randint(0, 10, (images,))
             reference = build_network(arguments.model, classes=10).to(memory_format=layout)  # type: ignore[call-overload]
             candidate = bkn.convert(plain, x, statistics_batch_size=size, input_prior=x).to(memory_format=layout)  # type: ignore[call-overload]
-            ratio = paired(step(reference, x, labels), step(candidate, x, labels), pairs=arguments.pairs)
+            steps = (step(model.train(), x, labels, arguments.accumulate) for model in (reference, candidate))
+            ratio = paired(*steps, pairs=arguments.pairs)
             name = "channels last" if layout is torch.channels_last else "channels first"
             print(f"| {name} | {images} | {size} | {ratio} | {ratio.reference_ms:.1f} |", flush=True)
 
