@@ -1,6 +1,6 @@
 """The peak memory of training steps with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
-    python benchmarks/memory.py [--model resnet50] [--size 224] [--images 2] [--steps 4]
+    python benchmarks/memory.py [--model resnet50] [--size 224] [--images 2] [--steps 4] [--repeats 5]
 
 Each network trains in a process of its own; what is compared is the largest resident set of the process beyond the one
 before the first step, which holds the weights. Linux with the GNU C library. Not run on a GPU.
@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import multiprocessing
 import resource
+import statistics
 
 import torch
 from torch.nn import functional as F
@@ -51,17 +52,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    found = {}
-    for group in (None, 2, 1):
-        work = (arguments.model, arguments.size, arguments.images, arguments.steps, group)
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            found[group] = process.apply(peak, work)
+    found: dict[int | None, list[float]] = {None: [], 2: [], 1: []}
+    for _ in range(arguments.repeats):
+        for group, peaks in found.items():
+            work = (arguments.model, arguments.size, arguments.images, arguments.steps, group)
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                peaks.append(process.apply(peak, work))
+    reference = statistics.median(found[None])
     print(f"{arguments.model}, {arguments.images} images of {arguments.size}x{arguments.size}: peak of a training step")
-    print("| norm | MiB | over BN |\n|---|---|---|")
-    for group, value in found.items():
-        name = "BN" if group is None else f"BKN, s = {group}"
-        print(f"| {name} | {value:.0f} | {value / found[None]:.3f} |")
+    print("| norm | MiB, median (smallest to largest) | over BN |\n|---|---|---|")
+    for group, peaks in found.items():
+        name, value = "BN" if group is None else f"BKN, s = {group}", statistics.median(peaks)
+        print(f"| {name} | {value:.0f} ({min(peaks):.0f} to {max(peaks):.0f}) | {value / reference:.3f} |")
 
 
 if __name__ == "__main__":

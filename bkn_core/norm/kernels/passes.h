@@ -88,6 +88,11 @@ static inline void spread(const float *values, int64_t channels, float *row, int
         row[i] = i < channels ? values[i] : row[i - channels];
 }
 
+/* Sums over rows keep some columns in registers while they go down the rows; what is left over is added one by one. */
+typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
+enum { LANES = 8, HELD = 4 * LANES };
+#define EACH for (int j = 0; j < 4; j++)
+
 VECTORIZED static inline void add_rows(const float *x, int64_t values, int64_t width, float *sum)
 {
     for (int64_t start = 0; start < values; start += width) {
@@ -101,28 +106,51 @@ VECTORIZED static inline void add_rows(const float *x, int64_t values, int64_t w
 VECTORIZED static inline void add_centred_rows(
     const float *x, int64_t values, int64_t width, const float *mean, float *rest, float *squares)
 {
-    for (int64_t start = 0; start < values; start += width) {
-        int64_t n = values - start < width ? values - start : width;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) {
-            float d = x[start + i] - mean[i];
-            rest[i] += d;
-            squares[i] += d * d;
+    int64_t whole = values / width * width, i = 0;
+    for (; i + HELD <= width; i += HELD) {
+        const Lanes *centre = (const Lanes *)(mean + i);
+        Lanes m[4], r[4], s[4];
+        EACH m[j] = centre[j], r[j] = s[j] = (Lanes){0};
+        for (int64_t at = i; at < whole; at += width) {
+            const Lanes *v = (const Lanes *)(x + at);
+            EACH {
+                Lanes d = v[j] - m[j];
+                r[j] += d;
+                s[j] += d * d;
+            }
         }
+        EACH ((Lanes *)(rest + i))[j] += r[j], ((Lanes *)(squares + i))[j] += s[j];
     }
+    for (int64_t start = 0; start < values; start += width)
+        for (int64_t k = start < whole ? i : 0; k < width && start + k < values; k++) {
+            float d = x[start + k] - mean[k];
+            rest[k] += d;
+            squares[k] += d * d;
+        }
 }
 
 VECTORIZED static inline void add_weighted_rows(
     const float *dy, const float *x, int64_t values, int64_t width, const float *centre, float *total, float *weighted)
 {
-    for (int64_t start = 0; start < values; start += width) {
-        int64_t n = values - start < width ? values - start : width;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) {
-            total[i] += dy[start + i];
-            weighted[i] += dy[start + i] * (x[start + i] - centre[i]);
+    int64_t whole = values / width * width, i = 0;
+    for (; i + HELD <= width; i += HELD) {
+        const Lanes *mean = (const Lanes *)(centre + i);
+        Lanes m[4], t[4], w[4];
+        EACH m[j] = mean[j], t[j] = w[j] = (Lanes){0};
+        for (int64_t at = i; at < whole; at += width) {
+            const Lanes *g = (const Lanes *)(dy + at), *v = (const Lanes *)(x + at);
+            EACH {
+                t[j] += g[j];
+                w[j] += g[j] * (v[j] - m[j]);
+            }
         }
+        EACH ((Lanes *)(total + i))[j] += t[j], ((Lanes *)(weighted + i))[j] += w[j];
     }
+    for (int64_t start = 0; start < values; start += width)
+        for (int64_t k = start < whole ? i : 0; k < width && start + k < values; k++) {
+            total[k] += dy[start + k];
+            weighted[k] += dy[start + k] * (x[start + k] - centre[k]);
+        }
 }
 
 VECTORIZED static inline void apply_rows(
@@ -149,6 +177,15 @@ VECTORIZED static inline void gradient_of_rows(
     }
 }
 
+/* Rows of a block: as many values as fit the cache, and enough of a channel for its own small arithmetic not to matter. */
+static inline int64_t rows_of_block(int64_t channels, int64_t width)
+{
+    int64_t lines = width / channels, some = BLOCK / width * lines, enough = 8 * BLOCK / channels;
+    enough = enough < 128 ? enough : 128;
+    int64_t rows = some > enough ? some : enough / lines * lines;
+    return rows > lines ? rows : lines;
+}
+
 static inline double folded(const float *row, int64_t channel, int64_t channels, int64_t width)
 {
     double sum = 0;
@@ -159,8 +196,7 @@ static inline double folded(const float *row, int64_t channel, int64_t channels,
 
 static inline void observe_rows(const float *x, int64_t rows, int64_t channels, Moments *moments)
 {
-    int64_t width = width_of(channels), lines = width / channels;
-    int64_t block = BLOCK / width > 1 ? BLOCK / width * lines : lines;
+    int64_t width = width_of(channels), block = rows_of_block(channels, width);
     float *work = malloc(4 * width * sizeof(float)), *sum = work, *mean = work + width;
     float *rest = work + 2 * width, *squares = work + 3 * width;
     for (int64_t start = 0; start < rows; start += block) {
@@ -184,8 +220,7 @@ static inline void observe_rows(const float *x, int64_t rows, int64_t channels, 
 static inline void sums_of_rows(
     const float *dy, const float *x, int64_t rows, int64_t channels, const float *centre, double *sums)
 {
-    int64_t width = width_of(channels), lines = width / channels;
-    int64_t block = BLOCK / width > 1 ? BLOCK / width * lines : lines;
+    int64_t width = width_of(channels), block = rows_of_block(channels, width);
     float *work = malloc(3 * width * sizeof(float)), *row = work, *total = work + width, *weighted = work + 2 * width;
     spread(centre, channels, row, width);
     for (int64_t start = 0; start < rows; start += block) {
