@@ -13,7 +13,8 @@ it over as many images as batch normalization wants, its *sensitivity*, and n im
     (1-α) h̄ + α h,   α = min(1, n / 128)
 
 with the h̄ of when their forward ran: gradients do not depend on the order in which the backward passes of a step run.
-The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight.
+The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
+measured with; another one, as mixed precision sets it now and then, is known after 128 images.
 """
 
 from __future__ import annotations
