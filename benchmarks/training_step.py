@@ -1,9 +1,10 @@
 """The cost of a training step with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
     python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20] [--size 32]
-                                       [--cases 128:128 128:2 8:2] [--accumulate 1]
+                                       [--cases 128:128 128:2 8:2] [--accumulate 1] [--plain-loop]
 
-A case is the images of a forward and of a statistics group. Not run on a GPU.
+A case is the images of a forward and of a statistics group. The forwards of a step run inside `bkn.accumulation`, as
+those of `bkn train` do, or without it (`--plain-loop`). Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from paired import paired
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bkn_core as bkn
@@ -22,13 +23,13 @@ from bkn_core.convert import is_converted
 from bkn_core.engine.models import build_network
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, forwards: int) -> Callable[[], None]:
-    """Return one training step: forwards and backwards, with the priors computed once where there are several, SGD."""
+def step(model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain: bool) -> Callable[[], None]:
+    """Return one training step: forwards and backwards, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    is_shared = forwards > 1 and is_converted(model)
+    images, labels = batch
 
     def run() -> None:
-        with bkn.accumulation(model) if is_shared else contextlib.nullcontext():
+        with contextlib.nullcontext() if plain or not is_converted(model) else bkn.accumulation(model):
             for _ in range(forwards):
                 (F.cross_entropy(model(images), labels) / forwards).backward()
         optimizer.step()
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--cases", type=case, nargs="+", default=[(128, 128), (128, 2), (8, 2)])
     parser.add_argument("--accumulate", type=int, default=1, help="forwards in a step")
+    parser.add_argument("--plain-loop", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -65,7 +67,10 @@ def main() -> None:
             labels = torch.randint(0, 10, (images,))
             reference = build_network(arguments.model, classes=10).to(memory_format=layout)  # type: ignore[call-overload]
             candidate = bkn.convert(plain, x, statistics_batch_size=size, input_prior=x).to(memory_format=layout)  # type: ignore[call-overload]
-            steps = (step(model.train(), x, labels, arguments.accumulate) for model in (reference, candidate))
+            steps = (
+                step(model.train(), (x, labels), arguments.accumulate, plain=arguments.plain_loop)
+                for model in (reference, candidate)
+            )
             ratio = paired(*steps, pairs=arguments.pairs)
             name = "channels last" if layout is torch.channels_last else "channels first"
             print(f"| {name} | {images} | {size} | {ratio} | {ratio.reference_ms:.1f} |", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from bkn_core.convert import find_messenger
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.wiring.messenger import Held, Messenger
+from bkn_core.wiring.native_node import add_gradients_, evaluate, results_of
 
 
 @contextlib.contextmanager
@@ -43,8 +46,7 @@ def accumulation(model: nn.Module) -> Iterator[None]:
     if not messenger.is_static or messenger.held is not None:
         yield
         return
-    outputs, messenger.held = _hold(messenger, owner)
-    leaves = messenger.held.tensors()
+    messenger.held, leaves, finish = _hold(messenger, owner)
     versions = [parameter._version for parameter in owner.parameters()]
     try:
         yield
@@ -52,17 +54,40 @@ def accumulation(model: nn.Module) -> Iterator[None]:
         messenger.held = None
     if versions != [parameter._version for parameter in owner.parameters()]:
         raise ConversionError("parameters changed inside bkn.accumulation", "Step the optimizer after the block.")
-    reached = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
-    if reached:
-        torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
+    if any(leaf.grad is not None for leaf in leaves):
+        finish([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
 
 
-def _hold(messenger: Messenger, owner: nn.Module) -> tuple[list[Tensor], Held]:
-    """Return the priors and gains as they depend on the parameters, and the constants that stand for them."""
+_Finish = Callable[[list[Tensor]], None]
+
+
+def _hold(messenger: Messenger, owner: nn.Module) -> tuple[Held, list[Tensor], _Finish]:
+    """Return constants that stand for priors and gains, all of them in a row, and what to do with their gradients."""
     layers = messenger.layers(owner)
-    priors, gains = messenger.predictions(owner, layers)
-    outputs = [*(tensor for prior in priors.values() for tensor in prior), *gains]
-    constants = iter([tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs])
-    held = {name: Gaussian(next(constants), next(constants)) for name in priors}
     innovations = [None if layer.innovation is None else layer.innovation.clone() for layer in layers]
-    return outputs, Held(held, list(constants), innovations)
+    tensors, program = messenger.native_tensors(owner), messenger.native
+    if tensors is not None and program is not None and torch.is_grad_enabled() and _may_be_added_to(tensors):
+        values = evaluate(program, tensors)
+        leaves = [part.detach().requires_grad_() for part in results_of(program, values)]
+        finish: _Finish = functools.partial(add_gradients_, program, tensors, values)
+        return Held(*program.named(leaves), innovations), leaves, finish
+    priors, gains = messenger.predictions(owner, layers)
+    outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
+    pairs = iter(leaves)
+    held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
+    return Held(held, list(pairs), innovations), leaves, functools.partial(_backward, outputs)
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
+    reached = [(output, part) for output, part in zip(outputs, gradients, strict=True) if output.requires_grad]
+    torch.autograd.backward([output for output, _ in reached], [part for _, part in reached])
+
+
+def _may_be_added_to(tensors: list[Tensor]) -> bool:
+    """Whether gradients can be added in place: of leaves, each there once, that nothing watches."""
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    is_alone = len({id(tensor) for tensor in wanted}) == len(wanted)
+    return is_alone and all(
+        tensor.is_leaf and not tensor._backward_hooks and not tensor._post_accumulate_grad_hooks for tensor in wanted
+    )

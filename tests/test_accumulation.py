@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bkn_core as bkn
+from bkn_core.norm import native
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.messenger import Messenger
 
@@ -21,11 +23,11 @@ LABELS = torch.tensor([0, 1, 2, 3])
 class Net(nn.Module):
     """Two blocks behind a stem, the second maybe under a checkpoint."""
 
-    def __init__(self, reentrant: bool | None = None) -> None:
+    def __init__(self, reentrant: bool | None = None, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
-        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.GELU(), nn.Conv2d(6, 4, 1))
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), act(), nn.Conv2d(6, 4, 1))
         self.norm = nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,9 +41,9 @@ def parts(count: int = 3) -> list[Tensor]:
     return list(torch.randn(count, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).unbind())
 
 
-def converted(reentrant: bool | None = None, **options: Any) -> nn.Module:
+def converted(reentrant: bool | None = None, act: type[nn.Module] = nn.ReLU, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return bkn.convert(Net(reentrant), parts()[0], statistics_batch_size=2, **options).train()
+    return bkn.convert(Net(reentrant, act), parts()[0], statistics_batch_size=2, **options).train()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -69,8 +71,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_gradients_are_those_of_separate_priors(reentrant: bool | None) -> None:
-    model = held_still(converted(reentrant))
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])  # the kernels know the first only
+def test_gradients_are_those_of_separate_priors(act: type[nn.Module], reentrant: bool | None) -> None:
+    model = held_still(converted(reentrant, act=act))
     other = copy.deepcopy(model)
     with bkn.accumulation(model):
         accumulate(model)
@@ -79,8 +82,8 @@ def test_gradients_are_those_of_separate_priors(reentrant: bool | None) -> None:
 
 def test_the_priors_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = converted(), []
-    original = Messenger.predictions
-    monkeypatch.setattr(Messenger, "predictions", lambda *a: calls.append(1) or original(*a))
+    original = Messenger.native_tensors if native.library() else Messenger.predictions
+    monkeypatch.setattr(Messenger, original.__name__, lambda *a: calls.append(1) or original(*a))
     with bkn.accumulation(model):
         accumulate(model)
     assert len(calls) == 1
@@ -141,3 +144,44 @@ def test_a_block_inside_a_block_changes_nothing() -> None:
     with bkn.accumulation(model), bkn.accumulation(model):
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
+
+
+def watched(model: nn.Module) -> None:
+    model.block[0].weight.register_hook(lambda gradient: None)
+
+
+def tied(model: nn.Module) -> None:
+    model.norm.weight = nn.Parameter(model.norm.weight.detach().clone())
+    model.block[3].bias = model.norm.bias
+
+
+def frozen(model: nn.Module) -> None:
+    model.block[0].weight.requires_grad_(False)
+
+
+def laid_out_otherwise(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("change", [watched, tied, frozen, laid_out_otherwise])
+@pytest.mark.parametrize("before", [False, True])
+def test_gradients_that_are_there_are_added_to(change: Callable[[nn.Module], None], before: bool) -> None:
+    model = held_still(converted())
+    change(model)
+    other = copy.deepcopy(model)
+    if before:
+        for net in (model, other):
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    with bkn.accumulation(model):
+        accumulate(model)
+    assert_same(gradients(model), accumulate(other))
+
+
+def test_a_hook_sees_the_gradient_of_the_priors() -> None:
+    model, seen = held_still(converted()), []
+    model.block[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    with bkn.accumulation(model):
+        expected = accumulate(model)
+    assert len(seen) == 4 and not torch.equal(seen[-1], expected["block.0.weight"])
+    assert torch.equal(seen[-1], gradients(model)["block.0.weight"])

@@ -117,7 +117,7 @@ class Messenger:
     ) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Compute the refined priors by the names of their layers, and the gains of all layers."""
         with _no_autocast(layers[0]):
-            tensors = self._native_tensors(model)
+            tensors = self.native_tensors(model)
             if tensors is not None and self.native is not None:
                 return self.native.predictions(tensors)
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
@@ -127,7 +127,7 @@ class Messenger:
         named = [name for name in self.names if name in self.wiring.priors]
         return dict(zip(named, refined, strict=True)), together.gains(layers)
 
-    def _native_tensors(self, model: nn.Module) -> list[Tensor] | None:
+    def native_tensors(self, model: nn.Module) -> list[Tensor] | None:
         """Return what the CPU kernels read to compute the priors, None where they cannot."""
         if not native.are_usable():
             return None
@@ -149,10 +149,6 @@ class Held:
     priors: dict[str, Gaussian]
     gains: list[Tensor]
     innovations: list[Tensor | None]
-
-    def tensors(self) -> list[Tensor]:
-        """Return all of them: mean and variance of each prior, then the gains."""
-        return [*(tensor for prior in self.priors.values() for tensor in prior), *self.gains]
 
     def relays(self, ledger: list[Seen], names: Sequence[str]) -> list[Relay]:
         """Return what the layers of one forward are handed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,33 @@ class Program(Protocol):
     size: int
     results: int
 
-    def structure(self, tensors: list[Tensor | None], gradients: list[Tensor | None]) -> array.array[int]:
-        """Return the lines as the kernels read them."""
+    def structure(
+        self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()
+    ) -> array.array[int]:
+        """Return the lines as the kernels read them; the gradients with these numbers hold values to add to."""
+
+
+def evaluate(program: Program, tensors: Sequence[Tensor]) -> Tensor:
+    """Run the lines and return their arena."""
+    values = torch.empty(program.size)
+    _call("bkn_evaluate", program.structure(tensors, []), values, None)
+    return values
+
+
+def results_of(program: Program, values: Tensor) -> tuple[Tensor, ...]:
+    """Return the means, then the variances, then the gains."""
+    priors = program.results - len(program.names)
+    return *torch.split(values[:priors], 2 * program.widths), *values[priors : program.results].unbind()
+
+
+def reverse(program: Program, values: Tensor, results: Sequence[Tensor], lines: array.array[int]) -> None:
+    """Run the lines backward from the gradients of the results."""
+    arena = torch.zeros(program.size)
+    priors, count = program.results - len(program.names), 2 * len(program.widths)
+    if count:
+        torch.cat(list(results[:count]), out=arena[:priors])
+    torch.stack(list(results[count:]), out=arena[priors : program.results])
+    _call("bkn_reverse", lines, values, arena)
 
 
 class Evaluate(torch.autograd.Function):
@@ -32,28 +58,47 @@ class Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values = torch.empty(program.size)
-        _call("bkn_evaluate", program.structure(list(tensors), []), values, None)
+        values = evaluate(program, tensors)
         ctx.program = program
         ctx.save_for_backward(values, *(None if i in program.moving else tensor for i, tensor in enumerate(tensors)))
-        priors = program.results - len(program.names)
-        gains = values[priors : program.results].unbind()
-        return *torch.split(values[:priors], 2 * program.widths), *gains
+        return results_of(program, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *results: Tensor) -> tuple[Tensor | None, ...]:
-        program: Program = ctx.program
         values, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
-        arena = torch.zeros(program.size)
-        priors, count = program.results - len(program.names), 2 * len(program.widths)
-        if count:
-            torch.cat(results[:count], out=arena[:priors])
-        torch.stack(results[count:], out=arena[priors : program.results])
-        _call("bkn_reverse", program.structure(tensors, gradients), values, arena)
+        reverse(ctx.program, values, results, ctx.program.structure(tensors, gradients))
         return None, *gradients
+
+
+@torch.no_grad()
+def add_gradients_(program: Program, tensors: list[Tensor], values: Tensor, results: Sequence[Tensor]) -> None:
+    """Add to the gradients of parameters what the gradients of the results say, in place and without autograd.
+
+    Args:
+        program: the lines.
+        tensors: what they read, of which those that want a gradient are all leaves and different.
+        values: the arena of `evaluate`.
+        results: gradients of the results.
+    """
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    holding, aside = [], []
+    for i, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            continue
+        known = tensor.grad
+        if known is None or not native.is_plain(known) or known.stride() != tensor.stride():
+            aside.append(i)
+            gradients[i] = torch.empty_like(tensor)
+        else:
+            holding.append(i)
+            gradients[i] = known
+    reverse(program, values, results, program.structure(tensors, gradients, holding))
+    for i in aside:
+        known, found = tensors[i].grad, gradients[i]
+        tensors[i].grad = found if known is None or found is None else known + found
 
 
 def _call(kernel: str, lines: array.array[int], values: Tensor, gradients: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,12 +46,13 @@ class _Unsupported(Exception):
 class _Structure:
     """The lines as the kernels read them, but for what depends on the tensors: where each address goes.
 
-    `parameters`, `gradients` and `layouts` are pairs of a place in `fields` and the number of a tensor.
+    `parameters` and `layouts` are pairs of a place in `fields` and the number of a tensor; `gradients` say in addition
+    where their line begins and which bit of it says that there are values to add to.
     """
 
     fields: array.array[int]
     parameters: list[tuple[int, int]]
-    gradients: list[tuple[int, int]]
+    gradients: list[tuple[int, int, int, int]]
     layouts: list[tuple[int, int]]
     indices: list[array.array[int]]  # which `fields` points into
 
@@ -224,12 +225,18 @@ class NativeProgram:
 
     def predictions(self, tensors: list[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Return the refined priors by the names of their layers, and the gains of all layers."""
-        results, count = Evaluate.apply(self, *tensors), len(self.layers)
+        return self.named(Evaluate.apply(self, *tensors))
+
+    def named(self, results: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Take results apart."""
+        count = len(self.layers)
         priors = {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
         return priors, list(results[2 * count :])
 
-    def structure(self, tensors: list[Tensor | None], gradients: list[Tensor | None]) -> array.array[int]:
-        """Return the lines as the kernels read them."""
+    def structure(
+        self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()
+    ) -> array.array[int]:
+        """Return the lines as the kernels read them; the gradients with these numbers hold values to add to."""
         if self._structure is None:
             self._structure = self._laid_out()
         known = self._structure
@@ -241,9 +248,11 @@ class NativeProgram:
             weight = tensors[number]
             fields[place] = weight is not None and not weight.is_contiguous()
         if gradients:
-            targets = [native.address(tensor) for tensor in gradients]
-            for place, number in known.gradients:
+            targets, held = [native.address(tensor) for tensor in gradients], frozenset(holding)
+            for place, number, line, bit in known.gradients:
                 fields[place] = targets[number]
+                if number in held:
+                    fields[line + _ACCUMULATES] |= bit
         return fields
 
     def _laid_out(self) -> _Structure:
@@ -255,7 +264,7 @@ class NativeProgram:
             for j, number in enumerate(row.tensors):
                 if number >= 0:
                     made.parameters.append((start + _PARAMETERS + j, number))
-                    made.gradients.append((start + _PARAMETERS + 4 + j, number))
+                    made.gradients.append((start + _PARAMETERS + 4 + j, number, start, 1 << j))
                     made.fields[start + _ACCUMULATES] |= (number in written) << j
                     written.add(number)
             if row.fields[0] in (_CONVOLUTION, _PATCHES):
