@@ -49,6 +49,19 @@ def test_the_python_example_trains_a_converted_model() -> None:
     assert [report.prior for report in bkn.conversion_report(model)] == ["input -> 0", "relu(1) -> 3"]
 
 
+def test_the_accumulation_example_steps_once_for_several_forwards() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 2, 3, 8, 8)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    model = bkn.convert(plain, images[0], statistics_batch_size=2, input_prior=images.flatten(0, 1)).train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = [(part, torch.tensor([0, 1])) for part in images]
+    exec(EXAMPLES[1], {"bkn": bkn, "torch": torch, "model": model, "parts": parts, "optimizer": optimizer})
+    assert int(model[1].num_batches_tracked) == 2
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def resnet(weights: str) -> nn.Module:
         """The shape of a ResNet-18 with a quarter of its layers, and statistics as training leaves them."""
@@ -67,7 +80,7 @@ def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monk
     images = torch.randn(4, 3, 32, 32)
     stand_in = SimpleNamespace(models=SimpleNamespace(resnet18=resnet))
     names = {"torch": torch, "torchvision": stand_in, "bkn": bkn, "images": images, "train": train}
-    exec(EXAMPLES[1], names)
+    exec(EXAMPLES[2], names)
     model = names["model"]
     assert isinstance(model, nn.Module) and all(report.prior for report in bkn.conversion_report(model))
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
