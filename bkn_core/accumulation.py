@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from bkn_core.convert import find_messenger
+from bkn_core.convert import find_messengers
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.wiring.messenger import Held, Messenger
+from bkn_core.wiring.held import Held
+from bkn_core.wiring.messenger import Messenger
 from bkn_core.wiring.native_node import add_gradients_, evaluate, results_of
 
 
@@ -27,35 +28,53 @@ def accumulation(model: nn.Module) -> Iterator[None]:
         optimizer.step()
 
     The parameters do not change between these forwards, so neither do the priors: the forwards use them as constants,
-    whose gradients are added up and sent through the priors' own computation when the block ends. The gradients are the
-    same, and the priors cost what they cost in one forward. Innovations move inside the block and act after it.
-    Where priors depend on the activations (raw messages, learned transitions) and in compiled models nothing is saved.
+    whose gradients are added up and sent through the priors' own computation when the block ends, into `.grad` like
+    those of `backward()`; what `torch.autograd.grad` returns inside the block lacks them. The sums are the same, and
+    the priors cost what they cost in one forward, or less: the kernels add to `.grad` in place. Innovations move inside
+    the block and act after it. An error inside leaves gradients without the part of the priors.
+
+    A forward whose priors are not those of the block computes its own: with raw messages, learned transitions, other
+    parameters (`torch.func.functional_call`), gradients where the block began without, or compiled.
 
     Args:
-        model: a converted model, not wrapped by `DistributedDataParallel`, which counts the gradients of each backward.
+        model: a model with converted parts, not in `DistributedDataParallel`, which counts gradients at each backward.
 
     Raises:
-        ConversionError: the model was not converted, is wrapped, or its parameters changed inside the block.
+        ConversionError: the model was not converted or is distributed; its parameters changed inside the block; a
+            backward pass through one of its forwards came after it.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ConversionError(
             "DistributedDataParallel needs the gradients of every parameter from every backward pass",
             "Leave bkn.accumulation out there: no_sync() alone is correct.",
         )
-    owner, messenger = find_messenger(model)
-    if not messenger.is_static or messenger.held is not None:
+    with contextlib.ExitStack() as blocks:
+        for owner, messenger in find_messengers(model):
+            if messenger.is_static and messenger.held is None:
+                blocks.enter_context(_block(owner, messenger))
         yield
-        return
+
+
+@contextlib.contextmanager
+def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
     messenger.held, leaves, finish = _hold(messenger, owner)
-    versions = [parameter._version for parameter in owner.parameters()]
+    known = [(id(tensor), tensor._version) for tensor in _decisive(owner)]
     try:
         yield
     finally:
-        messenger.held = None
-    if versions != [parameter._version for parameter in owner.parameters()]:
-        raise ConversionError("parameters changed inside bkn.accumulation", "Step the optimizer after the block.")
+        messenger.held.end.is_past, messenger.held = True, None
+    if known != [(id(tensor), tensor._version) for tensor in _decisive(owner)]:
+        raise ConversionError(
+            "parameters or gains changed inside bkn.accumulation", "Step optimizer and schedule outside the block."
+        )
     if any(leaf.grad is not None for leaf in leaves):
         finish([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+
+
+def _decisive(owner: nn.Module) -> list[Tensor]:
+    """Return what the priors and gains depend on, but for measured moments and innovations."""
+    gains = (buffer for name, buffer in owner.named_buffers() if name.endswith((".gain_factor", ".fixed_gain")))
+    return [*owner.parameters(), *gains]
 
 
 _Finish = Callable[[list[Tensor]], None]
@@ -70,13 +89,13 @@ def _hold(messenger: Messenger, owner: nn.Module) -> tuple[Held, list[Tensor], _
         values = evaluate(program, tensors)
         leaves = [part.detach().requires_grad_() for part in results_of(program, values)]
         finish: _Finish = functools.partial(add_gradients_, program, tensors, values)
-        return Held(*program.named(leaves), innovations), leaves, finish
+        return Held(*program.named(leaves), innovations, owner), leaves, finish
     priors, gains = messenger.predictions(owner, layers)
     outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
     pairs = iter(leaves)
     held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
-    return Held(held, list(pairs), innovations), leaves, functools.partial(_backward, outputs)
+    return Held(held, list(pairs), innovations, owner), leaves, functools.partial(_backward, outputs)
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -128,7 +131,7 @@ def test_nothing_is_left_behind_by_an_error() -> None:
 def test_an_optimizer_that_steps_inside_is_refused() -> None:
     model = converted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(bkn.BknError, match="after the block"), bkn.accumulation(model):
+    with pytest.raises(bkn.BknError, match="outside the block"), bkn.accumulation(model):
         accumulate(model)
         optimizer.step()
 
@@ -185,3 +188,81 @@ def test_a_hook_sees_the_gradient_of_the_priors() -> None:
         expected = accumulate(model)
     assert len(seen) == 4 and not torch.equal(seen[-1], expected["block.0.weight"])
     assert torch.equal(seen[-1], gradients(model)["block.0.weight"])
+
+
+def test_a_late_backward_pass_is_refused() -> None:
+    model = converted()
+    with bkn.accumulation(model):
+        loss = F.cross_entropy(model(parts()[0]), LABELS)
+    with pytest.raises(bkn.BknError, match="inside the block"):
+        loss.backward()
+
+
+def test_a_schedule_that_steps_inside_is_refused() -> None:
+    model = converted()
+    with pytest.raises(bkn.BknError, match="outside the block"), bkn.accumulation(model):
+        accumulate(model)
+        bkn.anneal_gain_(model, 0.5)
+
+
+def test_a_copy_made_inside_is_outside() -> None:
+    model = held_still(converted())
+    with bkn.accumulation(model):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        accumulate(model)
+    for other in copies:
+        assert_same(accumulate(other), gradients(model))
+
+
+def test_gradients_in_a_block_that_began_without_are_whole() -> None:
+    model = held_still(converted())
+    other = copy.deepcopy(model)
+    with torch.no_grad(), bkn.accumulation(model), torch.enable_grad():
+        accumulate(model)
+    assert_same(gradients(model), accumulate(other))
+
+
+def test_other_parameters_have_priors_of_their_own() -> None:
+    model = held_still(converted())
+    others = {name: 1.5 * p.detach() for name, p in model.named_parameters()}
+    expected = torch.func.functional_call(model, others, parts()[0])
+    with bkn.accumulation(model):
+        torch.testing.assert_close(torch.func.functional_call(model, others, parts()[0]), expected)
+
+
+def test_every_converted_part_is_served() -> None:
+    torch.manual_seed(0)
+    images = parts()[0]
+    both = nn.ModuleList(bkn.convert(Net(), images, statistics_batch_size=2).train() for _ in range(2))
+    held_still(both)
+    other = copy.deepcopy(both)
+    with bkn.accumulation(both):
+        for net in both:
+            accumulate(net)
+    for net in other:
+        accumulate(net)
+    assert_same(gradients(both), gradients(other))
+
+
+def test_nothing_holds_itself() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = converted()
+        with bkn.accumulation(model):
+            accumulate(model)
+        alive = [weakref.ref(model.norm), weakref.ref(model)]
+        del model
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_distributed_models_are_refused() -> None:
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    with pytest.raises(bkn.BknError, match="no_sync"), bkn.accumulation(nn.Sequential(Wrapped(converted()))):
+        pass

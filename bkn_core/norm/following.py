@@ -12,7 +12,8 @@ it over as many images as batch normalization wants, its *sensitivity*, and n im
 
     (1-α) h̄ + α h,   α = min(1, n / 128)
 
-with the h̄ of when their forward ran: gradients do not depend on the order in which the backward passes of a step run.
+Backward passes move h̄, and the next forward takes it into use: passes without a forward between them use the same h̄,
+whatever their order.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
 measured with; another one, as mixed precision sets it now and then, is known after 128 images.
 """
@@ -32,7 +33,7 @@ IMAGES = 128  # that the running sensitivity looks back on
 
 
 class Sensitivity(NamedTuple):
-    """The sensitivity h̄ of a layer: that of when its forward ran, and the one that backward passes move."""
+    """The sensitivity h̄ of a layer: the one in use since the last forward, and the one that backward passes move."""
 
     used: Tensor
     newest: Tensor
@@ -51,25 +52,24 @@ def weight_of(images: int) -> float:
     return min(1.0, images / IMAGES)
 
 
-def remember(sensitivity: Sensitivity, seen: Tensor, images: int | Tensor, portion: float) -> Tensor:
+def remember(sensitivity: Sensitivity, seen: Tensor, images: int | Tensor) -> Tensor:
     """Move the newest sensitivity, in place, towards what one backward pass saw, and return what that pass uses.
 
-        h̄ ← (1-α) h̄ + α h / portion,   α = min(1, images / 128)
+        h̄ ← (1-α) h̄ + α h,   α = min(1, images / 128)
 
     Args:
         sensitivity: of the layer.
         seen: h; a number that is not finite, as mixed precision meets them, is not remembered.
         images: how many h sums over.
-        portion: their part of the images of the forward, whose mean loss is differentiated.
 
     Shape:
         (C,) each.
     """
     used, newest = sensitivity
-    seen = (seen / portion).to(newest.dtype)
+    seen = seen.to(newest.dtype)
     weight = (images / IMAGES).clamp_max(1) if isinstance(images, Tensor) else weight_of(images)
     newest.lerp_(torch.where(seen.isfinite(), seen, newest), weight)
-    return torch.lerp(used, torch.where(seen.isfinite(), seen, used), weight) * portion
+    return torch.lerp(used, torch.where(seen.isfinite(), seen, used), weight)
 
 
 def follow(
@@ -124,5 +124,5 @@ class _Follow(torch.autograd.Function):
         images, number = ctx.images, 1
         if ctx.processes is not None:  # the gradients of S of all processes are added up
             seen, images, number = ctx.processes.total(seen), ctx.processes.images, ctx.processes.number
-        running = remember(ctx.sensitivity, seen, images, 1.0) / number
+        running = remember(ctx.sensitivity, seen, images) / number
         return gradient, running.to(gradient.dtype), None, None, None, None

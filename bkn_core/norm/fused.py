@@ -39,13 +39,11 @@ class FilterSettings(NamedTuple):
         eps: ε.
         statistics_batch_size: images per statistics group.
         guard_limit: by how much a prior may exceed what is observed.
-        portion: which part of the images of the forward these are.
     """
 
     eps: float
     statistics_batch_size: int | None = None
     guard_limit: float = math.inf
-    portion: float = 1.0
 
 
 class Filtered(NamedTuple):
@@ -97,7 +95,7 @@ def kalman_normalize(
         weight: γ or None.
         bias: β or None.
         settings: see `FilterSettings`.
-        sensitivity: h̄, where v' holds an innovation whose gradient is to be followed.
+        sensitivity: h̄, where v' holds an innovation whose gradient is to be followed; for groups of one size.
 
     Shape:
         x (N, C, *spatial), prior (C,) or (G, C), sensitivity (C,).
@@ -111,10 +109,12 @@ def kalman_normalize(
         used, newest = sensitivity or (None, None)
         return Filtered(*node.apply(x, mean, variance, gain, weight, bias, used, newest, settings, images // size))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
-    parts = []
-    for some, groups in ((x[:body], slice(None, -1)), (x[body:], slice(-1, None))):
-        own = settings._replace(portion=settings.portion * some.shape[0] / images)
-        parts.append(kalman_normalize(some, _part(prior, groups), gain, weight, bias, own, sensitivity))
+    if sensitivity is not None:
+        raise ValueError("an innovation can be followed in groups of one size only")  # see `covariance.normalize_by`
+    parts = [
+        kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
+        kalman_normalize(x[body:], _part(prior, slice(-1, None)), gain, weight, bias, settings),
+    ]
     return Filtered(torch.cat([part.y for part in parts]), torch.cat([part.statistics for part in parts], 1))
 
 
@@ -169,7 +169,7 @@ class _KalmanNormalize(torch.autograd.Function):
         gradients = torch.zeros_like(saved[0]) if dy is None else dy, grad_statistics
         if ctx.shape is not None and is_eager():
             images, settings = saved[0].shape[0], ctx.settings
-            numbers = following.weight_of(images), settings.portion, settings.eps
+            numbers = following.weight_of(images), settings.eps
             results = native.normalize_backward(gradients, saved, ctx.sensitivity or (None, None), numbers, ctx.shape)
         else:
             results = _gradients(gradients, saved, ctx.sensitivity, ctx.settings, ctx.groups)
@@ -186,7 +186,7 @@ class _Direct(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Forward and context in one."""
         x, parameters, settings, groups = inputs[0], inputs[1:6], inputs[8], inputs[9]
-        shape = native.shape_of(x, parameters, groups) if settings.guard_limit == math.inf else None
+        shape = native.shape_of(x, parameters, groups, inputs[6:8]) if settings.guard_limit == math.inf else None
         if shape is None:
             output = _normalized(x, parameters, settings, groups)
         else:
@@ -254,7 +254,7 @@ def _gradients(
         gx, gs = torch.addcmul(cross, gm, q), q * gv
         if sensitivity is not None:
             seen = (to_variance * prior_variance).sum(0)
-            running = following.remember(sensitivity, seen, x.shape[0], settings.portion).to(gv.dtype) / groups
+            running = following.remember(sensitivity, seen, x.shape[0]).to(gv.dtype) / groups
             spread = torch.addcmul(observed_variance, d, d).clamp_max(_LARGEST).mean(0)
             share = running / (spread + settings.eps)
             shift = (2 * share) * d

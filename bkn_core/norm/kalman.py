@@ -166,7 +166,7 @@ def average_over_groups(values: Tensor, share: Tensor | None) -> Tensor:
 def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, eps: float) -> Tensor:
     """Return by how much observed variances about the prior mean exceed the prior's, as a logarithm.
 
-        log( mean_G(S + (x̄ - µ')²) / v' )
+        log( (mean_G(S + (x̄ - µ')²) + ε) / (v' + ε) )
 
     Args:
         prior: µ', v', for all groups or for each.

@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.errors import StatisticsError
 from bkn_core.norm import together
 from bkn_core.norm.arguments import check_form, check_gain, check_values
-from bkn_core.norm.covariance import matrix_normalize
+from bkn_core.norm.covariance import matrix_normalize, normalize_by
 from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
-from bkn_core.norm.kalman import Gaussian, rectangular_identity
+from bkn_core.norm.kalman import Gaussian, moments, rectangular_identity
 from bkn_core.norm.synchronized import joint_normalize, spans_processes
 
 Statistics = Literal["batch", "population"]
@@ -191,7 +191,8 @@ class BatchKalmanNorm(_BatchNorm):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
-        weight, bias = (_of_type(self.gain_factor.dtype, parameter) for parameter in (self.weight, self.bias))
+        wide = self.gain_factor.dtype
+        weight, bias = _of_type(wide, self.weight), _of_type(wide, self.bias)
         settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
         used, newest, memory = self.sensitivity, self.newest_sensitivity, None
         if prior is not None and used is not None and newest is not None:
@@ -200,6 +201,8 @@ class BatchKalmanNorm(_BatchNorm):
         if self._spans_processes(size):
             form = self.process_group, self.covariance == "full"
             return joint_normalize(x, prior, (gain, weight, bias), settings, form, memory)
+        if memory is not None and size is not None and x.shape[0] % min(size, x.shape[0]):
+            return normalize_by(x, prior, moments(x, size), (gain, weight, bias), settings, memory)
         normalize = kalman_normalize if self.covariance == "diagonal" else matrix_normalize
         return normalize(x, prior, gain, weight, bias, settings, memory)
 

@@ -77,7 +77,9 @@ def are_usable() -> bool:
     return is_eager() and library() is not None
 
 
-def shape_of(x: Tensor, parameters: Parameters, groups: int) -> Shape | None:
+def shape_of(
+    x: Tensor, parameters: Parameters, groups: int, sensitivity: tuple[Tensor | None, ...] = ()
+) -> Shape | None:
     """Return how the kernels see an activation, None where they cannot take these tensors: they trust every type,
     layout and shape.
     """
@@ -87,12 +89,12 @@ def shape_of(x: Tensor, parameters: Parameters, groups: int) -> Shape | None:
     if not layout or not size:
         return None
     images, channels = dimensions[0], dimensions[1]
-    for tensor in parameters:
+    for tensor in (*parameters, *sensitivity):
         if tensor is not None and not (is_plain(tensor) and tensor.is_contiguous()):
             return None
     prior_mean, prior_variance, gain, weight, bias = parameters
     vector = dimensions[1:2]
-    if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias)):
+    if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias, *sensitivity)):
         return None
     if prior_mean is not None and prior_variance is not None:
         wide = prior_mean.shape
@@ -143,7 +145,7 @@ def normalize_backward(
         gradients: of y and of the statistics.
         saved: x, µ', v', gain, γ, statistics.
         sensitivity: h̄ and the newest one, which is moved; None to follow no innovation.
-        numbers: by how much to move it, the part of the forward's images, ε.
+        numbers: by how much to move it, ε.
         shape: of `shape_of`.
     """
     dy, to_statistics = gradients

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.together import Seen
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
+from bkn_core.wiring.held import Held
 from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.native_program import NativeProgram, native_program
 from bkn_core.wiring.program import Wiring
@@ -55,6 +55,10 @@ class Messenger:
         self.lookup = Lookup(self.names)
         self.held: Held | None = None  # inside `accumulation`
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are outside every block."""
+        return {**self.__dict__, "held": None}
+
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
         model.register_forward_pre_hook(self)
@@ -72,7 +76,7 @@ class Messenger:
             return
         ledger: list[Seen] = []
         relays: list[Relay]
-        if self.held is not None and not torch.compiler.is_compiling():
+        if self.held is not None and not torch.compiler.is_compiling() and self.held.serves_now():
             relays = self.held.relays(ledger, self.names)
         elif self.is_static:
             priors, gains = self.predictions(model, layers)
@@ -136,30 +140,6 @@ class Messenger:
         return None if self.native is None else self.native.tensors(model)
 
 
-@dataclasses.dataclass
-class Held:
-    """The priors and gains of all forwards of one optimizer step, as constants with gradients of their own.
-
-    Args:
-        priors: by the names of their layers.
-        gains: of all layers.
-        innovations: those that the priors hold, of all layers.
-    """
-
-    priors: dict[str, Gaussian]
-    gains: list[Tensor]
-    innovations: list[Tensor | None]
-
-    def relays(self, ledger: list[Seen], names: Sequence[str]) -> list[Relay]:
-        """Return what the layers of one forward are handed."""
-        found: list[Relay] = []
-        for name, gain, innovation in zip(names, self.gains, self.innovations, strict=True):
-            relay = Handed(ledger, self.priors.get(name), gain, innovation=innovation)
-            relay.renew = functools.partial(dataclasses.replace, relay)  # a constant can be backpropagated to in parts
-            found.append(relay)
-        return found
-
-
 class Farewell:
     """The end of a forward: moves the moving statistics and closes the relays.
 
@@ -180,6 +160,7 @@ class Farewell:
             if mailbox.is_open and mailbox.relay is not None:
                 mailbox.is_open, ledger = False, mailbox.relay.ledger
         together.track(ledger)
+        ledger.clear()  # or the layers, which hold their relay, would hold themselves
 
 
 class _Post:

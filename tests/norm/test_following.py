@@ -96,23 +96,27 @@ def test_the_loss_does_not_feel_the_scale_of_what_is_observed() -> None:
     torch.testing.assert_close(along, torch.zeros(3).double(), rtol=0, atol=1e-9)
 
 
-def test_a_smaller_last_group_is_weighted_by_its_part_of_the_images() -> None:
-    """The sensitivity is that of the whole forward: a group says as much of it as it has images."""
-    x = torch.randn(5, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    prior = Gaussian(torch.zeros(2).double(), torch.ones(2).double())
-    seen = []
-    for part, portion in ((x[:4], 0.8), (x[4:], 0.2)):
-        ratio = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-        scaled = Gaussian(prior.mean, prior.variance * ratio.exp())
-        y = kalman_normalize(part, scaled, torch.tensor(0.1).double(), None, None, FilterSettings(EPS, 2)).y
-        seen.append(torch.autograd.grad(y.pow(4).sum() / x.numel(), ratio)[0] / portion)
-    expected = torch.zeros(2).double()
-    for h, images in reversed(list(zip(seen, (4, 1), strict=True))):  # backward, the last comes first
-        expected = expected + images / IMAGES * (h - expected)
-    memory = Sensitivity(torch.zeros(2).double(), torch.zeros(2).double())
-    y = kalman_normalize(x, prior, torch.tensor(0.1).double(), None, None, FilterSettings(EPS, 2), memory).y
-    (y.pow(4).sum() / x.numel()).backward()
-    torch.testing.assert_close(memory.newest, expected)
+@pytest.mark.parametrize("images", [5, 9])
+def test_a_smaller_last_group_counts_by_its_images(images: int) -> None:
+    """The innovation is that of the whole forward, in whose N each group weighs as many images as it has."""
+    layer = BatchKalmanNorm2d(2, innovation=True, statistics_batch_size=4, gain=0.1, learn_gain=False).double()
+    layer.newest_sensitivity.fill_(0.3)  # which the forward takes into use
+    x = torch.randn(images, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        x[-1] *= 5
+    prior = Gaussian(torch.zeros(2).double(), torch.ones(2).double().requires_grad_())
+    observed = moments(x, 4)
+    share = observed.count[:, None] / observed.count.sum()
+    scale = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    posterior = update(Gaussian(prior.mean, prior.variance * scale.exp()), observed, torch.tensor(0.1).double())
+    rows = Gaussian(*(spread_over_images(part, images, 4) for part in posterior))
+    loss = normalize(x, rows, layer.weight, layer.bias, layer.eps).pow(3).sum()
+    seen, *own = torch.autograd.grad(loss, [scale, x, prior.variance], retain_graph=True)
+    ratio = log_innovation(prior, Gaussian(observed.mean, observed.variance), share, layer.eps)
+    through = torch.autograd.grad(ratio, [x, prior.variance], 0.3 + images / IMAGES * (seen - 0.3))
+    actual = torch.autograd.grad(layer(x, prior).pow(3).sum(), [x, prior.variance])
+    for gradient, first, second in zip(actual, own, through, strict=True):
+        torch.testing.assert_close(gradient, first + second)
 
 
 def test_what_overflowed_is_not_remembered() -> None:
@@ -132,3 +136,13 @@ def test_training_remembers_and_the_next_forward_uses_it(training: bool) -> None
     assert bool(layer.newest_sensitivity.any()) is training and not layer.sensitivity.any()
     layer(x, prior)
     assert torch.equal(layer.sensitivity, layer.newest_sensitivity)
+
+
+def test_sensitivities_that_the_kernels_cannot_take_go_through_pytorch() -> None:
+    x, prior = torch.randn(4, 4, 5, 5, requires_grad=True), Gaussian(torch.zeros(4), torch.ones(4))
+    found = []
+    for memory in (Sensitivity(torch.ones(4), torch.zeros(8)[::2]), Sensitivity(torch.ones(4), torch.zeros(4))):
+        y = kalman_normalize(x, prior, torch.tensor(0.1), None, None, FilterSettings(EPS, 2), memory).y
+        found.append((torch.autograd.grad(y.pow(3).sum(), x)[0], memory.newest.clone()))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ typedef struct {
     float *to_gain;
     const float *sensitivity;
     float *newest;                                           /* sensitivity; NULL to follow no innovation */
-    double newness, portion, eps;                            /* by how much to move it; see `following.py` */
+    double newness, eps;                                     /* by how much to move it; see `following.py` */
     /* of this call, not set by the caller: */
     int64_t parts;
     double *sums;        /* (G, parts, C, 2) */
@@ -79,12 +79,12 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, Totals 
 /* What the innovation's gradient adds to every group. */
 static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, seen = totals->sensitivity / b->portion, running = b->sensitivity[c];
-    if (isfinite(seen)) {
+    double groups = (double)b->groups, seen = totals->sensitivity, running = b->sensitivity[c];
+    if (isfinite((float)seen)) {
         b->newest[c] += (float)(b->newness * (seen - b->newest[c]));
         running += b->newness * (seen - running);
     }
-    running *= b->portion / groups;
+    running /= groups;
     double share = running / (totals->spread / groups + b->eps);
     double to_variance = running / (totals->predicted / groups + b->eps), count = (double)(b->images * b->length);
     for (int64_t g = 0; g < b->groups; g++) {

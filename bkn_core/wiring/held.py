@@ -1,0 +1,62 @@
+"""Priors and gains that several forwards share as constants; see `bkn_core.accumulation`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bkn_core.errors import ConversionError
+from bkn_core.norm.handing import Handed, Relay
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.together import Seen
+
+
+class Held:
+    """The priors and gains of all forwards of one optimizer step, as constants with gradients of their own.
+
+    Args:
+        priors: by the names of their layers.
+        gains: of all layers.
+        innovations: those that the priors hold, of all layers.
+        owner: the converted model.
+    """
+
+    def __init__(
+        self, priors: dict[str, Gaussian], gains: list[Tensor], innovations: list[Tensor | None], owner: nn.Module
+    ) -> None:
+        self.priors, self.gains, self.innovations = priors, gains, innovations
+        self.end = _End()
+        self.has_gradients = torch.is_grad_enabled()
+        self.parameters = [(m._parameters, name, p) for m in owner.modules() for name, p in m._parameters.items()]
+        for prior in priors.values():
+            if prior.mean.requires_grad:
+                prior.mean.register_hook(self.end)  # type: ignore[no-untyped-call]
+
+    def serves_now(self) -> bool:
+        """Whether a forward that begins now has these priors: its parameters are those of the block."""
+        is_known = all(held.get(name) is parameter for held, name, parameter in self.parameters)
+        return is_known and (self.has_gradients or not torch.is_grad_enabled())
+
+    def relays(self, ledger: list[Seen], names: Sequence[str]) -> list[Relay]:
+        """Return what the layers of one forward are handed; a constant can be backpropagated to in parts."""
+        found: list[Relay] = []
+        for name, gain, innovation in zip(names, self.gains, self.innovations, strict=True):
+            prior = self.priors.get(name)
+            renew = functools.partial(Handed, [], prior, gain)
+            found.append(Handed(ledger, prior, gain, renew, innovation))
+        return found
+
+
+class _End:
+    """Refuses gradients that come when their block is over."""
+
+    is_past = False
+
+    def __call__(self, _: Tensor) -> None:
+        if self.is_past:
+            raise ConversionError(
+                "a backward pass came after its bkn.accumulation block", "Call backward() inside the block."
+            )
