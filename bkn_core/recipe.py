@@ -65,7 +65,7 @@ class NormConfig(Section):
     covariance: Literal["diagonal", "full"] = "diagonal"
     gain: Gain = "auto"
     learn_gain: Flag = True
-    gain_schedule: Literal["auto", "constant", "anneal"] = "auto"
+    gain_schedule: Literal["constant", "anneal"] = "anneal"
     correction: Flag = True
     innovation: Flag = True
     input_prior: Flag = True

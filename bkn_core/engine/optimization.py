@@ -64,18 +64,11 @@ def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(part, 1.0))) / 2
 
 
-def gain_schedule(recipe: Recipe) -> str:
-    """Return what training does to the gain: single images must not come to rely on their own statistics."""
-    if recipe.norm.kind != "bkn" or recipe.norm.gain_schedule == "auto":
-        return "anneal" if recipe.norm.kind == "bkn" and recipe.batch.statistics == 1 else "constant"
-    return recipe.norm.gain_schedule
-
-
 def set_step_(optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe, *, step: int, steps: int) -> float:
     """Set the learning rate and the gain factor of a step, in place, and return the rate."""
     rate = learning_rate(recipe.optim, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    if gain_schedule(recipe) == "anneal":
+    if recipe.norm.kind == "bkn" and recipe.norm.gain_schedule == "anneal":
         anneal_gain_(model, step / steps)
     return rate

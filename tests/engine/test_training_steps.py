@@ -216,7 +216,7 @@ def test_an_update_that_overflows_is_noticed_before_anything_is_measured_or_save
 
 
 def test_a_skipped_step_changes_nothing_and_the_next_is_taken() -> None:
-    run = training("train.nonfinite=skip", "norm.gain_schedule=anneal")
+    run = training("train.nonfinite=skip")
     steps = list(run.epoch(0))
     run.take_step(0, steps[0])
     before = facts(run)
