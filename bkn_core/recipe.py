@@ -196,8 +196,8 @@ class Recipe(Section):
 
     @property
     def resolved_gain(self) -> float:
-        """The initial gain: single images are worth less where no schedule takes it to 0; BatchNorm is gain 1."""
-        auto = 0.02 if self.batch.statistics == 1 and self.norm.gain_schedule == "constant" else 0.1
+        """The initial gain: single images are worth less; BatchNorm is gain 1."""
+        auto = 0.02 if self.batch.statistics == 1 else 0.1
         gain = auto if self.norm.gain == "auto" else self.norm.gain
         return 1.0 if self.norm.kind == "bn" else gain
 
