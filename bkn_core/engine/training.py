@@ -153,7 +153,7 @@ class Training:
 
     def _backward(self, epoch: int, passes: list[Pass], images: int) -> Tensor:
         """Add up the gradients of the mean loss over all passes, and return that loss."""
-        is_alone = self.recipe.norm.kind == "bkn" and self.network is self.model
+        is_alone = self.recipe.norm.kind == "bkn" and self.world.size == 1
         with accumulation(self.model) if is_alone else contextlib.nullcontext():
             losses = [self._backward_part(epoch, part, images, is_last=part is passes[-1]) for part in passes]
         return self.world.total(torch.stack(losses).sum())
