@@ -57,24 +57,18 @@ def accumulation(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
-    messenger.held, leaves, finish = _hold(messenger, owner)
-    known = [(id(tensor), tensor._version) for tensor in _decisive(owner)]
+    held, leaves, finish = _hold(messenger, owner)
+    messenger.held = held
     try:
         yield
     finally:
-        messenger.held.end.is_past, messenger.held = True, None
-    if known != [(id(tensor), tensor._version) for tensor in _decisive(owner)]:
+        held.end.is_past, messenger.held = True, None
+    if not held.is_current():
         raise ConversionError(
             "parameters or gains changed inside bkn.accumulation", "Step optimizer and schedule outside the block."
         )
     if any(leaf.grad is not None for leaf in leaves):
         finish([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
-
-
-def _decisive(owner: nn.Module) -> list[Tensor]:
-    """Return what the priors and gains depend on, but for measured moments and innovations."""
-    gains = (buffer for name, buffer in owner.named_buffers() if name.endswith((".gain_factor", ".fixed_gain")))
-    return [*owner.parameters(), *gains]
 
 
 _Finish = Callable[[list[Tensor]], None]
@@ -84,18 +78,19 @@ def _hold(messenger: Messenger, owner: nn.Module) -> tuple[Held, list[Tensor], _
     """Return constants that stand for priors and gains, all of them in a row, and what to do with their gradients."""
     layers = messenger.layers(owner)
     innovations = [None if layer.innovation is None else layer.innovation.clone() for layer in layers]
+    schedules = [buffer for layer in layers for buffer in (layer.gain_factor, layer.fixed_gain) if buffer is not None]
     tensors, program = messenger.native_tensors(owner), messenger.native
     if tensors is not None and program is not None and torch.is_grad_enabled() and _may_be_added_to(tensors):
         values = evaluate(program, tensors)
         leaves = [part.detach().requires_grad_() for part in results_of(program, values)]
         finish: _Finish = functools.partial(add_gradients_, program, tensors, values)
-        return Held(*program.named(leaves), innovations, owner), leaves, finish
+        return Held(*program.named(leaves), innovations, owner, schedules), leaves, finish
     priors, gains = messenger.predictions(owner, layers)
     outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
     pairs = iter(leaves)
     held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
-    return Held(held, list(pairs), innovations, owner), leaves, functools.partial(_backward, outputs)
+    return Held(held, list(pairs), innovations, owner, schedules), leaves, functools.partial(_backward, outputs)
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:

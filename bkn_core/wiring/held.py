@@ -22,23 +22,37 @@ class Held:
         gains: of all layers.
         innovations: those that the priors hold, of all layers.
         owner: the converted model.
+        schedules: the buffers that the gains are computed from.
     """
 
     def __init__(
-        self, priors: dict[str, Gaussian], gains: list[Tensor], innovations: list[Tensor | None], owner: nn.Module
+        self,
+        priors: dict[str, Gaussian],
+        gains: list[Tensor],
+        innovations: list[Tensor | None],
+        owner: nn.Module,
+        schedules: list[Tensor],
     ) -> None:
         self.priors, self.gains, self.innovations = priors, gains, innovations
         self.end = _End()
         self.has_gradients = torch.is_grad_enabled()
         self.parameters = [(m._parameters, name, p) for m in owner.modules() for name, p in m._parameters.items()]
+        self.watched = [*(p for _, _, p in self.parameters if p is not None), *schedules]
+        self.versions = [tensor._version for tensor in self.watched]
         for prior in priors.values():
             if prior.mean.requires_grad:
                 prior.mean.register_hook(self.end)  # type: ignore[no-untyped-call]
 
     def serves_now(self) -> bool:
         """Whether a forward that begins now has these priors: its parameters are those of the block."""
-        is_known = all(held.get(name) is parameter for held, name, parameter in self.parameters)
-        return is_known and (self.has_gradients or not torch.is_grad_enabled())
+        return self._is_in_place() and (self.has_gradients or not torch.is_grad_enabled())
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed that the priors and gains were computed from."""
+        return self._is_in_place() and self.versions == [tensor._version for tensor in self.watched]
+
+    def _is_in_place(self) -> bool:
+        return all(held.get(name) is parameter for held, name, parameter in self.parameters)
 
     def relays(self, ledger: list[Seen], names: Sequence[str]) -> list[Relay]:
         """Return what the layers of one forward are handed; a constant can be backpropagated to in parts."""
