@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm import following, native, passes
+from bkn_core.norm import compiled_node, following, native, passes
 from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.kalman import Gaussian, guard
 from bkn_core.norm.nodes import is_eager, with_signature
@@ -105,9 +105,15 @@ def kalman_normalize(
     body = images // size * size
     mean, variance = prior if prior is not None else (None, None)
     if body == images:
-        node = _Direct if is_eager() else _KalmanNormalize
-        used, newest = sensitivity or (None, None)
-        return Filtered(*node.apply(x, mean, variance, gain, weight, bias, used, newest, settings, images // size))
+        parameters, memory, groups = (mean, variance, gain, weight, bias), sensitivity or (None, None), images // size
+        is_direct = is_eager()
+        if is_direct and settings.guard_limit == math.inf:
+            numbers = settings.eps, following.weight_of(images)
+            made = compiled_node.normalize(x, parameters, memory, numbers, groups)
+            if made is not None:
+                return Filtered(*made)
+        node = _Direct if is_direct else _KalmanNormalize
+        return Filtered(*node.apply(x, *parameters, *memory, settings, groups))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
     if sensitivity is not None:
         raise ValueError("an innovation can be followed in groups of one size only")  # see `covariance.normalize_by`

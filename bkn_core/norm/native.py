@@ -9,20 +9,16 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bkn_core.norm.compiler import compile_now, compiler, place
 from bkn_core.norm.nodes import is_eager
 
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
@@ -46,21 +42,10 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(sources: Path) -> Path:
-    text = b"".join(file.read_bytes() for file in sorted(sources.iterdir()))
-    digest = hashlib.sha256(text + repr((_FLAGS, platform.machine())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bkn"
-    target = folder / f"native-{digest}.so"
-    if target.exists():
-        return target
-    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:  # several processes may compile at once
-        made = Path(aside) / target.name
-        command = [*compiler, *_FLAGS, "-o", str(made), *map(str, sorted(sources.glob("*.c"))), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        made.replace(target)
-    return target
+def _compiled(folder: Path) -> Path:
+    sources = sorted(folder.glob("*.c"))
+    library = place("native", [*sources, *folder.glob("*.h")], _FLAGS)
+    return compile_now(library, [*compiler("CC", "cc", "gcc", "clang"), *_FLAGS, *map(str, sources)], ["-lm"])
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

@@ -11,7 +11,7 @@ from bkn_core.norm.fused import FilterSettings, kalman_normalize
 from bkn_core.norm.kalman import Gaussian, log_innovation, moments, normalize, spread_over_images, update
 from bkn_core.norm.layers import BatchKalmanNorm2d
 
-pytestmark = pytest.mark.usefixtures("both_paths")
+pytestmark = pytest.mark.usefixtures("every_path")
 EPS = 1e-3
 
 

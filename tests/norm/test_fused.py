@@ -16,7 +16,7 @@ from torch import Tensor
 from bkn_core.norm.fused import FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.kalman import Gaussian, guard, moments, normalize, spread_over_images, unbiased, update
 
-pytestmark = pytest.mark.usefixtures("both_paths")
+pytestmark = pytest.mark.usefixtures("every_path")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

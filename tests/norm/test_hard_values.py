@@ -8,7 +8,7 @@ import torch
 from bkn_core.norm.fused import FilterSettings, kalman_normalize
 from bkn_core.norm.kalman import Gaussian
 
-pytestmark = pytest.mark.usefixtures("both_paths")
+pytestmark = pytest.mark.usefixtures("every_path")
 HARD = {
     "far from zero": 1e4 + 1e-2 * torch.randn(4, 3, 5, 5),
     "constant": torch.full((4, 3, 5, 5), 7.0),

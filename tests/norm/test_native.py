@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bkn_core.norm import native
+from bkn_core.norm import compiled_node, native
 from bkn_core.norm.fused import Filtered, FilterSettings, kalman_normalize
 from bkn_core.norm.kalman import Gaussian
 
@@ -25,6 +25,11 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _without_the_node_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_node, "node", lambda: None)
 
 
 def leaves(shape: tuple[int, ...], groups: int | None, dtype: torch.dtype, *, last: bool) -> list[Tensor]:

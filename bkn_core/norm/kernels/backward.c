@@ -1,24 +1,7 @@
 /* One layer backward: two sums, the small arithmetic of each channel, one affine pass. The formulas stand in `fused.py`. */
 
+#include "layer.h"
 #include "passes.h"
-
-typedef struct {
-    int64_t groups, images, channels, length, is_channels_last, threads;
-    const float *dy, *x, *prior_mean, *prior_variance;
-    int64_t prior_stride;
-    const float *gain, *weight, *statistics, *to_statistics; /* gradient of the statistics or NULL */
-    float *dx, *to_weight, *to_bias;                         /* no weight: NULL */
-    float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
-    float *to_gain;
-    const float *sensitivity;
-    float *newest;                                           /* sensitivity; NULL to follow no innovation */
-    double newness, eps;                                     /* by how much to move it; see `following.py` */
-    /* of this call, not set by the caller: */
-    int64_t parts;
-    double *sums;        /* (G, parts, C, 2) */
-    float *coefficients; /* (G, 4, C): dx = k0 dy + (k1 (x - k2) + k3) */
-    double *gain_parts;  /* (C,) */
-} Backward;
 
 static double limited(double value)
 {

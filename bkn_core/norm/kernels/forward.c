@@ -1,19 +1,7 @@
 /* One layer forward: observe, blend with the prior, apply. The formulas stand in `fused.py`. */
 
+#include "layer.h"
 #include "passes.h"
-
-typedef struct {
-    int64_t groups, images, channels, length, is_channels_last, threads;
-    const float *x, *prior_mean, *prior_variance; /* no prior: NULL */
-    int64_t prior_stride;                         /* channels where each group has its own prior, else 0 */
-    const float *gain, *weight, *bias;            /* no affine: NULL */
-    float *y, *statistics;                        /* (6, G, C), see `fused.py` */
-    double eps;
-    /* of this call, not set by the caller: */
-    int64_t parts;
-    Moments *partial;
-    float *coefficients; /* (G, 3, C): scale, mean, bias */
-} Forward;
 
 static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)
 {

@@ -11,7 +11,7 @@
 enum { BLOCK = 8192, ROW = 256 };
 static const float LARGEST = 1e30f; /* squares stay below, so that 0 * infinity makes no NaN */
 
-typedef struct {
+typedef struct Moments {
     double count, mean, m2;
 } Moments;
 

@@ -1,0 +1,36 @@
+/* What a layer's kernels are called with, from `native.py` (as 64-bit slots in this order) and from `node.cpp`. */
+
+#pragma once
+
+#include <stdint.h>
+
+typedef struct {
+    int64_t groups, images, channels, length, is_channels_last, threads;
+    const float *x, *prior_mean, *prior_variance; /* no prior: NULL */
+    int64_t prior_stride;                         /* channels where each group has its own prior, else 0 */
+    const float *gain, *weight, *bias;            /* no affine: NULL */
+    float *y, *statistics;                        /* (6, G, C), see `fused.py` */
+    double eps;
+    /* of this call, not set by the caller: */
+    int64_t parts;
+    struct Moments *partial;
+    float *coefficients; /* (G, 3, C): scale, mean, bias */
+} Forward;
+
+typedef struct {
+    int64_t groups, images, channels, length, is_channels_last, threads;
+    const float *dy, *x, *prior_mean, *prior_variance;
+    int64_t prior_stride;
+    const float *gain, *weight, *statistics, *to_statistics; /* gradient of the statistics or NULL */
+    float *dx, *to_weight, *to_bias;                         /* no weight: NULL */
+    float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
+    float *to_gain;
+    const float *sensitivity;
+    float *newest;                                           /* sensitivity; NULL to follow no innovation */
+    double newness, eps;                                     /* by how much to move it; see `following.py` */
+    /* of this call, not set by the caller: */
+    int64_t parts;
+    double *sums;        /* (G, parts, C, 2) */
+    float *coefficients; /* (G, 4, C): dx = k0 dy + (k1 (x - k2) + k3) */
+    double *gain_parts;  /* (C,) */
+} Backward;
