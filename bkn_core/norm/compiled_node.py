@@ -41,7 +41,7 @@ def _loaded(path: Path) -> Callable[..., list[Tensor]] | None:
     kernels = native.library()
     assert kernels is not None
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         _LOG.info("%s cannot be loaded: %s", path.name, error)
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.together import Seen
+from bkn_core.norm.tracking import Seen
 
 
 class Relay(Protocol):

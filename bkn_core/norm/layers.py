@@ -23,6 +23,7 @@ from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalm
 from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, moments, rectangular_identity
 from bkn_core.norm.synchronized import joint_normalize, spans_processes
+from bkn_core.norm.tracking import Seen, track
 
 Statistics = Literal["batch", "population"]
 INNOVATION_MOMENTUM = 0.06
@@ -178,9 +179,9 @@ class BatchKalmanNorm(_BatchNorm):
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
         elif self.training and self.statistics is None and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
-            seen = together.Seen(self, prior, filtered.statistics.detach(), images)
+            seen = Seen(self, prior, filtered.statistics.detach(), images)
             if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
-                together.track([seen])
+                track([seen])
             else:
                 relay.record(seen)
         return filtered
@@ -191,10 +192,11 @@ class BatchKalmanNorm(_BatchNorm):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
+        own = self._buffers  # past `nn.Module.__getattr__`, which is slow
         wide = self.gain_factor.dtype
         weight, bias = _of_type(wide, self.weight), _of_type(wide, self.bias)
         settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
-        used, newest, memory = self.sensitivity, self.newest_sensitivity, None
+        used, newest, memory = own["sensitivity"], own["newest_sensitivity"], None
         if prior is not None and used is not None and newest is not None:
             is_tracked = self.training and self.statistics is None
             memory = Sensitivity(used, newest if is_tracked else newest.clone())

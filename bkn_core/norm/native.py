@@ -52,7 +52,13 @@ def _loaded(path: Path) -> ctypes.CDLL:
     kernels, everything = ctypes.CDLL(str(path)), ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # of the OpenMP that PyTorch has loaded
     kernels.bkn_initialize(*(ctypes.cast(getattr(everything, name), ctypes.c_void_p) for name in names))
-    for kernel in (kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_evaluate, kernels.bkn_reverse):
+    for kernel in (
+        kernels.bkn_forward,
+        kernels.bkn_backward,
+        kernels.bkn_evaluate,
+        kernels.bkn_reverse,
+        kernels.bkn_track,
+    ):
         kernel.argtypes = (ctypes.c_void_p,)
     return kernels
 

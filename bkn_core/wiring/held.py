@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bkn_core.errors import ConversionError
 from bkn_core.norm.handing import Handed, Relay
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.together import Seen
+from bkn_core.norm.tracking import Seen
 
 
 class Held:

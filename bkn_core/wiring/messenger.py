@@ -16,7 +16,7 @@ from bkn_core.norm import native, together
 from bkn_core.norm.handing import Handed, Relay, is_recomputation, not_again
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.norm.together import Seen
+from bkn_core.norm.tracking import Seen, track
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.held import Held
 from bkn_core.wiring.lookup import Lookup
@@ -159,7 +159,7 @@ class Farewell:
             mailbox = layer.mailboxes.own
             if mailbox.is_open and mailbox.relay is not None:
                 mailbox.is_open, ledger = False, mailbox.relay.ledger
-        together.track(ledger)
+        track(ledger)
         ledger.clear()  # or the layers, which hold their relay, would hold themselves
 
 

@@ -1,0 +1,74 @@
+/* What layers remember of a forward: innovations and moving statistics. The formulas stand in `tracking.py`. */
+
+#include "parallel.h"
+
+typedef struct {
+    int64_t groups, channels;
+    const float *statistics;                  /* (6, G, C), see `fused.py` */
+    const float *prior_mean, *prior_variance; /* no innovation: NULL */
+    int64_t prior_stride;                     /* channels where each group has its own prior, else 0 */
+    const float *inside;                      /* the innovation that the prior holds */
+    float *innovation, *sensitivity;
+    const float *newest;
+    float *running_mean, *running_var; /* no moving statistics: NULL */
+    double weight, momentum, eps;      /* of the newest ratio, of the newest statistics */
+} Tracked;
+
+static const float FARTHEST = 8, LIMIT = 2; /* of a ratio, of an innovation, as logarithms */
+
+static float within(float value, float limit)
+{
+    return value > limit ? limit : value < -limit ? -limit : value;
+}
+
+static float average(const float *values, int64_t groups, int64_t stride)
+{
+    double sum = 0;
+    for (int64_t g = 0; g < groups; g++)
+        sum += values[g * stride];
+    return (float)(sum / (double)groups);
+}
+
+static void move_innovation(const Tracked *t, int64_t c)
+{
+    const float *means = t->statistics + 2 * t->groups * t->channels, *variances = means + t->groups * t->channels;
+    double spread = 0, predicted = 0, groups = (double)t->groups;
+    for (int64_t g = 0; g < t->groups; g++) {
+        float d = means[g * t->channels + c] - t->prior_mean[g * t->prior_stride + c];
+        spread += variances[g * t->channels + c] + d * d;
+        predicted += t->prior_variance[g * t->prior_stride + c];
+    }
+    float ratio = logf((float)((spread / groups + t->eps) / (predicted / groups + t->eps))) + t->inside[c];
+    float before = expf(t->innovation[c]), seen = expf(within(ratio, FARTHEST));
+    t->innovation[c] = within(logf(before + (float)t->weight * (seen - before)), LIMIT);
+    t->sensitivity[c] = t->newest[c];
+}
+
+static void move(const void *task, int64_t first, int64_t last)
+{
+    for (const Tracked *t = (const Tracked *)task + first, *end = (const Tracked *)task + last; t < end; t++) {
+        const float *after = t->statistics + 4 * t->groups * t->channels;
+        for (int64_t c = 0; t->innovation && c < t->channels; c++)
+            move_innovation(t, c);
+        for (int64_t c = 0; t->running_mean && c < t->channels; c++) {
+            float mean = average(t->statistics + c, t->groups, t->channels);
+            float variance = average(after + c, t->groups, t->channels);
+            t->running_mean[c] += (float)t->momentum * (mean - t->running_mean[c]);
+            t->running_var[c] += (float)t->momentum * (variance - t->running_var[c]);
+        }
+    }
+}
+
+typedef struct {
+    int64_t count, threads; /* one thread where a layer is there twice */
+    const Tracked *records;
+} Records;
+
+int bkn_track(const Records *all)
+{
+    int64_t values = 0;
+    for (int64_t i = 0; i < all->count; i++)
+        values += all->records[i].groups * all->records[i].channels;
+    run(move, all->records, all->count, threads_for(values, all->threads));
+    return 0;
+}

@@ -1,0 +1,119 @@
+"""Moving innovations and statistics by the kernel and in PyTorch: the same numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from bkn_core.norm import native
+from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.layers import BatchKalmanNorm2d
+from bkn_core.norm.tracking import Seen, track
+
+WIDTHS = (3, 16, 7)
+BUFFERS = ("innovation", "sensitivity", "running_mean", "running_var", "num_batches_tracked")
+
+
+def drawn(*size: int) -> Tensor:
+    return torch.randn(size)
+
+
+def layers(**options: object) -> list[BatchKalmanNorm2d]:
+    found = []
+    for width in WIDTHS:
+        layer = BatchKalmanNorm2d(width, innovation=True, statistics_batch_size=2, **options)  # type: ignore[arg-type]
+        for name in ("innovation", "sensitivity", "newest_sensitivity"):
+            getattr(layer, name).copy_(drawn(width))
+        found.append(layer)
+    return found
+
+
+def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = False, held: bool = False) -> list[Seen]:
+    found = []
+    for layer in these:
+        width = layer.num_features
+        rows, dtype = (groups, width) if own else (width,), layer.gain_factor.dtype
+        prior = Gaussian(drawn(*rows).to(dtype), drawn(*rows).square().to(dtype) + 0.1)
+        statistics = drawn(6, groups, width).abs().to(dtype)
+        found.append(Seen(layer, prior, statistics, 2 * groups, drawn(width) if held else None))
+    return found
+
+
+def assert_same(seen: list[Seen], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Move the layers by the kernel and copies of them in PyTorch."""
+    known: dict[int, BatchKalmanNorm2d] = {}
+    twins = [r._replace(layer=known.setdefault(id(r.layer), copy.deepcopy(r.layer))) for r in seen]  # type: ignore[arg-type]
+    before = {id(r.layer): r.layer.innovation.clone() for r in seen if r.layer.innovation is not None}
+    calls: list[str] = []
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda name, slots: (calls.append(name), run(name, slots))[1])
+    track(seen)
+    assert calls == ["bkn_track"]
+    monkeypatch.setattr(native, "library", lambda: None)
+    track(twins)
+    assert calls == ["bkn_track"]
+    for one, other in zip(seen, twins, strict=True):
+        for name in BUFFERS:
+            actual, expected = getattr(one.layer, name), getattr(other.layer, name)
+            assert (actual is None) == (expected is None)
+            if actual is not None:
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for layer in (one.layer, other.layer):
+            if one.prior is not None and layer.innovation is not None:
+                assert layer.innovation_then is not None
+                assert torch.equal(layer.innovation_then, before[id(one.layer)])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("groups", [1, 4, 2000])
+def test_kernel_and_pytorch_agree(groups: int, own: bool, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same(records(layers(), groups=groups, own=own, held=held), monkeypatch)
+
+
+def test_layers_without_prior_innovation_or_moving_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = records(layers()) + records(layers(track_running_stats=False))
+    plain = BatchKalmanNorm2d(5, statistics_batch_size=2, momentum=0.3)
+    seen += [Seen(plain, None, drawn(6, 4, 5).abs(), 8), seen[0]._replace(prior=None)]
+    assert_same(seen, monkeypatch)
+
+
+def test_a_layer_that_ran_twice_is_moved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    these = layers()
+    assert_same(records(these) + records(these), monkeypatch)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_hard_values(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = records(layers())
+    seen[0].statistics[2, 1, 0] = seen[1].statistics[3, 0, 2] = value
+    assert_same(seen, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"dtype": torch.float64}], ids=str)
+def test_what_the_kernel_does_not_know_is_left_to_pytorch(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = records(layers(**options))
+    monkeypatch.setattr(native, "run", lambda *_: pytest.fail("the kernel ran"))
+    track(seen)
+    assert all(int(r.layer.num_batches_tracked) == 1 for r in seen)  # type: ignore[arg-type]
+
+
+def test_whoever_saved_a_moving_average_learns_that_it_moved() -> None:
+    seen = records(layers())
+    kept = seen[0].layer.running_mean
+    assert kept is not None
+    before = kept._version
+    track(seen)
+    assert kept._version > before
