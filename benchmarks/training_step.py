@@ -27,9 +27,10 @@ def step(model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain
     """Return one training step: forwards and backwards, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images, labels = batch
+    is_plain = plain or not is_converted(model)
 
     def run() -> None:
-        with contextlib.nullcontext() if plain or not is_converted(model) else bkn.accumulation(model):
+        with contextlib.nullcontext() if is_plain else bkn.accumulation(model):
             for _ in range(forwards):
                 (F.cross_entropy(model(images), labels) / forwards).backward()
         optimizer.step()

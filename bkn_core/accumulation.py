@@ -43,21 +43,22 @@ def accumulation(model: nn.Module) -> Iterator[None]:
         ConversionError: the model was not converted or is distributed; its parameters changed inside the block; a
             backward pass through one of its forwards came after it.
     """
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+    modules = list(model.modules())
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
         raise ConversionError(
             "DistributedDataParallel needs the gradients of every parameter from every backward pass",
             "Leave bkn.accumulation out there: no_sync() alone is correct.",
         )
     with contextlib.ExitStack() as blocks:
-        for owner, messenger in find_messengers(model):
+        for owner, messenger in find_messengers(modules):
             if messenger.is_static and messenger.held is None:
-                blocks.enter_context(_block(owner, messenger))
+                blocks.enter_context(_block(owner, messenger, modules if owner is model else list(owner.modules())))
         yield
 
 
 @contextlib.contextmanager
-def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
-    held, leaves, finish = _hold(messenger, owner)
+def _block(owner: nn.Module, messenger: Messenger, modules: list[nn.Module]) -> Iterator[None]:
+    held, leaves, finish = _hold(messenger, owner, modules)
     messenger.held = held
     try:
         yield
@@ -74,7 +75,7 @@ def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
 _Finish = Callable[[list[Tensor]], None]
 
 
-def _hold(messenger: Messenger, owner: nn.Module) -> tuple[Held, list[Tensor], _Finish]:
+def _hold(messenger: Messenger, owner: nn.Module, modules: list[nn.Module]) -> tuple[Held, list[Tensor], _Finish]:
     """Return constants that stand for priors and gains, all of them in a row, and what to do with their gradients."""
     layers = messenger.layers(owner)
     innovations = [None if layer.innovation is None else layer.innovation.clone() for layer in layers]
@@ -84,13 +85,13 @@ def _hold(messenger: Messenger, owner: nn.Module) -> tuple[Held, list[Tensor], _
         values = evaluate(program, tensors)
         leaves = [part.detach().requires_grad_() for part in results_of(program, values)]
         finish: _Finish = functools.partial(add_gradients_, program, tensors, values)
-        return Held(*program.named(leaves), innovations, owner, schedules), leaves, finish
+        return Held(*program.named(leaves), innovations, modules, schedules), leaves, finish
     priors, gains = messenger.predictions(owner, layers)
     outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
     pairs = iter(leaves)
     held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
-    return Held(held, list(pairs), innovations, owner, schedules), leaves, functools.partial(_backward, outputs)
+    return Held(held, list(pairs), innovations, modules, schedules), leaves, functools.partial(_backward, outputs)
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:

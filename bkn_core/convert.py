@@ -198,20 +198,21 @@ def find_messenger(model: nn.Module) -> tuple[nn.Module, Messenger]:
     Raises:
         ConversionError: for a model that was not converted.
     """
-    return find_messengers(model)[0]
+    return find_messengers(list(model.modules()))[0]
 
 
-def find_messengers(model: nn.Module) -> list[tuple[nn.Module, Messenger]]:
-    """Return every converted model inside `model` with its hook.
+def find_messengers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, Messenger]]:
+    """Return the converted ones among the modules of a model, itself first, each with its hook.
 
     Raises:
         ConversionError: for a model of which nothing was converted.
     """
-    hooks = ((module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
     found = [(module, hook) for module, hook in hooks if isinstance(hook, Messenger)]
     if not found:
         raise ConversionError(
-            f"this {type(model).__name__} was not converted to Batch Kalman Normalization", "Call bkn.convert first."
+            f"this {type(modules[0]).__name__} was not converted to Batch Kalman Normalization",
+            "Call bkn.convert first.",
         )
     return found
 

@@ -21,7 +21,7 @@ class Held:
         priors: by the names of their layers.
         gains: of all layers.
         innovations: those that the priors hold, of all layers.
-        owner: the converted model.
+        modules: of the converted model.
         schedules: the buffers that the gains are computed from.
     """
 
@@ -30,13 +30,13 @@ class Held:
         priors: dict[str, Gaussian],
         gains: list[Tensor],
         innovations: list[Tensor | None],
-        owner: nn.Module,
+        modules: Sequence[nn.Module],
         schedules: list[Tensor],
     ) -> None:
         self.priors, self.gains, self.innovations = priors, gains, innovations
         self.end = _End()
         self.has_gradients = torch.is_grad_enabled()
-        self.parameters = [(m._parameters, name, p) for m in owner.modules() for name, p in m._parameters.items()]
+        self.parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         self.watched = [*(p for _, _, p in self.parameters if p is not None), *schedules]
         self.versions = [tensor._version for tensor in self.watched]
         for prior in priors.values():
