@@ -61,29 +61,59 @@ void bkn_convolution(const Line *line, float *values, int64_t threads)
     free(mean);
 }
 
-VECTORIZED static void reverse_row(const float *w, int64_t n, const float *g, float *to_mean, float *to_variance)
+/* Rows of W are taken by four: what belongs to a column is then read and written once for all of them. */
+enum { TOGETHER = 4 };
+
+typedef struct {
+    const float *w, *mean, *variance; /* a row of W and the messages at its columns */
+    float *to_weight, *to_mean, *to_variance;
+    int64_t width; /* from row to row */
+} Columns;
+
+static inline __attribute__((always_inline)) void reverse_rows(
+    const Columns *c, int64_t n, const float *gm, const float *gv, int count, int wants_weight, int adds)
 {
-    float gm = g[0], gv = g[1];
+    const float *w = c->w, *m = c->mean, *v = c->variance;
+    float *to_weight = c->to_weight, *to_mean = c->to_mean, *to_variance = c->to_variance;
+    int64_t width = c->width;
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
-        to_mean[k] += gm * w[k];
-        to_variance[k] += gv * w[k] * w[k];
+        float mean = to_mean[k], variance = to_variance[k];
+        for (int r = 0; r < count; r++) {
+            float value = w[r * width + k], part = gv[r] * value;
+            mean += gm[r] * value;
+            variance += part * value;
+            if (wants_weight) {
+                float gradient = gm[r] * m[k] + 2 * part * v[k];
+                to_weight[r * width + k] = adds ? to_weight[r * width + k] + gradient : gradient;
+            }
+        }
+        to_mean[k] = mean;
+        to_variance[k] = variance;
     }
 }
 
-VECTORIZED static void reverse_weight(
-    const float *w, const float *m, const float *v, int64_t n, const float *g, float *to_weight, int adds)
+VECTORIZED static void reverse(const Columns *c, int64_t n, const float *gm, const float *gv, int64_t count, int adds)
 {
-    float gm = g[0], gv = 2 * g[1];
-    if (adds) {
-#pragma omp simd
-        for (int64_t k = 0; k < n; k++)
-            to_weight[k] += gm * m[k] + gv * w[k] * v[k];
-    } else {
-#pragma omp simd
-        for (int64_t k = 0; k < n; k++)
-            to_weight[k] = gm * m[k] + gv * w[k] * v[k];
-    }
+    if (!c->to_weight)
+        for (int64_t r = 0; r < count; r++) {
+            Columns row = *c;
+            row.w += r * c->width;
+            reverse_rows(&row, n, gm + r, gv + r, 1, 0, 0);
+        }
+    else if (count == TOGETHER && adds)
+        reverse_rows(c, n, gm, gv, TOGETHER, 1, 1);
+    else if (count == TOGETHER)
+        reverse_rows(c, n, gm, gv, TOGETHER, 1, 0);
+    else
+        for (int64_t r = 0; r < count; r++) {
+            Columns row = *c;
+            row.w += r * c->width, row.to_weight += r * c->width;
+            if (adds)
+                reverse_rows(&row, n, gm + r, gv + r, 1, 1, 1);
+            else
+                reverse_rows(&row, n, gm + r, gv + r, 1, 1, 0);
+        }
 }
 
 /* A range of the columns of all groups: no two threads add to the same number. */
@@ -96,13 +126,12 @@ static void columns_reversed(const void *given, int64_t first, int64_t last)
     for (int64_t g = first / width; g * width < last; g++) {
         int64_t start = first > g * width ? first - g * width : 0;
         int64_t n = (last < (g + 1) * width ? last - g * width : width) - start, at = g * width + start;
-        for (int64_t o = g * per_group; o < (g + 1) * per_group; o++) {
-            float gradient[2] = {task->to_out_mean[o], task->to_out_variance[o]};
-            int64_t row = o * width + start;
-            reverse_row(weight + row, n, gradient, task->to_mean + at, task->to_variance + at);
-            if (line->gradients[0])
-                reverse_weight(weight + row, task->mean + at, task->variance + at, n, gradient,
-                               line->gradients[0] + row, line->accumulates & 1);
+        for (int64_t o = g * per_group, end = o + per_group, count; o < end; o += count) {
+            count = end - o < TOGETHER ? end - o : TOGETHER;
+            float *to_weight = line->gradients[0] ? line->gradients[0] + o * width + start : NULL;
+            Columns columns = {weight + o * width + start, task->mean + at, task->variance + at,
+                               to_weight, task->to_mean + at, task->to_variance + at, width};
+            reverse(&columns, n, task->to_out_mean + o, task->to_out_variance + o, count, line->accumulates & 1);
         }
     }
 }
