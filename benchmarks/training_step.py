@@ -1,10 +1,10 @@
 """The cost of a training step with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
     python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20] [--size 32]
-                                       [--cases 128:128 128:2 8:2] [--accumulate 1] [--plain-loop]
+                                       [--cases 128:128 128:2 8:2] [--accumulate 1] [--plain-loop] [--compile]
 
 A case is the images of a forward and of a statistics group. The forwards of a step run inside `bkn.accumulation`, as
-those of `bkn train` do, or without it (`--plain-loop`). Not run on a GPU.
+those of `bkn train` do, or without it (`--plain-loop`). `--compile` compiles both networks. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from bkn_core.convert import is_converted
 from bkn_core.engine.models import build_network
 
 
-def step(model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain: bool) -> Callable[[], None]:
+def step(
+    model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain: bool, compiled: bool = False
+) -> Callable[[], None]:
     """Return one training step: forwards and backwards, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images, labels = batch
     is_plain = plain or not is_converted(model)
+    network = torch.compile(model) if compiled else model
 
     def run() -> None:
         with contextlib.nullcontext() if is_plain else bkn.accumulation(model):
             for _ in range(forwards):
-                (F.cross_entropy(model(images), labels) / forwards).backward()
+                (F.cross_entropy(network(images), labels) / forwards).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -55,11 +58,13 @@ def main() -> None:
     parser.add_argument("--cases", type=case, nargs="+", default=[(128, 128), (128, 2), (8, 2)])
     parser.add_argument("--accumulate", type=int, default=1, help="forwards in a step")
     parser.add_argument("--plain-loop", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     plain = build_network(arguments.model, classes=10)
     words = f"{arguments.threads} threads, {arguments.pairs} pairs, forwards in a step: {arguments.accumulate}"
+    words += ", compiled" if arguments.compile else ""
     print(f"{arguments.model}, {arguments.size}x{arguments.size}, {words}")
     print("| layout | images | s | BKN / BN step time, median (quartiles) | BN step, ms |\n|---|---|---|---|---|")
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -69,7 +74,13 @@ def main() -> None:
             reference = build_network(arguments.model, classes=10).to(memory_format=layout)  # type: ignore[call-overload]
             candidate = bkn.convert(plain, x, statistics_batch_size=size, input_prior=x).to(memory_format=layout)  # type: ignore[call-overload]
             steps = (
-                step(model.train(), (x, labels), arguments.accumulate, plain=arguments.plain_loop)
+                step(
+                    model.train(),
+                    (x, labels),
+                    arguments.accumulate,
+                    plain=arguments.plain_loop,
+                    compiled=arguments.compile,
+                )
                 for model in (reference, candidate)
             )
             ratio = paired(*steps, pairs=arguments.pairs)
