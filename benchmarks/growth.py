@@ -34,8 +34,8 @@ def ratio(network: nn.Module, size: int, group: int, pairs: int) -> Ratio:
     layout = torch.channels_last
     x = torch.randn(IMAGES, 3, size, size).contiguous(memory_format=layout)
     labels = torch.randint(0, 10, (IMAGES,))
-    candidate = bkn.convert(network, x, statistics_batch_size=group, input_prior=x).to(memory_format=layout)  # type: ignore[call-overload]
-    reference = network.to(memory_format=layout)  # type: ignore[call-overload]
+    candidate = bkn.convert(network, x, statistics_batch_size=group, input_prior=x).to(memory_format=layout)
+    reference = network.to(memory_format=layout)
     works = (step(model.train(), (x, labels), 1, plain=False) for model in (reference, candidate))
     return paired(*works, pairs=pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -74,6 +75,8 @@ class Building:
         except OSError as error:
             _LOG.info("%s is not compiled: %s", library.name, error)
             self.is_over = True
+            with contextlib.suppress(OSError):
+                marker.unlink(missing_ok=True)
 
     def path(self) -> Path | None:
         """Return the library, None as long as it is not there."""
