@@ -137,6 +137,10 @@ static void gradient_of_stretches(const void *task, int64_t first, int64_t last)
     const Backward *b = task;
     int64_t width = width_of(b->channels);
     float *rows = malloc(4 * width * sizeof(float));
+    if (!rows) {
+        *b->failed = 1;
+        return;
+    }
     for (int64_t i = first; i < last; i++) {
         int64_t start, count, g = i / b->parts;
         stretch(b->images * b->length, b->parts, i, &start, &count);
@@ -158,6 +162,7 @@ int bkn_backward(const Backward *given)
     b.coefficients = malloc(4 * plane * sizeof(float));
     b.gain_parts = malloc(b.channels * sizeof(double));
     int failed = !b.sums || !b.coefficients || !b.gain_parts;
+    b.failed = &failed;
     if (!failed && b.is_channels_last) {
         run(sum_stretches, &b, b.groups * b.parts, b.threads);
         for (int64_t c = 0; c < b.channels; c++)

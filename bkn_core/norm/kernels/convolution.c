@@ -1,3 +1,5 @@
+#include <string.h>
+
 #include "program.h"
 
 /* Lay a message out for the columns of W as a matrix (O, inputs / groups * taps), one row of columns per group. */
@@ -50,15 +52,14 @@ static void rows(const void *given, int64_t first, int64_t last)
     }
 }
 
-void bkn_convolution(const Line *line, float *values, int64_t threads)
+void bkn_convolution(const Line *line, float *values, float *room, int64_t threads)
 {
     int64_t columns = line->inputs * line->taps;
-    float *mean = malloc(2 * columns * sizeof(float)), *variance = mean + columns;
+    float *mean = room, *variance = mean + columns;
     lay_out(line, values + line->a_mean, mean);
     lay_out(line, values + line->a_variance, variance);
     Task task = {line, mean, variance, NULL, NULL, values + line->out_mean, values + line->out_variance, NULL, NULL};
     run(rows, &task, line->channels, threads_for(columns / line->groups * line->channels, threads));
-    free(mean);
 }
 
 /* Rows of W are taken by four: what belongs to a column is then read and written once for all of them. */
@@ -136,11 +137,11 @@ static void columns_reversed(const void *given, int64_t first, int64_t last)
     }
 }
 
-void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, int64_t threads)
+void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, float *room, int64_t threads)
 {
     int64_t columns = line->inputs * line->taps;
-    float *mean = calloc(4 * columns, sizeof(float)), *variance = mean + columns;
-    float *to_mean = mean + 2 * columns, *to_variance = mean + 3 * columns;
+    float *mean = room, *variance = mean + columns, *to_mean = mean + 2 * columns, *to_variance = mean + 3 * columns;
+    memset(to_mean, 0, 2 * columns * sizeof(float));
     lay_out(line, values + line->a_mean, mean);
     lay_out(line, values + line->a_variance, variance);
     const float *gm = gradients + line->out_mean, *gv = gradients + line->out_variance;
@@ -151,7 +152,6 @@ void bkn_convolution_reversed(const Line *line, const float *values, float *grad
     if (line->gradients[1])
         for (int64_t o = 0; o < line->channels; o++)
             line->gradients[1][o] = gm[o] + (line->accumulates & 2 ? line->gradients[1][o] : 0);
-    free(mean);
 }
 
 /* Patches of the network input, whose mean p and covariance P are known: mean W p + b, variance rowsum((W P) * W).
@@ -178,10 +178,10 @@ static void times_covariance(const Line *line, const float *row, float *product)
     }
 }
 
-void bkn_patches(const Line *line, float *values)
+void bkn_patches(const Line *line, float *values, float *room)
 {
     const float *bias = line->parameters[1], *mean = line->parameters[2];
-    float *row = malloc(2 * line->inputs * sizeof(float)), *product = row + line->inputs;
+    float *row = room, *product = row + line->inputs;
     for (int64_t o = 0; o < line->channels; o++) {
         row_of_patches(line, o, row);
         times_covariance(line, row, product);
@@ -193,14 +193,13 @@ void bkn_patches(const Line *line, float *values)
         values[line->out_mean + o] = (float)expected;
         values[line->out_variance + o] = (float)(variance > 0 ? variance : 0);
     }
-    free(row);
 }
 
-void bkn_patches_reversed(const Line *line, const float *values, const float *gradients)
+void bkn_patches_reversed(const Line *line, const float *values, const float *gradients, float *room)
 {
     const float *mean = line->parameters[2];
     int64_t inner = line->inputs / line->taps;
-    float *row = malloc(2 * line->inputs * sizeof(float)), *product = row + line->inputs;
+    float *row = room, *product = row + line->inputs;
     for (int64_t o = 0; o < line->channels; o++) {
         float gm = gradients[line->out_mean + o];
         float gv = values[line->out_variance + o] > 0 ? 2 * gradients[line->out_variance + o] : 0;
@@ -217,5 +216,4 @@ void bkn_patches_reversed(const Line *line, const float *values, const float *gr
             to_weight[at] = gradient + (line->accumulates & 1 ? to_weight[at] : 0);
         }
     }
-    free(row);
 }

@@ -76,6 +76,10 @@ static void apply_stretches(const void *task, int64_t first, int64_t last)
     const Forward *f = task;
     int64_t width = width_of(f->channels);
     float *rows = malloc(3 * width * sizeof(float));
+    if (!rows) {
+        *f->failed = 1;
+        return;
+    }
     for (int64_t i = first; i < last; i++) {
         int64_t start, count, g = i / f->parts;
         stretch(f->images * f->length, f->parts, i, &start, &count);
@@ -104,21 +108,19 @@ int bkn_forward(const Forward *given)
     f.parts = f.groups >= 2 * f.threads ? 1 : f.threads;
     f.coefficients = malloc(3 * plane * sizeof(float));
     f.partial = f.is_channels_last ? calloc(plane * f.parts, sizeof(Moments)) : NULL;
-    if (!f.coefficients || (f.is_channels_last && !f.partial)) {
-        free(f.coefficients), free(f.partial);
-        return 1;
-    }
-    if (!f.is_channels_last) {
+    int failed = !f.coefficients || (f.is_channels_last && !f.partial);
+    f.failed = &failed;
+    if (!failed && !f.is_channels_last) {
         run(forward_planes, &f, plane, f.threads);
-    } else if (f.parts == 1) {
+    } else if (!failed && f.parts == 1) {
         run(forward_groups, &f, f.groups, f.threads);
-    } else {
+    } else if (!failed) {
         run(observe_stretches, &f, f.groups * f.parts, f.threads);
         for (int64_t g = 0; g < f.groups; g++)
             blend_group(&f, g);
         run(apply_stretches, &f, f.groups * f.parts, f.threads);
     }
     free(f.coefficients), free(f.partial);
-    return 0;
+    return failed;
 }
 

@@ -15,6 +15,7 @@ typedef struct {
     int64_t parts;
     struct Moments *partial;
     float *coefficients; /* (G, 3, C): scale, mean, bias */
+    int *failed;         /* a thread found no memory */
 } Forward;
 
 typedef struct {
@@ -33,4 +34,5 @@ typedef struct {
     double *sums;        /* (G, parts, C, 2) */
     float *coefficients; /* (G, 4, C): dx = k0 dy + (k1 (x - k2) + k3) */
     double *gain_parts;  /* (C,) */
+    int *failed;         /* a thread found no memory */
 } Backward;

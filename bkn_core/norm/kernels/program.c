@@ -104,15 +104,15 @@ static void put(const Line *l, int parameter, int64_t c, float gradient)
         to[c] = l->accumulates >> parameter & 1 ? to[c] + gradient : gradient;
 }
 
-static void evaluate(const Line *l, float *v, int64_t threads)
+static void evaluate(const Line *l, float *v, float *room, int64_t threads)
 {
     const float *p0 = l->parameters[0], *p1 = l->parameters[1], *p2 = l->parameters[2];
     float *mean = v + l->out_mean, *variance = v + l->out_variance;
     const float *am = v + l->a_mean, *av = v + l->a_variance, *bm = v + l->b_mean, *bv = v + l->b_variance;
     if (l->operation == CONVOLUTION)
-        bkn_convolution(l, v, threads);
+        bkn_convolution(l, v, room, threads);
     else if (l->operation == PATCHES)
-        bkn_patches(l, v);
+        bkn_patches(l, v, room);
     else if (l->operation == RELU)
         relu(l, v);
     else if (l->operation == MAX_POOL)
@@ -164,15 +164,15 @@ static void evaluate(const Line *l, float *v, int64_t threads)
         }
 }
 
-static void reverse(const Line *l, const float *v, float *g, int64_t threads)
+static void reverse(const Line *l, const float *v, float *g, float *room, int64_t threads)
 {
     const float *p0 = l->parameters[0];
     const float *am = v + l->a_mean, *av = v + l->a_variance, *bm = v + l->b_mean, *bv = v + l->b_variance;
     float *gam = g + l->a_mean, *gav = g + l->a_variance, *gbm = g + l->b_mean, *gbv = g + l->b_variance;
     if (l->operation == CONVOLUTION)
-        bkn_convolution_reversed(l, v, g, threads);
+        bkn_convolution_reversed(l, v, g, room, threads);
     else if (l->operation == PATCHES)
-        bkn_patches_reversed(l, v, g);
+        bkn_patches_reversed(l, v, g, room);
     else if (l->operation == RELU)
         relu_reversed(l, v, g);
     else if (l->operation == MAX_POOL)
@@ -233,16 +233,31 @@ typedef struct {
     const Line *lines;
 } Program;
 
+/* Memory for any one line: two messages in columns and their gradients. NULL where there is none. */
+static float *make_room(const Program *p)
+{
+    int64_t most = 1;
+    for (int64_t i = 0; i < p->count; i++) {
+        int64_t columns = p->lines[i].inputs * p->lines[i].taps;
+        most = columns > most ? columns : most;
+    }
+    return malloc(4 * most * sizeof(float));
+}
+
 int bkn_evaluate(const Program *p)
 {
-    for (int64_t i = 0; i < p->count; i++)
-        evaluate(p->lines + i, p->values, p->threads);
-    return 0;
+    float *room = make_room(p);
+    for (int64_t i = 0; room && i < p->count; i++)
+        evaluate(p->lines + i, p->values, room, p->threads);
+    free(room);
+    return !room;
 }
 
 int bkn_reverse(const Program *p)
 {
-    for (int64_t i = p->count - 1; i >= 0; i--)
-        reverse(p->lines + i, p->values, p->gradients, p->threads);
-    return 0;
+    float *room = make_room(p);
+    for (int64_t i = p->count - 1; room && i >= 0; i--)
+        reverse(p->lines + i, p->values, p->gradients, room, p->threads);
+    free(room);
+    return !room;
 }

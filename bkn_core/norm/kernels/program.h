@@ -24,8 +24,9 @@ typedef struct {
                                        and whether a gain is learned: the sigmoid of its parameter */
 } Line;
 
-/* Reads and writes W once per line and direction; `columns` are the messages laid out once per tap. */
-void bkn_convolution(const Line *line, float *values, int64_t threads);
-void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, int64_t threads);
-void bkn_patches(const Line *line, float *values);
-void bkn_patches_reversed(const Line *line, const float *values, const float *gradients);
+/* Reads and writes W once per line and direction; `columns` are the messages laid out once per tap, and
+   `room` holds as much. */
+void bkn_convolution(const Line *line, float *values, float *room, int64_t threads);
+void bkn_convolution_reversed(const Line *line, const float *values, float *gradients, float *room, int64_t threads);
+void bkn_patches(const Line *line, float *values, float *room);
+void bkn_patches_reversed(const Line *line, const float *values, const float *gradients, float *room);
