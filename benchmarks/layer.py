@@ -1,6 +1,6 @@
 """The cost of one layer, forward and backward, against `nn.BatchNorm2d` and the other ways to write it.
 
-    python benchmarks/layer.py [--pairs 15] [--threads 2] [--type float32]
+    python benchmarks/layer.py [--pairs 15] [--threads 2] [--type float32] [--shapes 32x64x32x32 ...]
 
 Columns: Batch Kalman Normalization over batch normalization of the whole batch; then over group normalization, over the
 plain composition of `bkn_core.norm.kalman`, and over a Python loop of batch normalization over the groups, each on the
@@ -50,27 +50,33 @@ def training(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]
     return run
 
 
+def shape(text: str) -> tuple[int, ...]:
+    """Read NxCxHxW."""
+    return tuple(map(int, text.split("x")))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--type", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     kind = getattr(torch, arguments.type)
     print(f"{arguments.type}, {arguments.threads} threads, {arguments.pairs} pairs, median (quartiles)")
     print("| shape | layout | s | over BN | over GN | over plain | over loop |\n|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
+    for sizes in arguments.shapes:
         for layout in (torch.channels_last, torch.contiguous_format):
             for size in (None, 8, 2, 1):
-                if size is not None and size >= shape[0]:
+                if size is not None and size >= sizes[0]:
                     continue
-                x = torch.randn(shape).to(kind).contiguous(memory_format=layout).requires_grad_()
-                works = {name: training(layer, x) for name, layer in candidates(shape[1], size, kind).items()}
+                x = torch.randn(sizes).to(kind).contiguous(memory_format=layout).requires_grad_()
+                works = {name: training(layer, x) for name, layer in candidates(sizes[1], size, kind).items()}
                 ratios = [paired(works[n], works["bkn"], pairs=arguments.pairs) for n in ("bn", "gn", "plain", "loop")]
                 name = "channels last" if layout is torch.channels_last else "channels first"
-                words = "×".join(map(str, shape))
+                words = "×".join(map(str, sizes))
                 print(f"| {words} | {name} | {size or 'all'} | " + " | ".join(map(str, ratios)) + " |", flush=True)
 
 

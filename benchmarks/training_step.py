@@ -1,7 +1,8 @@
 """The cost of a training step with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
     python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20] [--size 32]
-                                       [--cases 128:128 128:2 8:2] [--accumulate 1] [--plain-loop] [--compile]
+                                       [--cases 128:128 128:2 8:2] [--layouts last first]
+                                       [--accumulate 1] [--plain-loop] [--compile]
 
 A case is the images of a forward and of a statistics group. The forwards of a step run inside `bkn.accumulation`, as
 those of `bkn train` do, or without it (`--plain-loop`). `--compile` compiles both networks. Not run on a GPU.
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 import bkn_core as bkn
 from bkn_core.convert import is_converted
 from bkn_core.engine.models import build_network
+
+LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
 
 
 def step(
@@ -56,6 +59,9 @@ def main() -> None:
     parser.add_argument("--model", default="cifar_resnet20")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--cases", type=case, nargs="+", default=[(128, 128), (128, 2), (8, 2)])
+    parser.add_argument(
+        "--layouts", choices=list(LAYOUTS), nargs="+", default=list(LAYOUTS), help="channels last, first"
+    )
     parser.add_argument("--accumulate", type=int, default=1, help="forwards in a step")
     parser.add_argument("--plain-loop", action="store_true")
     parser.add_argument("--compile", action="store_true")
@@ -67,7 +73,8 @@ def main() -> None:
     words += ", compiled" if arguments.compile else ""
     print(f"{arguments.model}, {arguments.size}x{arguments.size}, {words}")
     print("| layout | images | s | BKN / BN step time, median (quartiles) | BN step, ms |\n|---|---|---|---|---|")
-    for layout in (torch.channels_last, torch.contiguous_format):
+    for name in arguments.layouts:
+        layout = LAYOUTS[name]
         for images, size in arguments.cases:
             x = torch.randn(images, 3, arguments.size, arguments.size).contiguous(memory_format=layout)
             labels = torch.randint(0, 10, (images,))
@@ -84,8 +91,7 @@ def main() -> None:
                 for model in (reference, candidate)
             )
             ratio = paired(*steps, pairs=arguments.pairs)
-            name = "channels last" if layout is torch.channels_last else "channels first"
-            print(f"| {name} | {images} | {size} | {ratio} | {ratio.reference_ms:.1f} |", flush=True)
+            print(f"| channels {name} | {images} | {size} | {ratio} | {ratio.reference_ms:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
