@@ -18,8 +18,8 @@ from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
-from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.native_node import FIELDS, Evaluate
+from bkn_core.wiring.native_tensors import NativeTensors
 from bkn_core.wiring.program import Line, Wiring
 
 _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
@@ -90,14 +90,14 @@ class NativeProgram:
             start += width
         for i, name in enumerate(self.names):
             self._gain(name, 2 * total + i)
-        self.lookup = Lookup(dict.fromkeys(module for module, _ in self.paths))
-        self.owners = [(self.lookup.paths.index(module), name) for module, name in self.paths]
+        self.tensors = NativeTensors(self.paths, self.shapes)
         self._structure: _Structure | None = None
+        self._filled: tuple[tuple[list[int], list[bool]], array.array[int]] | None = None
         del self.model
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses."""
-        return {**self.__dict__, "_structure": None}
+        return {**self.__dict__, "_structure": None, "_filled": None}
 
     def _tensor(self, module: str, name: str) -> int:
         """Return the number of a parameter or buffer, -1 where the module has None."""
@@ -207,22 +207,6 @@ class NativeProgram:
         module, _, name = path.rpartition(".")
         return self._tensor(module, name)
 
-    def tensors(self, model: nn.Module) -> list[Tensor] | None:
-        """Return the parameters and buffers that the rows read; None where the kernels cannot take them."""
-        modules = self.lookup(model)
-        found: list[Tensor] = []
-        for (owner, name), shape in zip(self.owners, self.shapes, strict=True):
-            module = modules[owner]
-            tensor: Tensor | None = module._parameters.get(name)
-            if tensor is None:
-                tensor = module._buffers.get(name)
-            if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
-                tensor = getattr(module, name, None)
-            if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
-                return None
-            found.append(tensor)
-        return found
-
     def predictions(self, tensors: list[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Return the refined priors by the names of their layers, and the gains of all layers."""
         return self.named(Evaluate.apply(self, *tensors))
@@ -240,14 +224,19 @@ class NativeProgram:
         if self._structure is None:
             self._structure = self._laid_out()
         known = self._structure
-        fields = known.fields[:]
-        addresses = [native.address(tensor) for tensor in tensors]
-        for place, number in known.parameters:
-            fields[place] = addresses[number]
-        for place, number in known.layouts:
-            weight = tensors[number]
-            fields[place] = weight is not None and not weight.is_contiguous()
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        weights = (tensors[number] for _, number in known.layouts)
+        form = addresses, [weight is not None and not weight.is_contiguous() for weight in weights]
+        if self._filled is None or self._filled[0] != form:
+            fields = known.fields[:]
+            for place, number in known.parameters:
+                fields[place] = addresses[number]
+            for (place, _), is_channels_last in zip(known.layouts, form[1], strict=True):
+                fields[place] = is_channels_last
+            self._filled = form, fields
+        fields = self._filled[1]
         if gradients:
+            fields = fields[:]
             targets, held = [native.address(tensor) for tensor in gradients], frozenset(holding)
             for place, number, line, bit in known.gradients:
                 fields[place] = targets[number]
@@ -289,7 +278,3 @@ def _layer(model: nn.Module, name: str) -> BatchKalmanNorm:
     layer = model.get_submodule(name)
     assert isinstance(layer, BatchKalmanNorm)
     return layer
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))

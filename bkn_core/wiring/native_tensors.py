@@ -1,0 +1,86 @@
+"""The parameters and buffers that the CPU kernels read to compute the priors; checked, for kernels trust any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bkn_core.norm import native
+from bkn_core.norm.handing import is_recomputation
+from bkn_core.wiring.lookup import Lookup
+
+_Holder = tuple[dict[str, Any], str]
+
+
+class _Checked(NamedTuple):
+    """Tensors that the kernels can take, and how to see that they still are the model's, where and as they were."""
+
+    modules: Sequence[nn.Module]
+    holders: list[_Holder]
+    tensors: list[Tensor]
+    addresses: list[int]
+    layouts: list[tuple[Tensor, tuple[int, ...]]]
+
+    def are_of(self, modules: Sequence[nn.Module]) -> bool:
+        return (
+            modules is self.modules
+            and all(held.get(name) is tensor for (held, name), tensor in zip(self.holders, self.tensors, strict=True))
+            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
+            and all(tensor.stride() == layout for tensor, layout in self.layouts)
+        )
+
+
+class NativeTensors:
+    """Tensors of a model by the paths of their modules and their names. What was found good is known again.
+
+    Args:
+        paths: of the module, and the name in it.
+        shapes: that they must have.
+    """
+
+    def __init__(self, paths: Sequence[tuple[str, str]], shapes: Sequence[torch.Size]) -> None:
+        self.lookup = Lookup(dict.fromkeys(module for module, _ in paths))
+        places = {path: i for i, path in enumerate(self.lookup.paths)}
+        self.wanted = [(places[module], name, shape) for (module, name), shape in zip(paths, shapes, strict=True)]
+        self._checked: _Checked | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look again."""
+        return {**self.__dict__, "_checked": None}
+
+    def __call__(self, model: nn.Module) -> list[Tensor] | None:
+        """Return the tensors in the order of the paths, None where the kernels cannot take them."""
+        modules, is_repeated, checked = self.lookup(model), is_recomputation(), self._checked
+        if checked is None or is_repeated or not checked.are_of(modules):
+            checked = _check(modules, self.wanted, is_repeated)
+            is_kept = checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.tensors)
+            self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
+        return None if checked is None else checked.tensors
+
+
+def _check(
+    modules: Sequence[nn.Module], wanted: Sequence[tuple[int, str, torch.Size]], is_repeated: bool
+) -> _Checked | None:
+    holders: list[_Holder] = []
+    found: list[Tensor] = []
+    for owner, name, shape in wanted:
+        module = modules[owner]
+        if name == "present_innovation" and not is_repeated:
+            name = "innovation"
+        holder = module._parameters if name in module._parameters else module._buffers
+        tensor = holder.get(name)
+        if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
+            tensor = getattr(module, name, None)
+        if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
+            return None
+        found.append(tensor)
+        holders.append((holder, name))
+    layouts = [(tensor, tensor.stride()) for tensor in found if tensor.dim() > 1]
+    return _Checked(modules, holders, found, [tensor.data_ptr() for tensor in found], layouts)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
