@@ -5,6 +5,7 @@ Reference: arXiv 1802.03133, eq. 7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,29 @@ def rectangular_identity(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return the initial transition A (rows, columns): A[i, i mod columns] = 1, of the type and device of `like`."""
     numbers = torch.arange(rows, device=like.device)[:, None] % columns
     return (numbers == torch.arange(columns, device=like.device)).to(like.dtype)
+
+
+def refine(prior: Gaussian, offset: Tensor | None, log_scales: Sequence[Tensor | None], eps: float) -> Gaussian:
+    """Apply a learned correction δ, ρ and an innovation ι to a prior.
+
+        µ' + δ sqrt(v' + ε),   v' exp(ρ + ι)
+
+    Args:
+        prior: µ', v'.
+        offset: δ.
+        log_scales: ρ and ι.
+        eps: ε.
+
+    Shape:
+        (C,) or (G, C) each.
+    """
+    mean, variance = prior
+    if offset is not None:
+        mean = torch.addcmul(mean, offset, (variance + eps).sqrt())
+    known = [log_scale for log_scale in log_scales if log_scale is not None]
+    if known:
+        variance = variance * (known[0] if len(known) == 1 else known[0] + known[1]).exp()
+    return Gaussian(mean, variance)
 
 
 def update(prior: Gaussian, observed: Moments | Gaussian, gain: Tensor) -> Gaussian:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
-from bkn_core.norm import together
+from bkn_core.norm import kalman
 from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.covariance import matrix_normalize, normalize_by
 from bkn_core.norm.following import Sensitivity
@@ -144,7 +144,7 @@ class BatchKalmanNorm(_BatchNorm):
 
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
-        return together.refine([self], [prior])[0]
+        return kalman.refine(prior, self.prior_offset, (self.prior_log_scale, self.present_innovation), self.eps)
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""

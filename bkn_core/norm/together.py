@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bkn_core.norm import kalman
 from bkn_core.norm.kalman import Gaussian
 
 if TYPE_CHECKING:
@@ -51,21 +52,21 @@ def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> lis
     refined = list(priors)
     for numbers in alike([_form(*pair) for pair in zip(layers, priors, strict=True)]):
         chosen = [layers[i] for i in numbers]
-        mean = beside([priors[i].mean for i in numbers])
-        variance = beside([priors[i].variance for i in numbers])
-        log_scale = None
-        if chosen[0].prior_offset is not None:
-            offset = beside(those([layer.prior_offset for layer in chosen]))
-            mean = torch.addcmul(mean, offset, (variance + chosen[0].eps).sqrt())
-            log_scale = beside(those([layer.prior_log_scale for layer in chosen]))
-        if chosen[0].innovation is not None:
-            innovation = beside(those([layer.present_innovation for layer in chosen]))
-            log_scale = innovation if log_scale is None else log_scale + innovation
-        if log_scale is not None:
-            variance = variance * log_scale.exp()
+        prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
+        offset, *log_scales = (_beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True))
+        mean, variance = kalman.refine(prior, offset, log_scales, chosen[0].eps)
         for i, *parts in zip(numbers, apart(mean, chosen), apart(variance, chosen), strict=True):
             refined[i] = Gaussian(*parts)
     return refined
+
+
+def _refinement(layer: BatchKalmanNorm) -> tuple[Tensor | None, ...]:
+    return layer.prior_offset, layer.prior_log_scale, layer.present_innovation
+
+
+def _beside_or_none(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    known = those(vectors)
+    return beside(known) if known else None
 
 
 def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
