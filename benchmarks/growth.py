@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     residual = "cifar_resnet{}".format
-    cases = [("channels (four 3×3 convolutions)", width, plain(width), SIZE, 2) for width in (16, 64, 256)]
+    cases = [("channels (four 3×3 convolutions)", width, plain(width), SIZE, 2) for width in (16, 32, 64)]
     cases += [("depth", depth, build_network(residual(depth), classes=10), SIZE, 2) for depth in (8, 20, 56)]
     cases += [("image size", size, build_network(residual(20), classes=10), size, 2) for size in (16, 32, 64)]
     cases += [("s", group, build_network(residual(20), classes=10), SIZE, group) for group in (32, 8, 2, 1)]
