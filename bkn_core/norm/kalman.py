@@ -5,7 +5,6 @@ Reference: arXiv 1802.03133, eq. 7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,7 +97,9 @@ def rectangular_identity(rows: int, columns: int, like: Tensor) -> Tensor:
     return (numbers == torch.arange(columns, device=like.device)).to(like.dtype)
 
 
-def refine(prior: Gaussian, offset: Tensor | None, log_scales: Sequence[Tensor | None], eps: float) -> Gaussian:
+def refine(
+    prior: Gaussian, offset: Tensor | None, log_scale: Tensor | None, innovation: Tensor | None, eps: float
+) -> Gaussian:
     """Apply a learned correction δ, ρ and an innovation ι to a prior.
 
         µ' + δ sqrt(v' + ε),   v' exp(ρ + ι)
@@ -106,7 +107,8 @@ def refine(prior: Gaussian, offset: Tensor | None, log_scales: Sequence[Tensor |
     Args:
         prior: µ', v'.
         offset: δ.
-        log_scales: ρ and ι.
+        log_scale: ρ.
+        innovation: ι.
         eps: ε.
 
     Shape:
@@ -115,9 +117,12 @@ def refine(prior: Gaussian, offset: Tensor | None, log_scales: Sequence[Tensor |
     mean, variance = prior
     if offset is not None:
         mean = torch.addcmul(mean, offset, (variance + eps).sqrt())
-    known = [log_scale for log_scale in log_scales if log_scale is not None]
-    if known:
-        variance = variance * (known[0] if len(known) == 1 else known[0] + known[1]).exp()
+    if log_scale is not None and innovation is not None:
+        variance = variance * (log_scale + innovation).exp()
+    elif log_scale is not None or innovation is not None:
+        exponent = log_scale if innovation is None else innovation
+        assert exponent is not None
+        variance = variance * exponent.exp()
     return Gaussian(mean, variance)
 
 

@@ -144,7 +144,7 @@ class BatchKalmanNorm(_BatchNorm):
 
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
-        return kalman.refine(prior, self.prior_offset, (self.prior_log_scale, self.present_innovation), self.eps)
+        return kalman.refine(prior, self.prior_offset, self.prior_log_scale, self.present_innovation, self.eps)
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""

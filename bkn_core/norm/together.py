@@ -53,8 +53,10 @@ def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> lis
     for numbers in alike([_form(*pair) for pair in zip(layers, priors, strict=True)]):
         chosen = [layers[i] for i in numbers]
         prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
-        offset, *log_scales = (_beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True))
-        mean, variance = kalman.refine(prior, offset, log_scales, chosen[0].eps)
+        offset, log_scale, innovation = (
+            _beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True)
+        )
+        mean, variance = kalman.refine(prior, offset, log_scale, innovation, chosen[0].eps)
         for i, *parts in zip(numbers, apart(mean, chosen), apart(variance, chosen), strict=True):
             refined[i] = Gaussian(*parts)
     return refined
