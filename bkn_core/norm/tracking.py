@@ -99,10 +99,10 @@ def _rows(records: Sequence[Seen]) -> tuple[array.array[int], list[Tensor]] | No
             return None
         wide = (statistics.shape[1], width)
         for vector in (inside, innovation, sensitivity, newest, mean, variance):
-            if vector is not None and not (native.is_plain(vector) and vector.shape == (width,)):
+            if vector is not None and vector.shape != (width,):
                 return None
-        for row in (statistics, means, variances):
-            if row is not None and not (native.is_plain(row) and row.is_contiguous()):
+        for tensor in (statistics, means, variances, inside, innovation, sensitivity, newest, mean, variance):
+            if tensor is not None and not (native.is_plain(tensor) and tensor.is_contiguous()):
                 return None
         if any(row is not None and row.shape not in (wide, wide[1:]) for row in (means, variances)):
             return None
@@ -111,7 +111,7 @@ def _rows(records: Sequence[Seen]) -> tuple[array.array[int], list[Tensor]] | No
         stride = 0 if means is None or means.dim() == 1 else width
         fields.extend((*wide, *map(native.address, (statistics, means, variances)), stride))
         fields.extend(map(native.address, (inside, innovation, sensitivity, newest, mean, variance)))
-        fields.append(bits(1 - (1 - layer.innovation_momentum) ** (images / following.IMAGES)))
+        fields.append(bits(float(weight_of_newest(layer.innovation_momentum, images))))
         fields.extend((bits(layer.momentum or 0.0), bits(layer.eps)))
         moved += [t for t in (innovation, sensitivity, mean, variance) if t is not None]
     return fields, moved

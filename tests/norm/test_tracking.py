@@ -110,6 +110,15 @@ def test_what_the_kernel_does_not_know_is_left_to_pytorch(
     assert all(int(r.layer.num_batches_tracked) == 1 for r in seen)  # type: ignore[arg-type]
 
 
+def test_a_buffer_that_is_not_dense_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = records(layers())
+    strided = torch.zeros(2 * WIDTHS[0])
+    seen[0].layer.running_mean = strided[::2]
+    monkeypatch.setattr(native, "run", lambda *_: pytest.fail("the kernel ran"))
+    track(seen)
+    assert strided[::2].any() and not strided[1::2].any()
+
+
 def test_whoever_saved_a_moving_average_learns_that_it_moved() -> None:
     seen = records(layers())
     kept = seen[0].layer.running_mean
