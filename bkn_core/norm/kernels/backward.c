@@ -128,7 +128,8 @@ static void sum_stretches(const void *task, int64_t first, int64_t last)
         int64_t start, count, c = b->channels;
         stretch(b->images * b->length, b->parts, i, &start, &count);
         const float *centre = b->statistics + i / b->parts * c;
-        sums_of_rows(b->dy + start * c, b->x + start * c, count, c, centre, b->sums + 2 * i * c);
+        if (sums_of_rows(b->dy + start * c, b->x + start * c, count, c, centre, b->sums + 2 * i * c))
+            *b->failed = 1;
     }
 }
 

@@ -54,7 +54,8 @@ static void observe_stretches(const void *task, int64_t first, int64_t last)
     for (int64_t i = first; i < last; i++) {
         int64_t start, count;
         stretch(f->images * f->length, f->parts, i, &start, &count);
-        observe_rows(f->x + start * f->channels, count, f->channels, f->partial + i * f->channels);
+        if (count && observe_rows(f->x + start * f->channels, count, f->channels, f->partial + i * f->channels))
+            *f->failed = 1;
     }
 }
 

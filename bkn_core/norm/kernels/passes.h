@@ -1,14 +1,14 @@
 /* The passes over the values of an activation, float32, in two layouts: planes (channels first: all positions of one
    channel lie together) and rows (channels last: all channels of one position lie together).
 
-   Statistics are summed in blocks that fit the cache, each about its own mean, and blocks are merged in float64 by the
-   update of Chan, Golub and LeVeque. */
+   Statistics are summed in blocks, each about a mean of its own or its neighbour's, and blocks are merged in float64 (of
+   planes by the update of Chan, Golub and LeVeque). */
 
 #pragma once
 
 #include "parallel.h"
 
-enum { BLOCK = 8192, ROW = 256 };
+enum { BLOCK = 8192, ROW = 256, LINES = 512, SAMPLE = 16 };
 static const float LARGEST = 1e30f; /* squares stay below, so that 0 * infinity makes no NaN */
 
 typedef struct Moments {
@@ -79,7 +79,7 @@ VECTORIZED static inline void gradient_of_plane(const float *dy, const float *x,
 
 static inline int64_t width_of(int64_t channels)
 {
-    return channels >= ROW ? channels : ROW / channels * channels;
+    return channels >= ROW || channels % 16 == 0 ? channels : ROW / channels * channels;
 }
 
 static inline void spread(const float *values, int64_t channels, float *row, int64_t width)
@@ -88,69 +88,65 @@ static inline void spread(const float *values, int64_t channels, float *row, int
         row[i] = i < channels ? values[i] : row[i - channels];
 }
 
-/* Sums over rows keep some columns in registers while they go down the rows; what is left over is added one by one. */
-typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
-enum { LANES = 8, HELD = 4 * LANES };
-#define EACH for (int j = 0; j < 4; j++)
-
-VECTORIZED static inline void add_rows(const float *x, int64_t values, int64_t width, float *sum)
+static inline double folded(const double *row, int64_t channel, int64_t channels, int64_t width)
 {
-    for (int64_t start = 0; start < values; start += width) {
-        int64_t n = values - start < width ? values - start : width;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-            sum[i] += x[start + i];
-    }
+    double sum = 0;
+    for (int64_t i = channel; i < width; i += channels)
+        sum += row[i];
+    return sum;
 }
 
+/* Sums go down the rows four at a time, each row in the order of memory. */
 VECTORIZED static inline void add_centred_rows(
-    const float *x, int64_t values, int64_t width, const float *mean, float *rest, float *squares)
+    const float *restrict x, int64_t values, int64_t width, const float *restrict centre, float *restrict rest,
+    float *restrict squares)
 {
-    int64_t whole = values / width * width, i = 0;
-    for (; i + HELD <= width; i += HELD) {
-        const Lanes *centre = (const Lanes *)(mean + i);
-        Lanes m[4], r[4], s[4];
-        EACH m[j] = centre[j], r[j] = s[j] = (Lanes){0};
-        for (int64_t at = i; at < whole; at += width) {
-            const Lanes *v = (const Lanes *)(x + at);
-            EACH {
-                Lanes d = v[j] - m[j];
-                r[j] += d;
-                s[j] += d * d;
-            }
+    int64_t start = 0;
+    for (; start + 4 * width <= values; start += 4 * width) {
+        const float *v = x + start;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float m = centre[i];
+            float d0 = v[i] - m, d1 = v[i + width] - m, d2 = v[i + 2 * width] - m, d3 = v[i + 3 * width] - m;
+            rest[i] += (d0 + d1) + (d2 + d3);
+            squares[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
         }
-        EACH ((Lanes *)(rest + i))[j] += r[j], ((Lanes *)(squares + i))[j] += s[j];
     }
-    for (int64_t start = 0; start < values; start += width)
-        for (int64_t k = start < whole ? i : 0; k < width && start + k < values; k++) {
-            float d = x[start + k] - mean[k];
-            rest[k] += d;
-            squares[k] += d * d;
+    for (; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            float d = x[start + i] - centre[i];
+            rest[i] += d;
+            squares[i] += d * d;
         }
+    }
 }
 
 VECTORIZED static inline void add_weighted_rows(
-    const float *dy, const float *x, int64_t values, int64_t width, const float *centre, float *total, float *weighted)
+    const float *restrict dy, const float *restrict x, int64_t values, int64_t width, const float *restrict centre,
+    float *restrict total, float *restrict weighted)
 {
-    int64_t whole = values / width * width, i = 0;
-    for (; i + HELD <= width; i += HELD) {
-        const Lanes *mean = (const Lanes *)(centre + i);
-        Lanes m[4], t[4], w[4];
-        EACH m[j] = mean[j], t[j] = w[j] = (Lanes){0};
-        for (int64_t at = i; at < whole; at += width) {
-            const Lanes *g = (const Lanes *)(dy + at), *v = (const Lanes *)(x + at);
-            EACH {
-                t[j] += g[j];
-                w[j] += g[j] * (v[j] - m[j]);
-            }
+    int64_t start = 0;
+    for (; start + 4 * width <= values; start += 4 * width) {
+        const float *g = dy + start, *v = x + start;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float m = centre[i], g0 = g[i], g1 = g[i + width], g2 = g[i + 2 * width], g3 = g[i + 3 * width];
+            float w0 = g0 * (v[i] - m), w1 = g1 * (v[i + width] - m);
+            float w2 = g2 * (v[i + 2 * width] - m), w3 = g3 * (v[i + 3 * width] - m);
+            total[i] += (g0 + g1) + (g2 + g3);
+            weighted[i] += (w0 + w1) + (w2 + w3);
         }
-        EACH ((Lanes *)(total + i))[j] += t[j], ((Lanes *)(weighted + i))[j] += w[j];
     }
-    for (int64_t start = 0; start < values; start += width)
-        for (int64_t k = start < whole ? i : 0; k < width && start + k < values; k++) {
-            total[k] += dy[start + k];
-            weighted[k] += dy[start + k] * (x[start + k] - centre[k]);
+    for (; start < values; start += width) {
+        int64_t n = values - start < width ? values - start : width;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            total[i] += dy[start + i];
+            weighted[i] += dy[start + i] * (x[start + i] - centre[i]);
         }
+    }
 }
 
 VECTORIZED static inline void apply_rows(
@@ -177,63 +173,80 @@ VECTORIZED static inline void gradient_of_rows(
     }
 }
 
-/* Rows of a block: as many values as fit the cache, and enough of a channel for its own small arithmetic not to matter. */
-static inline int64_t rows_of_block(int64_t channels, int64_t width)
+/* Columns from `first` to `last`: move the sums of `lines` values of a block about its centre m into the sums about o,
+   and the centre onto the block's mean, where the next block's sums are taken. Clears them for it. */
+VECTORIZED static inline void gather_rows(
+    int64_t first, int64_t last, int64_t lines, const double *restrict o, float *restrict m, float *restrict rest,
+    float *restrict squares, double *restrict sum, double *restrict m2)
 {
-    int64_t lines = width / channels, some = BLOCK / width * lines, enough = 8 * BLOCK / channels;
-    enough = enough < 128 ? enough : 128;
-    int64_t rows = some > enough ? some : enough / lines * lines;
-    return rows > lines ? rows : lines;
-}
-
-static inline double folded(const float *row, int64_t channel, int64_t channels, int64_t width)
-{
-    double sum = 0;
-    for (int64_t i = channel; i < width; i += channels)
-        sum += row[i];
-    return sum;
-}
-
-static inline void observe_rows(const float *x, int64_t rows, int64_t channels, Moments *moments)
-{
-    int64_t width = width_of(channels), block = rows_of_block(channels, width);
-    float *work = malloc(4 * width * sizeof(float)), *sum = work, *mean = work + width;
-    float *rest = work + 2 * width, *squares = work + 3 * width;
-    for (int64_t start = 0; start < rows; start += block) {
-        int64_t n = rows - start < block ? rows - start : block;
-        const float *v = x + start * channels;
-        for (int64_t i = 0; i < width; i++)
-            sum[i] = rest[i] = squares[i] = 0;
-        add_rows(v, n * channels, width, sum);
-        for (int64_t c = 0; c < channels; c++)
-            mean[c] = (float)(folded(sum, c, channels, width) / n);
-        spread(mean, channels, mean, width);
-        add_centred_rows(v, n * channels, width, mean, rest, squares);
-        for (int64_t c = 0; c < channels; c++) {
-            double r = folded(rest, c, channels, width), s = folded(squares, c, channels, width);
-            merge(moments + c, (double)n, mean[c] + r / n, s - r * r / n);
-        }
+    double n = (double)lines;
+    float share = 1 / (float)lines;
+#pragma omp simd
+    for (int64_t i = first; i < last; i++) {
+        double shift = m[i] - o[i], r = rest[i];
+        sum[i] += r + n * shift;
+        m2[i] += squares[i] + shift * (2 * r + n * shift);
+        m[i] += rest[i] * share;
+        rest[i] = squares[i] = 0;
     }
-    free(work);
 }
 
-static inline void sums_of_rows(
+/* Each block is summed about the mean of the one before it, the first about the mean of its first rows. That is as good
+   as about its own mean: where the two differ much, the variance of both together is as large. */
+static inline int observe_rows(const float *x, int64_t rows, int64_t channels, Moments *moments)
+{
+    int64_t width = width_of(channels), values = rows * channels, block = LINES * width;
+    int64_t few = (rows < SAMPLE ? rows : SAMPLE) * channels;
+    double *origin = calloc(3 * width, sizeof(double) + sizeof(float)), *sum = origin + width, *m2 = sum + width;
+    float *centre = (float *)(m2 + width), *rest = centre + width, *squares = rest + width;
+    if (!origin)
+        return 1;
+    for (int64_t i = 0; i < few; i++)
+        sum[i % channels] += x[i];
+    for (int64_t i = 0; i < width; i++) {
+        centre[i] = (float)(sum[i % channels] * channels / few);
+        origin[i] = centre[i];
+    }
+    for (int64_t i = 0; i < channels; i++)
+        sum[i] = 0;
+    for (int64_t start = 0; start < values; start += block) {
+        int64_t n = values - start < block ? values - start : block, lines = n / width, left = n % width;
+        add_centred_rows(x + start, n, width, centre, rest, squares);
+        gather_rows(0, left, lines + 1, origin, centre, rest, squares, sum, m2);
+        if (lines)
+            gather_rows(left, width, lines, origin, centre, rest, squares, sum, m2);
+    }
+    for (int64_t c = 0; c < channels; c++) {
+        double r = folded(sum, c, channels, width), s = folded(m2, c, channels, width);
+        moments[c] = (Moments){(double)rows, origin[c] + r / rows, s - r * r / rows};
+    }
+    free(origin);
+    return 0;
+}
+
+static inline int sums_of_rows(
     const float *dy, const float *x, int64_t rows, int64_t channels, const float *centre, double *sums)
 {
-    int64_t width = width_of(channels), block = rows_of_block(channels, width);
-    float *work = malloc(3 * width * sizeof(float)), *row = work, *total = work + width, *weighted = work + 2 * width;
+    int64_t width = width_of(channels), values = rows * channels, block = LINES * width;
+    double *totals = calloc(2 * width, sizeof(double) + 2 * sizeof(float));
+    float *total = (float *)(totals + 2 * width), *row = total + 2 * width;
+    if (!totals)
+        return 1;
     spread(centre, channels, row, width);
-    for (int64_t start = 0; start < rows; start += block) {
-        int64_t n = rows - start < block ? rows - start : block, at = start * channels;
-        for (int64_t i = 0; i < width; i++)
-            total[i] = weighted[i] = 0;
-        add_weighted_rows(dy + at, x + at, n * channels, width, row, total, weighted);
-        for (int64_t c = 0; c < channels; c++) {
-            sums[2 * c] += folded(total, c, channels, width);
-            sums[2 * c + 1] += folded(weighted, c, channels, width);
+    for (int64_t start = 0; start < values; start += block) {
+        int64_t n = values - start < block ? values - start : block;
+        add_weighted_rows(dy + start, x + start, n, width, row, total, total + width);
+        for (int64_t i = 0; i < 2 * width; i++) {
+            totals[i] += total[i];
+            total[i] = 0;
         }
     }
-    free(work);
+    for (int64_t c = 0; c < channels; c++) {
+        sums[2 * c] = folded(totals, c, channels, width);
+        sums[2 * c + 1] = folded(totals + width, c, channels, width);
+    }
+    free(totals);
+    return 0;
 }
 
 /* Channels last: the rows of all groups are cut into stretches, several to a group where threads outnumber groups. */
