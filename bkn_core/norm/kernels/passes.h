@@ -1,8 +1,8 @@
 /* The passes over the values of an activation, float32, in two layouts: planes (channels first: all positions of one
    channel lie together) and rows (channels last: all channels of one position lie together).
 
-   Statistics are summed in blocks, each about a mean of its own or its neighbour's, and blocks are merged in float64 (of
-   planes by the update of Chan, Golub and LeVeque). */
+   Statistics are summed in blocks: in planes each about its own mean, and merged in float64 by the update of Chan, Golub
+   and LeVeque; in rows, where a block would be summed twice for that, about one centre. */
 
 #pragma once
 
@@ -173,54 +173,38 @@ VECTORIZED static inline void gradient_of_rows(
     }
 }
 
-/* Columns from `first` to `last`: move the sums of `lines` values of a block about its centre m into the sums about o,
-   and the centre onto the block's mean, where the next block's sums are taken. Clears them for it. */
-VECTORIZED static inline void gather_rows(
-    int64_t first, int64_t last, int64_t lines, const double *restrict o, float *restrict m, float *restrict rest,
-    float *restrict squares, double *restrict sum, double *restrict m2)
+static inline void gather(float *row, double *sums, int64_t width)
 {
-    double n = (double)lines;
-    float share = 1 / (float)lines;
-#pragma omp simd
-    for (int64_t i = first; i < last; i++) {
-        double shift = m[i] - o[i], r = rest[i];
-        sum[i] += r + n * shift;
-        m2[i] += squares[i] + shift * (2 * r + n * shift);
-        m[i] += rest[i] * share;
-        rest[i] = squares[i] = 0;
+    for (int64_t i = 0; i < width; i++) {
+        sums[i] += row[i];
+        row[i] = 0;
     }
 }
 
-/* Each block is summed about the mean of the one before it, the first about the mean of its first rows. That is as good
-   as about its own mean: where the two differ much, the variance of both together is as large. */
+/* All sums are about one centre, the mean of a few rows from everywhere. Where it is far from the mean of all, so are
+   those rows, and the variance is large. */
 static inline int observe_rows(const float *x, int64_t rows, int64_t channels, Moments *moments)
 {
     int64_t width = width_of(channels), values = rows * channels, block = LINES * width;
-    int64_t few = (rows < SAMPLE ? rows : SAMPLE) * channels;
-    double *origin = calloc(3 * width, sizeof(double) + sizeof(float)), *sum = origin + width, *m2 = sum + width;
-    float *centre = (float *)(m2 + width), *rest = centre + width, *squares = rest + width;
-    if (!origin)
+    int64_t few = rows < SAMPLE ? rows : SAMPLE;
+    double *sums = calloc(2 * width, sizeof(double) + 2 * sizeof(float));
+    float *rest = (float *)(sums + 2 * width), *squares = rest + width, *centre = squares + width;
+    if (!sums)
         return 1;
     for (int64_t i = 0; i < few; i++)
-        sum[i % channels] += x[i];
-    for (int64_t i = 0; i < width; i++) {
-        centre[i] = (float)(sum[i % channels] * channels / few);
-        origin[i] = centre[i];
-    }
-    for (int64_t i = 0; i < channels; i++)
-        sum[i] = 0;
+        for (int64_t c = 0; c < channels; c++)
+            centre[c] += x[(2 * i + 1) * rows / (2 * few) * channels + c] / (float)few;
+    spread(centre, channels, centre, width);
     for (int64_t start = 0; start < values; start += block) {
-        int64_t n = values - start < block ? values - start : block, lines = n / width, left = n % width;
+        int64_t n = values - start < block ? values - start : block;
         add_centred_rows(x + start, n, width, centre, rest, squares);
-        gather_rows(0, left, lines + 1, origin, centre, rest, squares, sum, m2);
-        if (lines)
-            gather_rows(left, width, lines, origin, centre, rest, squares, sum, m2);
+        gather(rest, sums, 2 * width);
     }
     for (int64_t c = 0; c < channels; c++) {
-        double r = folded(sum, c, channels, width), s = folded(m2, c, channels, width);
-        moments[c] = (Moments){(double)rows, origin[c] + r / rows, s - r * r / rows};
+        double r = folded(sums, c, channels, width), s = folded(sums + width, c, channels, width);
+        moments[c] = (Moments){(double)rows, centre[c] + r / rows, s - r * r / rows};
     }
-    free(origin);
+    free(sums);
     return 0;
 }
 
@@ -229,17 +213,14 @@ static inline int sums_of_rows(
 {
     int64_t width = width_of(channels), values = rows * channels, block = LINES * width;
     double *totals = calloc(2 * width, sizeof(double) + 2 * sizeof(float));
-    float *total = (float *)(totals + 2 * width), *row = total + 2 * width;
+    float *total = (float *)(totals + 2 * width), *weighted = total + width, *row = weighted + width;
     if (!totals)
         return 1;
     spread(centre, channels, row, width);
     for (int64_t start = 0; start < values; start += block) {
         int64_t n = values - start < block ? values - start : block;
-        add_weighted_rows(dy + start, x + start, n, width, row, total, total + width);
-        for (int64_t i = 0; i < 2 * width; i++) {
-            totals[i] += total[i];
-            total[i] = 0;
-        }
+        add_weighted_rows(dy + start, x + start, n, width, row, total, weighted);
+        gather(total, totals, 2 * width);
     }
     for (int64_t c = 0; c < channels; c++) {
         sums[2 * c] = folded(totals, c, channels, width);
