@@ -14,8 +14,9 @@ from bkn_core.convert import find_messengers
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.wiring.held import Held
+from bkn_core.wiring.lookup import modules_of
 from bkn_core.wiring.messenger import Messenger
-from bkn_core.wiring.native_node import add_gradients_, evaluate, results_of
+from bkn_core.wiring.native_node import add_gradients_, evaluate
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def accumulation(model: nn.Module) -> Iterator[None]:
         ConversionError: the model was not converted or is distributed; its parameters changed inside the block; a
             backward pass through one of its forwards came after it.
     """
-    modules = list(model.modules())
+    modules = modules_of(model)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
         raise ConversionError(
             "DistributedDataParallel needs the gradients of every parameter from every backward pass",
@@ -52,7 +53,7 @@ def accumulation(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as blocks:
         for owner, messenger in find_messengers(modules):
             if messenger.is_static and messenger.held is None:
-                blocks.enter_context(_block(owner, messenger, modules if owner is model else list(owner.modules())))
+                blocks.enter_context(_block(owner, messenger, modules if owner is model else modules_of(owner)))
         yield
 
 
@@ -78,20 +79,28 @@ _Finish = Callable[[list[Tensor]], None]
 def _hold(messenger: Messenger, owner: nn.Module, modules: list[nn.Module]) -> tuple[Held, list[Tensor], _Finish]:
     """Return constants that stand for priors and gains, all of them in a row, and what to do with their gradients."""
     layers = messenger.layers(owner)
-    innovations = [None if layer.innovation is None else layer.innovation.clone() for layer in layers]
-    schedules = [buffer for layer in layers for buffer in (layer.gain_factor, layer.fixed_gain) if buffer is not None]
+    buffers = [layer._buffers for layer in layers]  # which attributes find after parameters
+    innovations = [None if own["innovation"] is None else own["innovation"].clone() for own in buffers]
+    schedules = [own[name] for own in buffers for name in ("gain_factor", "fixed_gain") if own[name] is not None]
     tensors, program = messenger.native_tensors(owner), messenger.native
     if tensors is not None and program is not None and torch.is_grad_enabled() and _may_be_added_to(tensors):
         values = evaluate(program, tensors)
-        leaves = [part.detach().requires_grad_() for part in results_of(program, values)]
-        finish: _Finish = functools.partial(add_gradients_, program, tensors, values)
-        return Held(*program.named(leaves), innovations, modules, schedules), leaves, finish
+        row = values[: program.results].requires_grad_()
+
+        def finish(gradients: list[Tensor]) -> None:
+            add_gradients_(program, tensors, values, *gradients)
+
+        return Held(*program.named(row), [row], innovations, modules, schedules), [row], finish
     priors, gains = messenger.predictions(owner, layers)
     outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
     pairs = iter(leaves)
     held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
-    return Held(held, list(pairs), innovations, modules, schedules), leaves, functools.partial(_backward, outputs)
+    return (
+        Held(held, list(pairs), leaves, innovations, modules, schedules),
+        leaves,
+        functools.partial(_backward, outputs),
+    )
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""The autograd node of a layer in C++ (`kernels/node.cpp`), around the kernels of `native.py`.
+"""The autograd node of a layer in C++, and its tracking (`kernels/node.cpp`), around the kernels of `native.py`.
 
-It computes bit for bit what the node in Python does, and spares small activations the time of Python. PyTorch's headers
+It computes bit for bit what Python does around them, and spares small activations the time of Python. PyTorch's headers
 take a compiler half a minute, so that is done beside the program that first asks for it; until then, and wherever it
-fails, the node in Python serves.
+fails, Python serves.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ from bkn_core.norm.compiler import Building, compiler, place
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LOG = logging.getLogger("bkn")
+
+Row = tuple[Tensor | None, ...]
+
+
+class _Operations(NamedTuple):
+    normalize: Callable[..., list[Tensor]]
+    track: Callable[..., list[Tensor] | None]
 
 
 @functools.cache
@@ -37,7 +45,7 @@ def building() -> Building:
 
 
 @functools.cache
-def _loaded(path: Path) -> Callable[..., list[Tensor]] | None:
+def _loaded(path: Path) -> _Operations | None:
     kernels = native.library()
     assert kernels is not None
     try:
@@ -45,13 +53,12 @@ def _loaded(path: Path) -> Callable[..., list[Tensor]] | None:
     except OSError as error:
         _LOG.info("%s cannot be loaded: %s", path.name, error)
         return None
-    addresses = (ctypes.cast(kernel, ctypes.c_void_p).value for kernel in (kernels.bkn_forward, kernels.bkn_backward))
-    torch.ops.bkn.initialize(*addresses)
-    operation: Callable[..., list[Tensor]] = torch.ops.bkn.normalize.default
-    return operation
+    called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track
+    torch.ops.bkn.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
+    return _Operations(torch.ops.bkn.normalize.default, torch.ops.bkn.track.default)
 
 
-def node() -> Callable[..., list[Tensor]] | None:
+def node() -> _Operations | None:
     """Return the node, None where there is none or not yet."""
     if native.library() is None:
         return None
@@ -75,7 +82,23 @@ def normalize(
         numbers: ε, and by how much to move the sensitivity.
         groups: of equal size.
     """
-    operation = node()
-    if operation is None or not _PLAIN.issuperset(map(type, (x, *parameters, *sensitivity))):
+    operations = node()
+    if operations is None or not _PLAIN.issuperset(map(type, (x, *parameters, *sensitivity))):
         return None
-    return operation(x, *parameters, *sensitivity, *numbers, groups) or None
+    return operations.normalize(x, *parameters, *sensitivity, *numbers, groups) or None
+
+
+def track(rows: Sequence[Row], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
+    """Move what layers remember and return their innovations as they were, None where that cannot be done here.
+
+    Args:
+        rows: statistics, µ', v', the innovation inside v', the present one, h̄, the newest one, moving mean and
+            variance, batches, of each record.
+        numbers: weights of the newest ratio and of the newest statistics, ε, of each record.
+        is_alone: whether no two records are of one layer.
+    """
+    operations = node()
+    if operations is None or not all(_PLAIN.issuperset(map(type, row)) for row in rows):
+        return None
+    found: list[Tensor] | None = operations.track(*zip(*rows, strict=True), numbers, is_alone)
+    return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from bkn_core.norm import following, native
+from bkn_core.norm import compiled_node, following, native
 from bkn_core.norm.fused import images_per_group
 from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal, log_innovation
 from bkn_core.norm.together import alike, apart, beside, those
@@ -44,18 +44,17 @@ def track(records: Sequence[Seen]) -> None:
     """Move the innovations and the moving statistics of layers towards what they saw."""
     if not records:
         return
-    _remember_for_recomputation(records)
     rows = _rows(records) if native.are_usable() else None
-    if rows is None:
-        _track_in_pytorch(records)
-        return
     is_alone = len({id(record.layer) for record in records}) == len(records)
-    fields, moved = rows
-    native.run("bkn_track", [len(records), torch.get_num_threads() if is_alone else 1, fields.buffer_info()[0]])
-    torch.autograd.graph.increment_version(moved)
-    counts = those([record.layer._buffers["num_batches_tracked"] for record in records])
-    if counts:
-        torch._foreach_add_(counts, 1)
+    before = None if rows is None else compiled_node.track(*rows, is_alone=is_alone)
+    if before is not None:
+        layers = [record.layer for record in records if _is_innovated(record)]
+        for layer, innovation in zip(reversed(layers), reversed(before), strict=True):  # the first of a layer is left
+            layer.__dict__["innovation_then"] = innovation
+        return
+    _remember_for_recomputation(records)
+    if rows is None or not _track_by_kernel(*rows, is_alone=is_alone):
+        _track_in_pytorch(records)
 
 
 def _remember_for_recomputation(records: Sequence[Seen]) -> None:
@@ -80,41 +79,52 @@ def weight_of_newest(momentum: float, images: int | Tensor) -> float | Tensor:
     return 1 - (1 - momentum) ** (images / following.IMAGES)
 
 
-def _rows(records: Sequence[Seen]) -> tuple[array.array[int], list[Tensor]] | None:
-    """Return the records as the kernel reads them and the tensors that it moves, None where it cannot."""
-    fields, moved, bits = array.array("q"), [], native.bits_of
+def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Row], list[float]] | None:
+    """Return the tensors of each record and three numbers to each, None where the kernel does not know how."""
+    rows: list[compiled_node.Row] = []
+    numbers: list[float] = []
     for layer, prior, statistics, images, held in records:
-        size, width, own = layer.statistics_batch_size, layer.num_features, layer._buffers  # faster than attributes
+        size, momentum, own = layer.statistics_batch_size, layer.momentum, layer._buffers  # faster than attributes
         if not isinstance(images, int) or (size is not None and images % min(size, images)):
             return None
-        mean, variance, innovation = own["running_mean"], own["running_var"], own["innovation"]
-        means = variances = inside = sensitivity = newest = None
+        if momentum is None and own["running_mean"] is not None:
+            return None
+        innovation = None if prior is None else own["innovation"]
         if prior is None or innovation is None:
-            innovation = None
+            innovated: tuple[Tensor | None, ...] = (None,) * 6
         else:
-            means, variances = prior
             inside = innovation if held is None else held
-            sensitivity, newest = own["sensitivity"], own["newest_sensitivity"]
-        if mean is not None and layer.momentum is None:
-            return None
-        wide = (statistics.shape[1], width)
-        for vector in (inside, innovation, sensitivity, newest, mean, variance):
-            if vector is not None and vector.shape != (width,):
-                return None
-        for tensor in (statistics, means, variances, inside, innovation, sensitivity, newest, mean, variance):
-            if tensor is not None and not (native.is_plain(tensor) and tensor.is_contiguous()):
-                return None
-        if any(row is not None and row.shape not in (wide, wide[1:]) for row in (means, variances)):
-            return None
-        if prior is not None and prior.mean.dim() != prior.variance.dim():
-            return None
-        stride = 0 if means is None or means.dim() == 1 else width
-        fields.extend((*wide, *map(native.address, (statistics, means, variances)), stride))
-        fields.extend(map(native.address, (inside, innovation, sensitivity, newest, mean, variance)))
-        fields.append(bits(float(weight_of_newest(layer.innovation_momentum, images))))
-        fields.extend((bits(layer.momentum or 0.0), bits(layer.eps)))
-        moved += [t for t in (innovation, sensitivity, mean, variance) if t is not None]
-    return fields, moved
+            innovated = (*prior, inside, innovation, own["sensitivity"], own["newest_sensitivity"])
+        rows.append((statistics, *innovated, own["running_mean"], own["running_var"], own["num_batches_tracked"]))
+        numbers += float(weight_of_newest(layer.innovation_momentum, images)), momentum or 0.0, layer.eps
+    return rows, numbers
+
+
+def _track_by_kernel(rows: Sequence[compiled_node.Row], numbers: Sequence[float], *, is_alone: bool) -> bool:
+    """Whether the kernel could take these tensors, and has moved them."""
+    fields, moved = array.array("q"), []
+    for i, row in enumerate(rows):
+        statistics, mean, variance, *vectors, _ = row
+        assert statistics is not None
+        groups, width = statistics.shape[1:]
+        if any(t is not None and not (native.is_plain(t) and t.is_contiguous()) for t in row[:-1]):
+            return False
+        if any(vector is not None and vector.shape != (width,) for vector in vectors):
+            return False
+        if any(t is not None and t.shape not in ((width,), (groups, width)) for t in (mean, variance)):
+            return False
+        if mean is not None and variance is not None and mean.dim() != variance.dim():
+            return False
+        stride = 0 if mean is None or mean.dim() == 1 else width
+        fields.extend((groups, width, *map(native.address, row[:3]), stride, *map(native.address, vectors)))
+        fields.extend(map(native.bits_of, numbers[3 * i : 3 * i + 3]))
+        moved += [t for t in (*row[4:6], *row[7:9]) if t is not None]
+    native.run("bkn_track", [len(rows), torch.get_num_threads() if is_alone else 1, fields.buffer_info()[0]])
+    torch.autograd.graph.increment_version(moved)
+    counts = those([row[-1] for row in rows])
+    if counts:
+        torch._foreach_add_(counts, 1)
+    return True
 
 
 def _track_in_pytorch(records: Sequence[Seen]) -> None:

@@ -20,6 +20,7 @@ class Held:
     Args:
         priors: by the names of their layers.
         gains: of all layers.
+        leaves: which priors and gains are, or are parts of.
         innovations: those that the priors hold, of all layers.
         modules: of the converted model.
         schedules: the buffers that the gains are computed from.
@@ -29,6 +30,7 @@ class Held:
         self,
         priors: dict[str, Gaussian],
         gains: list[Tensor],
+        leaves: list[Tensor],
         innovations: list[Tensor | None],
         modules: Sequence[nn.Module],
         schedules: list[Tensor],
@@ -39,9 +41,9 @@ class Held:
         self.parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         self.watched = [*(p for _, _, p in self.parameters if p is not None), *schedules]
         self.versions = [tensor._version for tensor in self.watched]
-        for prior in priors.values():
-            if prior.mean.requires_grad:
-                prior.mean.register_hook(self.end)  # type: ignore[no-untyped-call]
+        for leaf in leaves:
+            if leaf.requires_grad:
+                leaf.register_hook(self.end)  # type: ignore[no-untyped-call]
 
     def serves_now(self) -> bool:
         """Whether a forward that begins now has these priors: its parameters are those of the block."""

@@ -10,6 +10,18 @@ from torch import nn
 _Edge = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return a model and all that it holds: `model.modules()`, which calls itself for every module, faster."""
+    found: dict[nn.Module, None] = {}
+    ahead: list[nn.Module] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module not in found:
+            found[module] = None
+            ahead += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
 class Lookup:
     """Modules by path. What was found is trusted as long as every step of every path still leads to the same module.
 

@@ -18,8 +18,6 @@ FIELDS = 23  # of a line in `program.h`
 class Program(Protocol):
     """The lines, and how their arena is divided."""
 
-    names: tuple[str, ...]
-    widths: list[int]
     moving: set[int]
     size: int
     results: int
@@ -37,35 +35,26 @@ def evaluate(program: Program, tensors: Sequence[Tensor]) -> Tensor:
     return values
 
 
-def results_of(program: Program, values: Tensor) -> tuple[Tensor, ...]:
-    """Return the means, then the variances, then the gains."""
-    priors = program.results - len(program.names)
-    return *torch.split(values[:priors], 2 * program.widths), *values[priors : program.results].unbind()
-
-
-def reverse(program: Program, values: Tensor, results: Sequence[Tensor], lines: array.array[int]) -> None:
-    """Run the lines backward from the gradients of the results."""
+def reverse(program: Program, values: Tensor, results: Tensor, lines: array.array[int]) -> None:
+    """Run the lines backward from the gradient of the results."""
     arena = torch.zeros(program.size)
-    priors, count = program.results - len(program.names), 2 * len(program.widths)
-    if count:
-        torch.cat(list(results[:count]), out=arena[:priors])
-    torch.stack(list(results[count:]), out=arena[priors : program.results])
+    arena[: program.results] = results
     _call("bkn_reverse", lines, values, arena)
 
 
 class Evaluate(torch.autograd.Function):
-    """All priors and gains as one node, from parameters and buffers to means, then variances, then gains."""
+    """All priors and gains as one node, from parameters and buffers to one row of results."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: Program, *tensors: Tensor) -> Tensor:
         values = evaluate(program, tensors)
         ctx.program = program
         ctx.save_for_backward(values, *(None if i in program.moving else tensor for i, tensor in enumerate(tensors)))
-        return results_of(program, values)
+        return values[: program.results]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *results: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, results: Tensor) -> tuple[Tensor | None, ...]:
         values, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
@@ -74,14 +63,14 @@ class Evaluate(torch.autograd.Function):
 
 
 @torch.no_grad()
-def add_gradients_(program: Program, tensors: list[Tensor], values: Tensor, results: Sequence[Tensor]) -> None:
+def add_gradients_(program: Program, tensors: list[Tensor], values: Tensor, results: Tensor) -> None:
     """Add to the gradients of parameters what the gradients of the results say, in place and without autograd.
 
     Args:
         program: the lines.
         tensors: what they read, of which those that want a gradient are all leaves and different.
         values: the arena of `evaluate`.
-        results: gradients of the results.
+        results: gradient of the results.
     """
     gradients: list[Tensor | None] = [None] * len(tensors)
     holding, aside = [], []

@@ -211,11 +211,12 @@ class NativeProgram:
         """Return the refined priors by the names of their layers, and the gains of all layers."""
         return self.named(Evaluate.apply(self, *tensors))
 
-    def named(self, results: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
-        """Take results apart."""
+    def named(self, results: Tensor) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Take a row of results apart."""
+        *parts, gains = torch.split(results, [*self.widths, *self.widths, len(self.names)])
         count = len(self.layers)
-        priors = {name: Gaussian(results[i], results[count + i]) for i, name in enumerate(self.layers)}
-        return priors, list(results[2 * count :])
+        priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
+        return priors, list(gains.unbind())
 
     def structure(
         self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from bkn_core.norm import native
+from bkn_core.norm import compiled_node, native, tracking
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm2d
 from bkn_core.norm.tracking import Seen, track
@@ -42,26 +43,58 @@ def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = Fals
     return found
 
 
-def assert_same(seen: list[Seen], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Move the layers by the kernel and copies of them in PyTorch."""
+def copied(seen: list[Seen]) -> list[Seen]:
     known: dict[int, BatchKalmanNorm2d] = {}
-    twins = [r._replace(layer=known.setdefault(id(r.layer), copy.deepcopy(r.layer))) for r in seen]  # type: ignore[arg-type]
-    before = {id(r.layer): r.layer.innovation.clone() for r in seen if r.layer.innovation is not None}
+    return [r._replace(layer=known.setdefault(id(r.layer), copy.deepcopy(r.layer))) for r in seen]  # type: ignore[arg-type]
+
+
+def track_by_kernel(seen: list[Seen]) -> None:
+    """Move the layers by the kernel, called from Python."""
     calls: list[str] = []
     run = native.run
-    monkeypatch.setattr(native, "run", lambda name, slots: (calls.append(name), run(name, slots))[1])
-    track(seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_node, "node", lambda: None)
+        patch.setattr(native, "run", lambda name, slots: (calls.append(name), run(name, slots))[1])
+        track(seen)
     assert calls == ["bkn_track"]
-    monkeypatch.setattr(native, "library", lambda: None)
-    track(twins)
-    assert calls == ["bkn_track"]
-    for one, other in zip(seen, twins, strict=True):
+
+
+def track_in_pytorch(seen: list[Seen]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        patch.setattr(native, "run", no_kernel)
+        track(seen)
+
+
+def track_in_cpp(seen: list[Seen]) -> None:
+    """Move the layers by the kernel, called from C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "run", no_kernel)
+        patch.setattr(tracking, "_track_in_pytorch", lambda _: pytest.fail("PyTorch did the work"))
+        track(seen)
+
+
+def no_kernel(*_: object) -> None:
+    pytest.fail("the kernel ran")
+
+
+def assert_same(seen: list[Seen], *, in_cpp: bool) -> None:
+    """Move the layers by the kernel, and copies of them in C++ and in PyTorch."""
+    twins, exact = copied(seen), copied(seen)
+    before = {id(r.layer): r.layer.innovation.clone() for r in seen if r.layer.innovation is not None}
+    track_by_kernel(seen)
+    track_in_pytorch(twins)
+    if in_cpp:
+        track_in_cpp(exact)
+    for one, other, equal in zip(seen, twins, exact, strict=True):
         for name in BUFFERS:
             actual, expected = getattr(one.layer, name), getattr(other.layer, name)
             assert (actual is None) == (expected is None)
             if actual is not None:
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-        for layer in (one.layer, other.layer):
+                if in_cpp:
+                    torch.testing.assert_close(getattr(equal.layer, name), actual, rtol=0, atol=0, equal_nan=True)
+        for layer in (one.layer, other.layer, equal.layer)[: 2 + in_cpp]:
             if one.prior is not None and layer.innovation is not None:
                 assert layer.innovation_then is not None
                 assert torch.equal(layer.innovation_then, before[id(one.layer)])
@@ -77,52 +110,56 @@ def _seed() -> None:
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("groups", [1, 4, 2000])
-def test_kernel_and_pytorch_agree(groups: int, own: bool, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_same(records(layers(), groups=groups, own=own, held=held), monkeypatch)
+def test_kernel_and_pytorch_agree(groups: int, own: bool, held: bool, in_cpp: bool) -> None:
+    assert_same(records(layers(), groups=groups, own=own, held=held), in_cpp=in_cpp)
 
 
-def test_layers_without_prior_innovation_or_moving_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_without_prior_innovation_or_moving_statistics(in_cpp: bool) -> None:
     seen = records(layers()) + records(layers(track_running_stats=False))
     plain = BatchKalmanNorm2d(5, statistics_batch_size=2, momentum=0.3)
     seen += [Seen(plain, None, drawn(6, 4, 5).abs(), 8), seen[0]._replace(prior=None)]
-    assert_same(seen, monkeypatch)
+    assert_same(seen, in_cpp=in_cpp)
 
 
-def test_a_layer_that_ran_twice_is_moved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_ran_twice_is_moved_twice(in_cpp: bool) -> None:
     these = layers()
-    assert_same(records(these) + records(these), monkeypatch)
+    assert_same(records(these) + records(these), in_cpp=in_cpp)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
-def test_hard_values(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_values(value: float, in_cpp: bool) -> None:
     seen = records(layers())
     seen[0].statistics[2, 1, 0] = seen[1].statistics[3, 0, 2] = value
-    assert_same(seen, monkeypatch)
+    assert_same(seen, in_cpp=in_cpp)
 
 
+@pytest.mark.usefixtures("in_cpp")
 @pytest.mark.parametrize("options", [{"momentum": None}, {"dtype": torch.float64}], ids=str)
 def test_what_the_kernel_does_not_know_is_left_to_pytorch(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = records(layers(**options))
-    monkeypatch.setattr(native, "run", lambda *_: pytest.fail("the kernel ran"))
+    monkeypatch.setattr(native, "run", no_kernel)
     track(seen)
     assert all(int(r.layer.num_batches_tracked) == 1 for r in seen)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("in_cpp")
 def test_a_buffer_that_is_not_dense_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = records(layers())
     strided = torch.zeros(2 * WIDTHS[0])
     seen[0].layer.running_mean = strided[::2]
-    monkeypatch.setattr(native, "run", lambda *_: pytest.fail("the kernel ran"))
+    monkeypatch.setattr(native, "run", no_kernel)
     track(seen)
     assert strided[::2].any() and not strided[1::2].any()
 
 
-def test_whoever_saved_a_moving_average_learns_that_it_moved() -> None:
+@pytest.mark.parametrize("by", [track_by_kernel, track_in_cpp, track_in_pytorch])
+def test_whoever_saved_a_moving_average_learns_that_it_moved(by: Callable[[list[Seen]], None], in_cpp: bool) -> None:
+    if by is track_in_cpp and not in_cpp:
+        pytest.skip("no C++ compiler")
     seen = records(layers())
-    kept = seen[0].layer.running_mean
-    assert kept is not None
-    before = kept._version
-    track(seen)
-    assert kept._version > before
+    kept = [getattr(seen[0].layer, name) for name in BUFFERS]
+    before = [tensor._version for tensor in kept]
+    by(seen)
+    assert all(tensor._version > version for tensor, version in zip(kept, before, strict=True))

@@ -10,7 +10,7 @@ import weakref
 import pytest
 from torch import nn
 
-from bkn_core.wiring.lookup import Lookup
+from bkn_core.wiring.lookup import Lookup, modules_of
 
 PATHS = ["0", "1.0", "1.1.inner"]
 
@@ -63,3 +63,11 @@ def test_the_model_is_not_kept_alive_and_copies_know_nothing() -> None:
     del net
     gc.collect()
     assert alive() is None
+
+
+def test_modules_are_those_of_pytorch_in_its_order() -> None:
+    net = model()
+    shared = nn.ReLU()
+    net.append(nn.Sequential(shared, nn.Sequential(shared, nn.Linear(2, 2)), net[0]))
+    net.register_module("nothing", None)
+    assert modules_of(net) == list(net.modules())

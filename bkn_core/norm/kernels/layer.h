@@ -36,3 +36,20 @@ typedef struct {
     double *gain_parts;  /* (C,) */
     int *failed;         /* a thread found no memory */
 } Backward;
+
+typedef struct {
+    int64_t groups, channels;
+    const float *statistics;                  /* (6, G, C), see `fused.py` */
+    const float *prior_mean, *prior_variance; /* no innovation: NULL */
+    int64_t prior_stride;                     /* channels where each group has its own prior, else 0 */
+    const float *inside;                      /* the innovation that the prior holds */
+    float *innovation, *sensitivity;
+    const float *newest;
+    float *running_mean, *running_var; /* no moving statistics: NULL */
+    double weight, momentum, eps;      /* of the newest ratio, of the newest statistics */
+} Tracked;
+
+typedef struct {
+    int64_t count, threads; /* one thread where a layer is there twice */
+    const Tracked *records;
+} Records;

@@ -1,6 +1,6 @@
-/* The autograd node of a layer in C++, around the kernels of `forward.c` and `backward.c`: the node of `fused.py`
-   without Python in the backward pass, where small activations spend their time. Compiled on its own by `native.py`;
-   without it the node in Python calls the same kernels. */
+/* The autograd node of a layer in C++, around the kernels of `forward.c` and `backward.c`, and the call of `track.c`:
+   `fused.py` and `tracking.py` without Python, where small activations spend their time. Compiled on its own by
+   `compiled_node.py`; without it Python calls the same kernels. */
 
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -18,12 +18,14 @@ using Maybe = std::optional<Tensor>;
 
 int (*run_forward)(const Forward *);
 int (*run_backward)(const Backward *);
+int (*run_track)(const Records *);
 
 /* Take the addresses of the kernels. */
-void initialize(int64_t forward, int64_t backward)
+void initialize(int64_t forward, int64_t backward, int64_t track)
 {
     run_forward = reinterpret_cast<decltype(run_forward)>(forward);
     run_backward = reinterpret_cast<decltype(run_backward)>(backward);
+    run_track = reinterpret_cast<decltype(run_track)>(track);
 }
 
 bool is_plain(const Tensor &t)
@@ -183,12 +185,87 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
 }
 
+using Column = c10::List<Maybe>; /* one tensor of each record */
+
+/* Whether a tensor can be moved by the kernel: it is a dense vector of its layer, or not there. */
+bool is_vector(const Maybe &t, const Tensor &statistics)
+{
+    return has_shape(t, statistics.sizes().slice(2, 1));
+}
+
+/* Whether a prior is a vector, or one for each group. */
+bool is_prior(const Maybe &t, const Tensor &statistics)
+{
+    return is_vector(t, statistics) || has_shape(t, statistics.sizes().slice(1, 2));
+}
+
+float *values_or_null(const Maybe &t)
+{
+    return t ? t->data_ptr<float>() : nullptr;
+}
+
+void note_change(const Maybe &t)
+{
+    if (t && !t->is_inference())
+        t->unsafeGetTensorImpl()->bump_version();
+}
+
+/* Move the innovations, sensitivities and moving statistics of layers, and count. Return the innovations as they were,
+   or nothing where the kernel cannot take these tensors. `numbers` are three to a record, see `Tracked`. */
+std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &statistics, const Column &prior_mean,
+                                         const Column &prior_variance, const Column &inside, const Column &innovation,
+                                         const Column &sensitivity, const Column &newest, const Column &running_mean,
+                                         const Column &running_var, const Column &batches,
+                                         const std::vector<double> &numbers, bool is_alone)
+{
+    std::vector<Tracked> rows;
+    std::vector<Tensor> before;
+    for (size_t i = 0; i < statistics.size(); i++) {
+        const Tensor &seen = statistics[i];
+        if (!is_plain(seen) || !seen.is_contiguous() || seen.dim() != 3)
+            return std::nullopt;
+        Maybe mean = prior_mean[i], variance = prior_variance[i], held = inside[i], moved = innovation[i];
+        Maybe used = sensitivity[i], next = newest[i], average = running_mean[i], spread = running_var[i];
+        Maybe count = batches[i];
+        for (const Maybe &t : {held, moved, used, next, average, spread})
+            if (!is_vector(t, seen))
+                return std::nullopt;
+        if (!is_prior(mean, seen) || !is_prior(variance, seen) || (mean && mean->dim() != variance->dim()))
+            return std::nullopt;
+        if (count && !(count->is_cpu() && count->scalar_type() == at::kLong))
+            return std::nullopt;
+        const double *number = &numbers[3 * i];
+        rows.push_back({seen.size(1), seen.size(2), seen.data_ptr<float>(), values_or_null(mean),
+                        values_or_null(variance), mean && mean->dim() > 1 ? seen.size(2) : 0, values_or_null(held),
+                        values_or_null(moved), values_or_null(used), values_or_null(next), values_or_null(average),
+                        values_or_null(spread), number[0], number[1], number[2]});
+        if (moved)
+            before.push_back(*moved);
+    }
+    at::AutoGradMode off(false);
+    for (Tensor &t : before)
+        t = t.clone();
+    Records all = {static_cast<int64_t>(rows.size()), is_alone ? at::get_num_threads() : 1, rows.data()};
+    run_track(&all);
+    for (size_t i = 0; i < rows.size(); i++) {
+        for (const Column *moved : {&innovation, &sensitivity, &running_mean, &running_var, &batches})
+            note_change((*moved)[i]);
+        if (Maybe count = batches[i])
+            ++*count->data_ptr<int64_t>();
+    }
+    return before;
+}
+
 } // namespace
 
 TORCH_LIBRARY(bkn, library)
 {
-    library.def("initialize(int forward, int backward) -> ()", initialize);
+    library.def("initialize(int forward, int backward, int track) -> ()", initialize);
     library.def("normalize(Tensor x, Tensor? prior_mean, Tensor? prior_variance, Tensor gain, Tensor? weight, Tensor? bias, "
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
+    library.def("track(Tensor[] statistics, Tensor?[] prior_mean, Tensor?[] prior_variance, Tensor?[] inside, "
+                "Tensor?[] innovation, Tensor?[] sensitivity, Tensor?[] newest, Tensor?[] running_mean, "
+                "Tensor?[] running_var, Tensor?[] batches, float[] numbers, bool is_alone) -> Tensor[]?",
+                track);
 }

@@ -1,18 +1,7 @@
 /* What layers remember of a forward: innovations and moving statistics. The formulas stand in `tracking.py`. */
 
+#include "layer.h"
 #include "parallel.h"
-
-typedef struct {
-    int64_t groups, channels;
-    const float *statistics;                  /* (6, G, C), see `fused.py` */
-    const float *prior_mean, *prior_variance; /* no innovation: NULL */
-    int64_t prior_stride;                     /* channels where each group has its own prior, else 0 */
-    const float *inside;                      /* the innovation that the prior holds */
-    float *innovation, *sensitivity;
-    const float *newest;
-    float *running_mean, *running_var; /* no moving statistics: NULL */
-    double weight, momentum, eps;      /* of the newest ratio, of the newest statistics */
-} Tracked;
 
 static const float FARTHEST = 8, LIMIT = 2; /* of a ratio, of an innovation, as logarithms */
 
@@ -58,11 +47,6 @@ static void move(const void *task, int64_t first, int64_t last)
         }
     }
 }
-
-typedef struct {
-    int64_t count, threads; /* one thread where a layer is there twice */
-    const Tracked *records;
-} Records;
 
 int bkn_track(const Records *all)
 {
