@@ -2,10 +2,11 @@
 
     python benchmarks/training_step.py [--pairs 15] [--threads 2] [--model cifar_resnet20] [--size 32]
                                        [--cases 128:128 128:2 8:2] [--layouts last first]
-                                       [--accumulate 1] [--plain-loop] [--compile]
+                                       [--accumulate 1] [--plain-loop] [--loop-optimizer] [--compile]
 
-A case is the images of a forward and of a statistics group. The forwards of a step run inside `bkn.accumulation`, as
-those of `bkn train` do, or without it (`--plain-loop`). `--compile` compiles both networks. Not run on a GPU.
+A case is the images of a forward and of a statistics group. As in `bkn train` the forwards of a step run inside
+`bkn.accumulation` and the optimizer is fused; or they run without it (`--plain-loop`), and the optimizer is PyTorch's
+default, a Python loop over parameters (`--loop-optimizer`). `--compile` compiles both networks. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
 
 
 def step(
-    model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain: bool, compiled: bool = False
+    model: nn.Module, batch: tuple[Tensor, Tensor], forwards: int, *, plain: bool, fused: bool, compiled: bool
 ) -> Callable[[], None]:
     """Return one training step: forwards and backwards, SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
     images, labels = batch
     is_plain = plain or not is_converted(model)
     network = torch.compile(model) if compiled else model
@@ -64,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--accumulate", type=int, default=1, help="forwards in a step")
     parser.add_argument("--plain-loop", action="store_true")
+    parser.add_argument("--loop-optimizer", action="store_true")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -86,6 +88,7 @@ def main() -> None:
                     (x, labels),
                     arguments.accumulate,
                     plain=arguments.plain_loop,
+                    fused=not arguments.loop_optimizer,
                     compiled=arguments.compile,
                 )
                 for model in (reference, candidate)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bkn_core.convert import find_messengers
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.together import those
 from bkn_core.wiring.held import Held
 from bkn_core.wiring.lookup import modules_of
 from bkn_core.wiring.messenger import Messenger
@@ -81,7 +82,7 @@ def _hold(messenger: Messenger, owner: nn.Module, modules: list[nn.Module]) -> t
     layers = messenger.layers(owner)
     buffers = [layer._buffers for layer in layers]  # which attributes find after parameters
     innovations = [None if own["innovation"] is None else own["innovation"].clone() for own in buffers]
-    schedules = [own[name] for own in buffers for name in ("gain_factor", "fixed_gain") if own[name] is not None]
+    schedules = those([own[name] for own in buffers for name in ("gain_factor", "fixed_gain")])
     tensors, program = messenger.native_tensors(owner), messenger.native
     if tensors is not None and program is not None and torch.is_grad_enabled() and _may_be_added_to(tensors):
         values = evaluate(program, tensors)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from bkn_core.norm import compiled_node
+
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 torch.set_num_threads(1)
@@ -17,3 +19,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def in_cpp() -> bool:
+    """Whether there is a C++ compiler, whose work has been waited for."""
+    compiled_node.building().wait(240)  # seconds that two busy cores may take
+    return compiled_node.node() is not None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bkn_core as bkn
-from bkn_core.norm import native
+from bkn_core.norm import compiled_node, native
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.messenger import Messenger
 
@@ -179,6 +179,30 @@ def test_gradients_that_are_there_are_added_to(change: Callable[[nn.Module], Non
     with bkn.accumulation(model):
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
+
+
+@pytest.mark.filterwarnings("ignore:.*grad and param do not obey the gradient layout contract")
+@pytest.mark.parametrize("change", [frozen, laid_out_otherwise, nn.Module.train])
+@pytest.mark.parametrize("before", [False, True])
+def test_in_cpp_gradients_are_those_of_python(
+    change: Callable[[nn.Module], None], before: bool, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_cpp:
+        pytest.skip("no C++ compiler")
+    model = converted()
+    change(model)
+    other = copy.deepcopy(model)
+    found = []
+    for net in (model, other):
+        for parameter in net.parameters() if before else ():
+            parameter.grad = torch.ones_like(parameter, memory_format=torch.contiguous_format)
+        with bkn.accumulation(net):
+            accumulate(net)
+        found.append(gradients(net))
+        monkeypatch.setattr(compiled_node, "node", lambda: None)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]) and gradient.stride() == found[1][name].stride(), name
 
 
 def test_a_hook_sees_the_gradient_of_the_priors() -> None:

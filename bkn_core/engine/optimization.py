@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         {"params": list(dict.fromkeys(gains)), "weight_decay": 0.0, "scale": config.gain_lr_scale},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = device.type == "cuda"
+    fused = device.type in ("cpu", "cuda")  # one call for all parameters
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)

@@ -1,8 +1,8 @@
-"""The autograd node of a layer in C++, and its tracking (`kernels/node.cpp`), around the kernels of `native.py`.
+"""Calls of the kernels of `native.py` in C++ (`kernels/node.cpp`): the autograd node of a layer above all.
 
-It computes bit for bit what Python does around them, and spares small activations the time of Python. PyTorch's headers
-take a compiler half a minute, so that is done beside the program that first asks for it; until then, and wherever it
-fails, Python serves.
+They do bit for bit what Python does, and spare small activations the time of Python. PyTorch's headers take a compiler
+half a minute, so that is done beside the program that first asks for it; until then, and wherever it fails, Python
+serves.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Row = tuple[Tensor | None, ...]
 class _Operations(NamedTuple):
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
+    add_gradients: Callable[..., None]
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def building() -> Building:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, *(f"-I{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = place("node", [source, source.with_name("layer.h")], [torch.__version__, *flags])
+    library = place("node", [source, source.with_name("calls.h")], [torch.__version__, *flags])
     return Building(library, [*compiler("CXX", "c++", "g++", "clang++"), *flags, str(source), *links])
 
 
@@ -53,9 +54,10 @@ def _loaded(path: Path) -> _Operations | None:
     except OSError as error:
         _LOG.info("%s cannot be loaded: %s", path.name, error)
         return None
-    called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track
+    called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track, kernels.bkn_reverse
     torch.ops.bkn.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
-    return _Operations(torch.ops.bkn.normalize.default, torch.ops.bkn.track.default)
+    made = torch.ops.bkn
+    return _Operations(made.normalize.default, made.track.default, made.add_gradients.default)
 
 
 def node() -> _Operations | None:

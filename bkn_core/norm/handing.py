@@ -81,7 +81,7 @@ class Handed:
 
     def record(self, seen: Seen) -> None:
         """Keep it for the end of the forward."""
-        self.ledger.append(seen if self.innovation is None else seen._replace(innovation=self.innovation))
+        self.ledger.append(seen if self.innovation is None else Seen(*seen[:-1], self.innovation))
 
     def alone(self) -> Handed:
         """Compute prior and gain once more, from the parameters."""

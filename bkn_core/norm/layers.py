@@ -179,7 +179,7 @@ class BatchKalmanNorm(_BatchNorm):
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
         elif self.training and self.statistics is None and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
-            seen = Seen(self, prior, filtered.statistics.detach(), images)
+            seen = Seen(self, prior, filtered.statistics, images)
             if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
                 track([seen])
             else:

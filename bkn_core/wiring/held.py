@@ -31,9 +31,9 @@ class Held:
         priors: dict[str, Gaussian],
         gains: list[Tensor],
         leaves: list[Tensor],
-        innovations: list[Tensor | None],
+        innovations: Sequence[Tensor | None],
         modules: Sequence[nn.Module],
-        schedules: list[Tensor],
+        schedules: Sequence[Tensor],
     ) -> None:
         self.priors, self.gains, self.innovations = priors, gains, innovations
         self.end = _End()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm import native
+from bkn_core.norm import compiled_node, native
 
-FIELDS = 23  # of a line in `program.h`
+FIELDS, ACCUMULATES = 23, 12  # of a line in `program.h`, and the place of one of them
 
 
 class Program(Protocol):
@@ -21,6 +21,10 @@ class Program(Protocol):
     moving: set[int]
     size: int
     results: int
+
+    @property
+    def gradient_places(self) -> Tensor:
+        """Where the addresses of gradients belong in the structure, as `node.cpp` reads it."""
 
     def structure(
         self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()
@@ -72,6 +76,11 @@ def add_gradients_(program: Program, tensors: list[Tensor], values: Tensor, resu
         values: the arena of `evaluate`.
         results: gradient of the results.
     """
+    operations = compiled_node.node()
+    if operations is not None:
+        lines = torch.frombuffer(program.structure(tensors, []), dtype=torch.int64).view(-1, FIELDS)
+        operations.add_gradients(tensors, lines, program.gradient_places, ACCUMULATES, values, results)
+        return
     gradients: list[Tensor | None] = [None] * len(tensors)
     holding, aside = [], []
     for i, tensor in enumerate(tensors):

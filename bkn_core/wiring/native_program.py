@@ -18,14 +18,14 @@ from bkn_core.norm import native
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
-from bkn_core.wiring.native_node import FIELDS, Evaluate
+from bkn_core.wiring.native_node import ACCUMULATES, FIELDS, Evaluate
 from bkn_core.wiring.native_tensors import NativeTensors
 from bkn_core.wiring.program import Line, Wiring
 
 _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
 _AFFINE, _GATHER, _REFINE, _AVERAGE, _MAX_POOL, _GAIN = range(7, 13)
 _MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling may pool: a Gaussian, or a rectified one
-_PARAMETERS, _LAYOUT, _ACCUMULATES, _NUMBERS = 13, 11, 12, 21  # places in the structure of `program.h`
+_PARAMETERS, _LAYOUT, _NUMBERS = 13, 11, 21  # places in the structure of `program.h`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ class NativeProgram:
             self._gain(name, 2 * total + i)
         self.tensors = NativeTensors(self.paths, self.shapes)
         self._structure: _Structure | None = None
+        self._places: Tensor | None = None
         self._filled: tuple[tuple[list[int], list[bool]], array.array[int]] | None = None
         del self.model
 
@@ -218,6 +219,14 @@ class NativeProgram:
         priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
         return priors, list(gains.unbind())
 
+    @property
+    def gradient_places(self) -> Tensor:
+        """Place, number, line and bit of each gradient, see `_Structure`."""
+        if self._places is None:
+            self._structure = self._structure or self._laid_out()
+            self._places = torch.tensor(self._structure.gradients, dtype=torch.int64).view(-1, 4)
+        return self._places
+
     def structure(
         self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()
     ) -> array.array[int]:
@@ -242,7 +251,7 @@ class NativeProgram:
             for place, number, line, bit in known.gradients:
                 fields[place] = targets[number]
                 if number in held:
-                    fields[line + _ACCUMULATES] |= bit
+                    fields[line + ACCUMULATES] |= bit
         return fields
 
     def _laid_out(self) -> _Structure:
@@ -255,7 +264,7 @@ class NativeProgram:
                 if number >= 0:
                     made.parameters.append((start + _PARAMETERS + j, number))
                     made.gradients.append((start + _PARAMETERS + 4 + j, number, start, 1 << j))
-                    made.fields[start + _ACCUMULATES] |= (number in written) << j
+                    made.fields[start + ACCUMULATES] |= (number in written) << j
                     written.add(number)
             if row.fields[0] in (_CONVOLUTION, _PATCHES):
                 made.layouts.append((start + _LAYOUT, row.tensors[0]))

@@ -97,9 +97,9 @@ def test_a_step_equals_torch_with_one_group_where_decay_and_rate_are_one(name: s
     twin.load_state_dict(model.state_dict())
     ours = build_optimizer(model, config, CPU)
     theirs: torch.optim.Optimizer = (
-        torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1)
+        torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.1, fused=True)
         if name == "sgd"
-        else torch.optim.AdamW(twin.parameters(), lr=0.05, betas=(0.8, 0.999), weight_decay=0.1)
+        else torch.optim.AdamW(twin.parameters(), lr=0.05, betas=(0.8, 0.999), weight_decay=0.1, fused=True)
     )
     for _ in range(3):
         x = torch.randn(5, 3)

@@ -1,6 +1,6 @@
 /* One layer backward: two sums, the small arithmetic of each channel, one affine pass. The formulas stand in `fused.py`. */
 
-#include "layer.h"
+#include "calls.h"
 #include "passes.h"
 
 static double limited(double value)

@@ -5,18 +5,29 @@
 /* Lay a message out for the columns of W as a matrix (O, inputs / groups * taps), one row of columns per group. */
 static void lay_out(const Line *line, const float *message, float *columns)
 {
-    int64_t inner = line->inputs / line->groups, width = inner * line->taps;
-    for (int64_t g = 0; g < line->groups; g++)
-        for (int64_t k = 0; k < width; k++)
-            columns[g * width + k] = message[g * inner + (line->is_channels_last ? k % inner : k / line->taps)];
+    int64_t inner = line->inputs / line->groups, taps = line->taps;
+    for (int64_t g = 0; g < line->groups; g++, message += inner, columns += inner * taps)
+        if (line->is_channels_last)
+            for (int64_t t = 0; t < taps; t++)
+                memcpy(columns + t * inner, message, inner * sizeof(float));
+        else
+            for (int64_t c = 0; c < inner; c++)
+                for (int64_t t = 0; t < taps; t++)
+                    columns[c * taps + t] = message[c];
 }
 
 static void gather_columns(const Line *line, const float *columns, float *message)
 {
-    int64_t inner = line->inputs / line->groups, width = inner * line->taps;
-    for (int64_t g = 0; g < line->groups; g++)
-        for (int64_t k = 0; k < width; k++)
-            message[g * inner + (line->is_channels_last ? k % inner : k / line->taps)] += columns[g * width + k];
+    int64_t inner = line->inputs / line->groups, taps = line->taps;
+    for (int64_t g = 0; g < line->groups; g++, message += inner, columns += inner * taps)
+        if (line->is_channels_last)
+            for (int64_t t = 0; t < taps; t++)
+                for (int64_t c = 0; c < inner; c++)
+                    message[c] += columns[t * inner + c];
+        else
+            for (int64_t c = 0; c < inner; c++)
+                for (int64_t t = 0; t < taps; t++)
+                    message[c] += columns[c * taps + t];
 }
 
 typedef struct {

@@ -1,6 +1,6 @@
 /* One layer forward: observe, blend with the prior, apply. The formulas stand in `fused.py`. */
 
-#include "layer.h"
+#include "calls.h"
 #include "passes.h"
 
 static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)

@@ -1,13 +1,13 @@
-/* The autograd node of a layer in C++, around the kernels of `forward.c` and `backward.c`, and the call of `track.c`:
-   `fused.py` and `tracking.py` without Python, where small activations spend their time. Compiled on its own by
-   `compiled_node.py`; without it Python calls the same kernels. */
+/* Calls of the kernels in C++, since small activations spend their time in Python: the autograd node of a layer, the
+   tracking of all layers, and the gradients of all priors. Compiled on its own by `compiled_node.py`; without it Python
+   calls the same kernels, in `fused.py`, `tracking.py` and `native_node.py`. */
 
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
-#include "layer.h"
+#include "calls.h"
 
 namespace {
 
@@ -19,13 +19,15 @@ using Maybe = std::optional<Tensor>;
 int (*run_forward)(const Forward *);
 int (*run_backward)(const Backward *);
 int (*run_track)(const Records *);
+int (*run_reverse)(const Program *);
 
 /* Take the addresses of the kernels. */
-void initialize(int64_t forward, int64_t backward, int64_t track)
+void initialize(int64_t forward, int64_t backward, int64_t track, int64_t reverse)
 {
     run_forward = reinterpret_cast<decltype(run_forward)>(forward);
     run_backward = reinterpret_cast<decltype(run_backward)>(backward);
     run_track = reinterpret_cast<decltype(run_track)>(track);
+    run_reverse = reinterpret_cast<decltype(run_reverse)>(reverse);
 }
 
 bool is_plain(const Tensor &t)
@@ -206,7 +208,7 @@ float *values_or_null(const Maybe &t)
 
 void note_change(const Maybe &t)
 {
-    if (t && !t->is_inference())
+    if (t && t->defined() && !t->is_inference())
         t->unsafeGetTensorImpl()->bump_version();
 }
 
@@ -220,6 +222,7 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &statistics, 
 {
     std::vector<Tracked> rows;
     std::vector<Tensor> before;
+    std::vector<int64_t> widths;
     for (size_t i = 0; i < statistics.size(); i++) {
         const Tensor &seen = statistics[i];
         if (!is_plain(seen) || !seen.is_contiguous() || seen.dim() != 3)
@@ -240,11 +243,11 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &statistics, 
                         values_or_null(moved), values_or_null(used), values_or_null(next), values_or_null(average),
                         values_or_null(spread), number[0], number[1], number[2]});
         if (moved)
-            before.push_back(*moved);
+            before.push_back(*moved), widths.push_back(seen.size(2));
     }
     at::AutoGradMode off(false);
-    for (Tensor &t : before)
-        t = t.clone();
+    if (!before.empty())
+        before = at::cat(before).split_with_sizes(widths);
     Records all = {static_cast<int64_t>(rows.size()), is_alone ? at::get_num_threads() : 1, rows.data()};
     run_track(&all);
     for (size_t i = 0; i < rows.size(); i++) {
@@ -256,11 +259,45 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &statistics, 
     return before;
 }
 
+/* Add to `.grad` of the tensors that want one what the gradient of a program's results says. `lines` is (lines, fields),
+   filled with the addresses of the tensors; `places` are (n, 4), see `_Structure` in `native_program.py`. */
+void add_gradients(const std::vector<Tensor> &tensors, const Tensor &lines, const Tensor &places, int64_t accumulates,
+                   const Tensor &values, const Tensor &results)
+{
+    at::AutoGradMode off(false);
+    std::vector<Tensor> known(tensors.size()), found(tensors.size());
+    for (size_t i = 0; i < tensors.size(); i++) {
+        if (!tensors[i].requires_grad())
+            continue;
+        known[i] = tensors[i].grad();
+        bool holds = known[i].defined() && is_plain(known[i]) && known[i].strides() == tensors[i].strides();
+        found[i] = holds ? known[i] : at::empty_like(tensors[i]);
+    }
+    Tensor filled = lines.clone(), gradients = at::zeros_like(values);
+    gradients.narrow(0, 0, results.size(0)).copy_(results);
+    auto *fields = filled.data_ptr<int64_t>();
+    for (const int64_t *at = places.data_ptr<int64_t>(), *end = at + places.numel(); at < end; at += 4) {
+        const Tensor &target = found[at[1]];
+        if (!target.defined())
+            continue;
+        fields[at[0]] = reinterpret_cast<int64_t>(target.data_ptr<float>());
+        if (target.is_same(known[at[1]]))
+            fields[at[2] + accumulates] |= at[3];
+    }
+    Program program = {lines.size(0), at::get_num_threads(), values.data_ptr<float>(), gradients.data_ptr<float>(), fields};
+    TORCH_CHECK(!run_reverse(&program), "the priors found no memory for their gradients");
+    for (size_t i = 0; i < tensors.size(); i++)
+        if (found[i].is_same(known[i]))
+            note_change(known[i]);
+        else
+            tensors[i].mutable_grad() = known[i].defined() ? known[i].add(found[i]) : found[i];
+}
+
 } // namespace
 
 TORCH_LIBRARY(bkn, library)
 {
-    library.def("initialize(int forward, int backward, int track) -> ()", initialize);
+    library.def("initialize(int forward, int backward, int track, int reverse) -> ()", initialize);
     library.def("normalize(Tensor x, Tensor? prior_mean, Tensor? prior_variance, Tensor gain, Tensor? weight, Tensor? bias, "
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
@@ -268,4 +305,7 @@ TORCH_LIBRARY(bkn, library)
                 "Tensor?[] innovation, Tensor?[] sensitivity, Tensor?[] newest, Tensor?[] running_mean, "
                 "Tensor?[] running_var, Tensor?[] batches, float[] numbers, bool is_alone) -> Tensor[]?",
                 track);
+    library.def("add_gradients(Tensor[] tensors, Tensor lines, Tensor places, int accumulates, Tensor values, "
+                "Tensor results) -> ()",
+                add_gradients);
 }

@@ -1,3 +1,4 @@
+#include "calls.h"
 #include "program.h"
 
 static const double FLOOR = 1e-12; /* under the square roots: a layer with γ = 0 predicts variance 0 */
@@ -227,18 +228,13 @@ static void reverse(const Line *l, const float *v, float *g, float *room, int64_
         }
 }
 
-typedef struct {
-    int64_t count, threads;
-    float *values, *gradients;
-    const Line *lines;
-} Program;
-
 /* Memory for any one line: two messages in columns and their gradients. NULL where there is none. */
 static float *make_room(const Program *p)
 {
     int64_t most = 1;
+    const Line *lines = p->lines;
     for (int64_t i = 0; i < p->count; i++) {
-        int64_t columns = p->lines[i].inputs * p->lines[i].taps;
+        int64_t columns = lines[i].inputs * lines[i].taps;
         most = columns > most ? columns : most;
     }
     return malloc(4 * most * sizeof(float));
@@ -247,8 +243,9 @@ static float *make_room(const Program *p)
 int bkn_evaluate(const Program *p)
 {
     float *room = make_room(p);
+    const Line *lines = p->lines;
     for (int64_t i = 0; room && i < p->count; i++)
-        evaluate(p->lines + i, p->values, room, p->threads);
+        evaluate(lines + i, p->values, room, p->threads);
     free(room);
     return !room;
 }
@@ -256,8 +253,9 @@ int bkn_evaluate(const Program *p)
 int bkn_reverse(const Program *p)
 {
     float *room = make_room(p);
+    const Line *lines = p->lines;
     for (int64_t i = p->count - 1; room && i >= 0; i--)
-        reverse(p->lines + i, p->values, p->gradients, room, p->threads);
+        reverse(lines + i, p->values, p->gradients, room, p->threads);
     free(room);
     return !room;
 }

@@ -1,9 +1,9 @@
 /* What layers remember of a forward: innovations and moving statistics. The formulas stand in `tracking.py`. */
 
-#include "layer.h"
+#include "calls.h"
 #include "parallel.h"
 
-static const float FARTHEST = 8, LIMIT = 2; /* of a ratio, of an innovation, as logarithms */
+static const float FARTHEST = 2980.958F, LIMIT = 2; /* e^8 of a ratio, of an innovation as a logarithm */
 
 static float within(float value, float limit)
 {
@@ -27,8 +27,9 @@ static void move_innovation(const Tracked *t, int64_t c)
         spread += variances[g * t->channels + c] + d * d;
         predicted += t->prior_variance[g * t->prior_stride + c];
     }
-    float ratio = logf((float)((spread / groups + t->eps) / (predicted / groups + t->eps))) + t->inside[c];
-    float before = expf(t->innovation[c]), seen = expf(within(ratio, FARTHEST));
+    float ratio = (float)((spread / groups + t->eps) / (predicted / groups + t->eps)), before = expf(t->innovation[c]);
+    float seen = ratio * (t->inside[c] == t->innovation[c] ? before : expf(t->inside[c]));
+    seen = seen > FARTHEST ? FARTHEST : seen < 1 / FARTHEST ? 1 / FARTHEST : seen;
     t->innovation[c] = within(logf(before + (float)t->weight * (seen - before)), LIMIT);
     t->sensitivity[c] = t->newest[c];
 }

@@ -1,4 +1,4 @@
-/* What a layer's kernels are called with, from `native.py` (as 64-bit slots in this order) and from `node.cpp`. */
+/* What the kernels are called with, from Python (as 64-bit slots in this order) and from `node.cpp`. */
 
 #pragma once
 
@@ -53,3 +53,9 @@ typedef struct {
     int64_t count, threads; /* one thread where a layer is there twice */
     const Tracked *records;
 } Records;
+
+typedef struct {
+    int64_t count, threads;
+    float *values, *gradients; /* the arenas */
+    const void *lines;         /* see `program.h` */
+} Program;
