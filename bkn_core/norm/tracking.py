@@ -39,22 +39,22 @@ class Seen(NamedTuple):
     innovation: Tensor | None = None
 
 
-@torch.no_grad()
 def track(records: Sequence[Seen]) -> None:
     """Move the innovations and the moving statistics of layers towards what they saw."""
     if not records:
         return
     rows = _rows(records) if native.are_usable() else None
-    is_alone = len({id(record.layer) for record in records}) == len(records)
+    is_alone = len(records) == 1 or len({id(record.layer) for record in records}) == len(records)
     before = None if rows is None else compiled_node.track(*rows, is_alone=is_alone)
     if before is not None:
         layers = [record.layer for record in records if _is_innovated(record)]
         for layer, innovation in zip(reversed(layers), reversed(before), strict=True):  # the first of a layer is left
             layer.__dict__["innovation_then"] = innovation
         return
-    _remember_for_recomputation(records)
-    if rows is None or not _track_by_kernel(*rows, is_alone=is_alone):
-        _track_in_pytorch(records)
+    with torch.no_grad():
+        _remember_for_recomputation(records)
+        if rows is None or not _track_by_kernel(*rows, is_alone=is_alone):
+            _track_in_pytorch(records)
 
 
 def _remember_for_recomputation(records: Sequence[Seen]) -> None:
