@@ -3,6 +3,8 @@
 #include "calls.h"
 #include "passes.h"
 
+enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
+
 static double limited(double value)
 {
     return value > LARGEST ? LARGEST : value < -LARGEST ? -LARGEST : value;
@@ -100,6 +102,12 @@ static void differentiate(const Backward *b, int64_t c)
     }
 }
 
+static void differentiate_channels(const void *task, int64_t first, int64_t last)
+{
+    for (int64_t c = first; c < last; c++)
+        differentiate(task, c);
+}
+
 /* Channels first: a task is a channel, whose values stay in the cache between the passes. */
 static void backward_planes(const void *task, int64_t first, int64_t last)
 {
@@ -166,8 +174,7 @@ int bkn_backward(const Backward *given)
     b.failed = &failed;
     if (!failed && b.is_channels_last) {
         run(sum_stretches, &b, b.groups * b.parts, b.threads);
-        for (int64_t c = 0; c < b.channels; c++)
-            differentiate(&b, c);
+        run(differentiate_channels, &b, b.channels, threads_for(COST * plane * b.parts, b.threads));
         run(gradient_of_stretches, &b, b.groups * b.parts, b.threads);
     } else if (!failed) {
         run(backward_planes, &b, b.channels, b.threads);
