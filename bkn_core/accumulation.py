@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bkn_core.convert import find_messengers
 from bkn_core.errors import ConversionError
+from bkn_core.norm import compiled_node
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.together import those
 from bkn_core.wiring.held import Held
@@ -111,6 +112,9 @@ def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
 
 def _may_be_added_to(tensors: list[Tensor]) -> bool:
     """Whether gradients can be added in place: of leaves, each there once, that nothing watches."""
+    operations = compiled_node.node()
+    if operations is not None:
+        return operations.may_be_added_to(tensors)
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     is_alone = len({id(tensor) for tensor in wanted}) == len(wanted)
     return is_alone and all(

@@ -29,6 +29,7 @@ Row = tuple[Tensor | None, ...]
 class _Operations(NamedTuple):
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
+    may_be_added_to: Callable[[Sequence[Tensor]], bool]
     add_gradients: Callable[..., None]
 
 
@@ -57,7 +58,7 @@ def _loaded(path: Path) -> _Operations | None:
     called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track, kernels.bkn_reverse
     torch.ops.bkn.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
     made = torch.ops.bkn
-    return _Operations(made.normalize.default, made.track.default, made.add_gradients.default)
+    return _Operations(*(getattr(made, name).default for name in _Operations._fields))
 
 
 def node() -> _Operations | None:
@@ -95,12 +96,13 @@ def track(rows: Sequence[Row], numbers: Sequence[float], *, is_alone: bool) -> l
 
     Args:
         rows: statistics, µ', v', the innovation inside v', the present one, h̄, the newest one, moving mean and
-            variance, batches, of each record.
+            variance, batches, of each record; None for what a layer has not.
         numbers: weights of the newest ratio and of the newest statistics, ε, of each record.
         is_alone: whether no two records are of one layer.
     """
     operations = node()
-    if operations is None or not all(_PLAIN.issuperset(map(type, row)) for row in rows):
+    tensors = [tensor for row in rows for tensor in row if tensor is not None]
+    if operations is None or not _PLAIN.issuperset(map(type, tensors)):
         return None
-    found: list[Tensor] | None = operations.track(*zip(*rows, strict=True), numbers, is_alone)
-    return found
+    forms = [(row[1] is not None) + 2 * (row[7] is not None) + 4 * (row[9] is not None) for row in rows]
+    return operations.track(tensors, forms, numbers, is_alone)

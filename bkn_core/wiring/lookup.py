@@ -13,12 +13,13 @@ _Edge = tuple[dict[str, nn.Module | None], str, nn.Module]
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return a model and all that it holds: `model.modules()`, which calls itself for every module, faster."""
     found: dict[nn.Module, None] = {}
-    ahead: list[nn.Module] = [model]
+    ahead: list[nn.Module | None] = [model]
     while ahead:
         module = ahead.pop()
-        if module not in found:
+        if module is not None and module not in found:
             found[module] = None
-            ahead += [child for child in reversed(module._modules.values()) if child is not None]
+            if module._modules:
+                ahead += reversed(module._modules.values())
     return list(found)
 
 

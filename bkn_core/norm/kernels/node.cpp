@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
+#include <unordered_set>
 
 #include "calls.h"
 
@@ -187,76 +188,113 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
 }
 
-using Column = c10::List<Maybe>; /* one tensor of each record */
-
-/* Whether a tensor can be moved by the kernel: it is a dense vector of its layer, or not there. */
-bool is_vector(const Maybe &t, const Tensor &statistics)
+bool is_dense(const Tensor &t)
 {
-    return has_shape(t, statistics.sizes().slice(2, 1));
+    return is_plain(t) && t.is_contiguous();
 }
 
-/* Whether a prior is a vector, or one for each group. */
-bool is_prior(const Maybe &t, const Tensor &statistics)
+void note_change(const Tensor &t)
 {
-    return is_vector(t, statistics) || has_shape(t, statistics.sizes().slice(1, 2));
+    if (!t.is_inference())
+        t.unsafeGetTensorImpl()->bump_version();
 }
 
-float *values_or_null(const Maybe &t)
-{
-    return t ? t->data_ptr<float>() : nullptr;
-}
+/* Reads the tensors of the records of `tracking.py`, as far as each is there, one after the other. */
+struct Reader {
+    const std::vector<Tensor> &tensors;
+    size_t at = 0;
+    bool fits = true;
+    std::vector<Tensor> moved;
 
-void note_change(const Maybe &t)
-{
-    if (t && t->defined() && !t->is_inference())
-        t->unsafeGetTensorImpl()->bump_version();
-}
+    const Tensor &next()
+    {
+        return tensors.at(at++);
+    }
+    float *vector(int64_t channels, bool moves)
+    {
+        const Tensor &t = next();
+        fits = fits && is_dense(t) && t.dim() == 1 && t.size(0) == channels;
+        if (fits && moves)
+            moved.push_back(t);
+        return fits ? t.data_ptr<float>() : nullptr;
+    }
+};
 
 /* Move the innovations, sensitivities and moving statistics of layers, and count. Return the innovations as they were,
-   or nothing where the kernel cannot take these tensors. `numbers` are three to a record, see `Tracked`. */
-std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &statistics, const Column &prior_mean,
-                                         const Column &prior_variance, const Column &inside, const Column &innovation,
-                                         const Column &sensitivity, const Column &newest, const Column &running_mean,
-                                         const Column &running_var, const Column &batches,
+   or nothing where the kernel cannot take these tensors. `forms` says which tensors a record has, see `tracking.py`;
+   `numbers` are three to a record, see `Tracked`. */
+std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, const std::vector<int64_t> &forms,
                                          const std::vector<double> &numbers, bool is_alone)
 {
+    size_t expected = 0;
+    for (int64_t form : forms)
+        expected += 1 + (form & 1 ? 6 : 0) + (form & 2 ? 2 : 0) + (form & 4 ? 1 : 0);
+    if (tensors.size() != expected)
+        return std::nullopt;
+    Reader reader{tensors};
     std::vector<Tracked> rows;
-    std::vector<Tensor> before;
+    std::vector<Tensor> before, counts;
     std::vector<int64_t> widths;
-    for (size_t i = 0; i < statistics.size(); i++) {
-        const Tensor &seen = statistics[i];
-        if (!is_plain(seen) || !seen.is_contiguous() || seen.dim() != 3)
+    for (size_t i = 0; i < forms.size(); i++) {
+        const Tensor &seen = reader.next();
+        if (!is_dense(seen) || seen.dim() != 3)
             return std::nullopt;
-        Maybe mean = prior_mean[i], variance = prior_variance[i], held = inside[i], moved = innovation[i];
-        Maybe used = sensitivity[i], next = newest[i], average = running_mean[i], spread = running_var[i];
-        Maybe count = batches[i];
-        for (const Maybe &t : {held, moved, used, next, average, spread})
-            if (!is_vector(t, seen))
+        Tracked row = {};
+        row.groups = seen.size(1), row.channels = seen.size(2), row.statistics = seen.data_ptr<float>();
+        if (forms[i] & 1) {
+            const Tensor &mean = reader.next(), &variance = reader.next();
+            auto wide = seen.sizes().slice(1);
+            if (!is_dense(mean) || !is_dense(variance) || mean.sizes() != variance.sizes() ||
+                (mean.sizes() != wide && mean.sizes() != wide.slice(1)))
                 return std::nullopt;
-        if (!is_prior(mean, seen) || !is_prior(variance, seen) || (mean && mean->dim() != variance->dim()))
-            return std::nullopt;
-        if (count && !(count->is_cpu() && count->scalar_type() == at::kLong))
-            return std::nullopt;
-        const double *number = &numbers[3 * i];
-        rows.push_back({seen.size(1), seen.size(2), seen.data_ptr<float>(), values_or_null(mean),
-                        values_or_null(variance), mean && mean->dim() > 1 ? seen.size(2) : 0, values_or_null(held),
-                        values_or_null(moved), values_or_null(used), values_or_null(next), values_or_null(average),
-                        values_or_null(spread), number[0], number[1], number[2]});
-        if (moved)
-            before.push_back(*moved), widths.push_back(seen.size(2));
+            row.prior_mean = mean.data_ptr<float>(), row.prior_variance = variance.data_ptr<float>();
+            row.prior_stride = mean.dim() > 1 ? row.channels : 0;
+            row.inside = reader.vector(row.channels, false);
+            before.push_back(reader.tensors.at(reader.at)), widths.push_back(row.channels);
+            row.innovation = reader.vector(row.channels, true);
+            row.sensitivity = reader.vector(row.channels, true);
+            row.newest = reader.vector(row.channels, false);
+        }
+        if (forms[i] & 2) {
+            row.running_mean = reader.vector(row.channels, true);
+            row.running_var = reader.vector(row.channels, true);
+        }
+        if (forms[i] & 4)
+            counts.push_back(reader.next());
+        row.weight = numbers[3 * i], row.momentum = numbers[3 * i + 1], row.eps = numbers[3 * i + 2];
+        rows.push_back(row);
     }
+    for (const Tensor &count : counts)
+        if (!count.is_cpu() || count.scalar_type() != at::kLong)
+            return std::nullopt;
+    if (!reader.fits)
+        return std::nullopt;
     at::AutoGradMode off(false);
     if (!before.empty())
         before = at::cat(before).split_with_sizes(widths);
     Records all = {static_cast<int64_t>(rows.size()), is_alone ? at::get_num_threads() : 1, rows.data()};
     run_track(&all);
-    for (size_t i = 0; i < rows.size(); i++) {
-        for (const Column *moved : {&innovation, &sensitivity, &running_mean, &running_var, &batches})
-            note_change((*moved)[i]);
-        if (Maybe count = batches[i])
-            ++*count->data_ptr<int64_t>();
+    for (const Tensor &t : reader.moved)
+        note_change(t);
+    for (const Tensor &count : counts) {
+        ++*count.data_ptr<int64_t>();
+        note_change(count);
     }
     return before;
+}
+
+/* Whether gradients can be added to the tensors in place: to leaves, each there once, that nothing watches. */
+bool may_be_added_to(const std::vector<Tensor> &tensors)
+{
+    std::unordered_set<const void *> known;
+    for (const Tensor &t : tensors) {
+        if (!t.requires_grad())
+            continue;
+        if (!t.is_leaf() || !torch::autograd::impl::hooks(t).empty() || torch::autograd::impl::post_acc_grad_hooks(t) ||
+            !known.insert(t.unsafeGetTensorImpl()).second)
+            return false;
+    }
+    return true;
 }
 
 /* Add to `.grad` of the tensors that want one what the gradient of a program's results says. `lines` is (lines, fields),
@@ -301,10 +339,8 @@ TORCH_LIBRARY(bkn, library)
     library.def("normalize(Tensor x, Tensor? prior_mean, Tensor? prior_variance, Tensor gain, Tensor? weight, Tensor? bias, "
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
-    library.def("track(Tensor[] statistics, Tensor?[] prior_mean, Tensor?[] prior_variance, Tensor?[] inside, "
-                "Tensor?[] innovation, Tensor?[] sensitivity, Tensor?[] newest, Tensor?[] running_mean, "
-                "Tensor?[] running_var, Tensor?[] batches, float[] numbers, bool is_alone) -> Tensor[]?",
-                track);
+    library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
+    library.def("may_be_added_to(Tensor[] tensors) -> bool", may_be_added_to);
     library.def("add_gradients(Tensor[] tensors, Tensor lines, Tensor places, int accumulates, Tensor values, "
                 "Tensor results) -> ()",
                 add_gradients);
