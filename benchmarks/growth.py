@@ -36,7 +36,9 @@ def ratio(network: nn.Module, size: int, group: int, pairs: int) -> Ratio:
     labels = torch.randint(0, 10, (IMAGES,))
     candidate = bkn.convert(network, x, statistics_batch_size=group, input_prior=x).to(memory_format=layout)
     reference = network.to(memory_format=layout)
-    works = (step(model.train(), (x, labels), 1, plain=False) for model in (reference, candidate))
+    works = (
+        step(model.train(), (x, labels), 1, plain=False, fused=True, compiled=False) for model in (reference, candidate)
+    )
     return paired(*works, pairs=pairs)
 
 
