@@ -1,9 +1,11 @@
 """The peak memory of training steps with Batch Kalman Normalization against the same network with `nn.BatchNorm2d`.
 
-    python benchmarks/memory.py [--model resnet50] [--size 224] [--images 2] [--steps 4] [--repeats 5]
+    python benchmarks/memory.py [--model resnet50] [--size 224] [--images 2] [--steps 4] [--repeats 5] [--heap]
 
 Each network trains in a process of its own; what is compared is the largest resident set of the process beyond the one
-before the first step, which holds the weights. Linux with the GNU C library. Not run on a GPU.
+before the first step, which holds the weights. Large tensors get pages of their own, which go back when a tensor is
+freed; with `--heap` the C library may keep them on its heap, as it does by default, and holes between tensors count as
+well. Linux with the GNU C library. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ from torch.nn import functional as F
 import bkn_core as bkn
 from bkn_core.engine.models import build_network
 
+_MMAP_THRESHOLD, _LARGE = -3, 2**17  # `mallopt` of the GNU C library: its option, and from how many bytes on
 
-def peak(name: str, size: int, images: int, steps: int, group: int | None) -> float:
+
+def peak(name: str, size: int, images: int, steps: int, heap: bool, group: int | None) -> float:
     """Return the peak in MiB of one network's steps; `group` None is batch normalization."""
+    if not heap:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     model = build_network(name, classes=10).train()
@@ -53,11 +59,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--heap", action="store_true")
     arguments = parser.parse_args()
     found: dict[int | None, list[float]] = {None: [], 2: [], 1: []}
     for _ in range(arguments.repeats):
         for group, peaks in found.items():
-            work = (arguments.model, arguments.size, arguments.images, arguments.steps, group)
+            work = (arguments.model, arguments.size, arguments.images, arguments.steps, arguments.heap, group)
             with multiprocessing.get_context("spawn").Pool(1) as process:
                 peaks.append(process.apply(peak, work))
     reference = statistics.median(found[None])
