@@ -74,7 +74,7 @@ class Training:
         self.amp = mixed_precision(recipe.train.amp, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
         if recipe.train.compile:
-            self.model.compile()
+            self.model.compile(dynamic=False)  # the closed form takes minutes with a symbolic number of images
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
         self.shared = [b for name, b in self.model.named_buffers() if name.endswith((".innovation", "sensitivity"))]
