@@ -98,11 +98,8 @@ def _hold(messenger: Messenger, owner: nn.Module, modules: list[nn.Module]) -> t
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in outputs]
     pairs = iter(leaves)
     held = {name: Gaussian(next(pairs), next(pairs)) for name in priors}
-    return (
-        Held(held, list(pairs), leaves, innovations, modules, schedules),
-        leaves,
-        functools.partial(_backward, outputs),
-    )
+    constants = Held(held, list(pairs), leaves, innovations, modules, schedules)
+    return constants, leaves, functools.partial(_backward, outputs)
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:

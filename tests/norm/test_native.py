@@ -109,6 +109,16 @@ def test_statistics_of_an_uneven_image_lose_no_precision(channels: int, layout: 
     check_statistics(x.contiguous(memory_format=layout), 1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equal_values_have_no_negative_variance(layout: torch.memory_format) -> None:
+    values = torch.linspace(-1e4, 1e4, 64)[None, :, None, None]
+    x = values.expand(3, 64, 37, 41).contiguous(memory_format=layout)
+    prior = Gaussian(torch.zeros(64), torch.ones(64))
+    filtered = kalman_normalize(x, prior, torch.tensor(1.0), None, None, FilterSettings(0.0, 1))
+    variance = filtered.observed.variance
+    assert (variance >= 0).all() and (variance <= 1e-12 * (1 + values.flatten().square())).all()
+
+
 def test_traced_transformed_and_other_tensors_are_left_to_pytorch() -> None:
     x, *rest = leaves((4, 3, 5, 5), None, torch.float32, last=False)
     x = x.detach()

@@ -6,7 +6,8 @@
 static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)
 {
     int64_t at = g * f->channels + c, plane = f->groups * f->channels;
-    float mean = (float)seen->mean, variance = (float)(seen->m2 / seen->count), q = f->prior_mean ? *f->gain : 1;
+    double m2 = seen->m2 < 0 ? 0 : seen->m2; /* rounding, where all values are equal */
+    float mean = (float)seen->mean, variance = (float)(m2 / seen->count), q = f->prior_mean ? *f->gain : 1;
     f->statistics[2 * plane + at] = mean;
     f->statistics[3 * plane + at] = variance;
     float limited = variance > LARGEST ? LARGEST : variance;
