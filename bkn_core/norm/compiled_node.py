@@ -26,9 +26,12 @@ _LOG = logging.getLogger("bkn")
 Row = tuple[Tensor | None, ...]
 
 
-class _Operations(NamedTuple):
+class Operations(NamedTuple):
+    """What `node.cpp` offers."""
+
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
+    parts: Callable[[Tensor, Sequence[int], int], list[Tensor]]
     may_be_added_to: Callable[[Sequence[Tensor]], bool]
     add_gradients: Callable[..., None]
 
@@ -47,7 +50,7 @@ def building() -> Building:
 
 
 @functools.cache
-def _loaded(path: Path) -> _Operations | None:
+def _loaded(path: Path) -> Operations | None:
     kernels = native.library()
     assert kernels is not None
     try:
@@ -58,10 +61,10 @@ def _loaded(path: Path) -> _Operations | None:
     called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track, kernels.bkn_reverse
     torch.ops.bkn.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
     made = torch.ops.bkn
-    return _Operations(*(getattr(made, name).default for name in _Operations._fields))
+    return Operations(*(getattr(made, name).default for name in Operations._fields))
 
 
-def node() -> _Operations | None:
+def node() -> Operations | None:
     """Return the node, None where there is none or not yet."""
     if native.library() is None:
         return None

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 _Edge = tuple[dict[str, nn.Module | None], str, nn.Module]
+
+
+class Places:
+    """Entries of dictionaries, and whether they still are what they were.
+
+    Args:
+        entries: dictionary, key and value of each.
+    """
+
+    def __init__(self, entries: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+        known = list(entries)
+        self.holders = [holder for holder, _, _ in known]
+        self.keys = [key for _, key, _ in known]
+        self.values = [value for _, _, value in known]
+
+    def are_kept(self) -> bool:
+        """Whether every value is in its place."""
+        return all(map(operator.is_, map(dict.get, self.holders, self.keys), self.values))
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -32,7 +52,7 @@ class Lookup:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = tuple(paths)
-        self._found: tuple[list[_Edge], list[nn.Module]] | None = None
+        self._found: tuple[Places, list[nn.Module]] | None = None
 
     def __reduce__(self) -> tuple[type[Lookup], tuple[tuple[str, ...]]]:
         """Copies look again."""
@@ -41,12 +61,12 @@ class Lookup:
     def __call__(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules in the order of the paths."""
         if self._found is not None and not torch.compiler.is_compiling():
-            edges, modules = self._found
-            if edges[0][0] is model._modules and all(children.get(key) is child for children, key, child in edges):
+            places, modules = self._found
+            if places.holders[0] is model._modules and places.are_kept():
                 return modules
         modules = [model.get_submodule(path) for path in self.paths]
         if all(self.paths) and self.paths and not torch.compiler.is_compiling():
-            self._found = self._edges(model), modules
+            self._found = Places(self._edges(model)), modules
         return modules
 
     def _edges(self, model: nn.Module) -> list[_Edge]:

@@ -18,8 +18,8 @@ from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.tracking import Seen, track
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
-from bkn_core.wiring.held import Held
-from bkn_core.wiring.lookup import Lookup
+from bkn_core.wiring.held import Held, HeldRow
+from bkn_core.wiring.lookup import Lookup, Places
 from bkn_core.wiring.native_program import NativeProgram, native_program
 from bkn_core.wiring.program import Wiring
 
@@ -54,10 +54,11 @@ class Messenger:
     def __post_init__(self) -> None:
         self.lookup = Lookup(self.names)
         self.held: Held | None = None  # inside `accumulation`
+        self.row: HeldRow | None = None  # of its last block
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are outside every block."""
-        return {**self.__dict__, "held": None}
+        return {**self.__dict__, "held": None, "row": None}
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
@@ -123,7 +124,7 @@ class Messenger:
         with _no_autocast(layers[0]):
             tensors = self.native_tensors(model)
             if tensors is not None and self.native is not None:
-                return self.native.predictions(tensors)
+                return self.native.predictions(tensors.values)
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
             receiving = [layer for layer, name in zip(layers, self.names, strict=True) if name in self.wiring.priors]
             analytic = [evaluation.line(self.wiring.priors[name]) for name in self.names if name in self.wiring.priors]
@@ -131,7 +132,7 @@ class Messenger:
         named = [name for name in self.names if name in self.wiring.priors]
         return dict(zip(named, refined, strict=True)), together.gains(layers)
 
-    def native_tensors(self, model: nn.Module) -> list[Tensor] | None:
+    def native_tensors(self, model: nn.Module) -> Places | None:
         """Return what the CPU kernels read to compute the priors, None where they cannot."""
         if not native.are_usable():
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class NativeProgram:
         self.paths: list[tuple[str, str]] = []
         self.shapes: list[torch.Size] = []
         self.rows: list[Row] = []
-        self.moving: set[int] = set()  # numbers of the innovations, which change between forward and backward
+        self.moving: dict[int, str] = {}  # innovations, which change between forward and backward: number and layer
         self.model = model
         widths = [_layer(model, name).num_features for name in self.layers]
         self.widths, total = widths, sum(widths)
@@ -191,7 +191,8 @@ class NativeProgram:
         if prior[2] != out[2]:
             raise _Unsupported
         tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", "present_innovation"))
-        self.moving.add(tensors[2])
+        if tensors[2] >= 0:
+            self.moving[tensors[2]] = name
         self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
 
     def _gain(self, name: str, place: int) -> None:
@@ -210,14 +211,14 @@ class NativeProgram:
 
     def predictions(self, tensors: list[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Return the refined priors by the names of their layers, and the gains of all layers."""
-        return self.named(Evaluate.apply(self, *tensors))
+        *parts, gains = torch.split(Evaluate.apply(self, *tensors), [*self.widths, *self.widths, len(self.names)])
+        return self.named([*parts, *gains.unbind()])
 
-    def named(self, results: Tensor) -> tuple[dict[str, Gaussian], list[Tensor]]:
-        """Take a row of results apart."""
-        *parts, gains = torch.split(results, [*self.widths, *self.widths, len(self.names)])
+    def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Return all means, variances and gains by the names of their layers."""
         count = len(self.layers)
         priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
-        return priors, list(gains.unbind())
+        return priors, list(parts[2 * count :])
 
     @property
     def gradient_places(self) -> Tensor:
@@ -227,10 +228,8 @@ class NativeProgram:
             self._places = torch.tensor(self._structure.gradients, dtype=torch.int64).view(-1, 4)
         return self._places
 
-    def structure(
-        self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], holding: Collection[int] = ()
-    ) -> array.array[int]:
-        """Return the lines as the kernels read them; the gradients with these numbers hold values to add to."""
+    def structure(self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> array.array[int]:
+        """Return the lines as the kernels read them."""
         if self._structure is None:
             self._structure = self._laid_out()
         known = self._structure
@@ -247,11 +246,9 @@ class NativeProgram:
         fields = self._filled[1]
         if gradients:
             fields = fields[:]
-            targets, held = [native.address(tensor) for tensor in gradients], frozenset(holding)
-            for place, number, line, bit in known.gradients:
+            targets = [native.address(tensor) for tensor in gradients]
+            for place, number, _, _ in known.gradients:
                 fields[place] = targets[number]
-                if number in held:
-                    fields[line + ACCUMULATES] |= bit
         return fields
 
     def _laid_out(self) -> _Structure:

@@ -10,26 +10,24 @@ from torch import Tensor, nn
 
 from bkn_core.norm import native
 from bkn_core.norm.handing import is_recomputation
-from bkn_core.wiring.lookup import Lookup
-
-_Holder = tuple[dict[str, Any], str]
+from bkn_core.wiring.lookup import Lookup, Places
 
 
 class _Checked(NamedTuple):
     """Tensors that the kernels can take, and how to see that they still are the model's, where and as they were."""
 
     modules: Sequence[nn.Module]
-    holders: list[_Holder]
-    tensors: list[Tensor]
+    places: Places
     addresses: list[int]
-    layouts: list[tuple[Tensor, tuple[int, ...]]]
+    weights: list[Tensor]
+    layouts: list[tuple[int, ...]]  # of the weights
 
     def are_of(self, modules: Sequence[nn.Module]) -> bool:
         return (
             modules is self.modules
-            and all(held.get(name) is tensor for (held, name), tensor in zip(self.holders, self.tensors, strict=True))
-            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
-            and all(tensor.stride() == layout for tensor, layout in self.layouts)
+            and self.places.are_kept()
+            and list(map(Tensor.data_ptr, self.places.values)) == self.addresses
+            and list(map(Tensor.stride, self.weights)) == self.layouts
         )
 
 
@@ -51,21 +49,24 @@ class NativeTensors:
         """Copies look again."""
         return {**self.__dict__, "_checked": None}
 
-    def __call__(self, model: nn.Module) -> list[Tensor] | None:
-        """Return the tensors in the order of the paths, None where the kernels cannot take them."""
+    def __call__(self, model: nn.Module) -> Places | None:
+        """Return the tensors and where they are, in the order of the paths; the same object as long as they stay, None
+        where the kernels cannot take them.
+        """
         modules, is_repeated, checked = self.lookup(model), is_recomputation(), self._checked
         if checked is None or is_repeated or not checked.are_of(modules):
             checked = _check(modules, self.wanted, is_repeated)
-            is_kept = checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.tensors)
+            is_kept = (
+                checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.places.values)
+            )
             self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
-        return None if checked is None else checked.tensors
+        return None if checked is None else checked.places
 
 
 def _check(
     modules: Sequence[nn.Module], wanted: Sequence[tuple[int, str, torch.Size]], is_repeated: bool
 ) -> _Checked | None:
-    holders: list[_Holder] = []
-    found: list[Tensor] = []
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
     for owner, name, shape in wanted:
         module = modules[owner]
         if name == "present_innovation" and not is_repeated:
@@ -76,10 +77,11 @@ def _check(
             tensor = getattr(module, name, None)
         if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
             return None
-        found.append(tensor)
-        holders.append((holder, name))
-    layouts = [(tensor, tensor.stride()) for tensor in found if tensor.dim() > 1]
-    return _Checked(modules, holders, found, [tensor.data_ptr() for tensor in found], layouts)
+        found.append((holder, name, tensor))
+    places = Places(found)
+    weights = [tensor for tensor in places.values if tensor.dim() > 1]
+    addresses, layouts = [t.data_ptr() for t in places.values], [t.stride() for t in weights]
+    return _Checked(modules, places, addresses, weights, layouts)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -283,6 +283,38 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
     return before;
 }
 
+/* Parts of a row that are no views of it, so that they outlive a change of what it holds: pieces of so many values, and
+   then so many single ones. */
+struct Parts : torch::autograd::Function<Parts> {
+    static variable_list forward(AutogradContext *ctx, const Tensor &row, const std::vector<int64_t> &sizes, int64_t count)
+    {
+        at::AutoDispatchBelowADInplaceOrView untracked;
+        variable_list parts;
+        int64_t start = 0;
+        for (int64_t size : sizes)
+            parts.push_back(row.narrow(0, start, size)), start += size;
+        for (int64_t i = 0; i < count; i++)
+            parts.push_back(row.select(0, start++));
+        ctx->set_materialize_grads(false);
+        ctx->saved_data["sizes"] = sizes;
+        return parts;
+    }
+
+    static variable_list backward(AutogradContext *ctx, variable_list gradients)
+    {
+        auto sizes = ctx->saved_data["sizes"].toIntVector();
+        sizes.resize(gradients.size(), 1);
+        for (size_t i = 0; i < sizes.size(); i++)
+            gradients[i] = gradients[i].defined() ? gradients[i].view({sizes[i]}) : at::zeros({sizes[i]});
+        return {at::cat(gradients), Tensor(), Tensor()};
+    }
+};
+
+std::vector<Tensor> parts(const Tensor &row, const std::vector<int64_t> &sizes, int64_t count)
+{
+    return Parts::apply(row, sizes, count);
+}
+
 /* Whether gradients can be added to the tensors in place: to leaves, each there once, that nothing watches. */
 bool may_be_added_to(const std::vector<Tensor> &tensors)
 {
@@ -340,6 +372,7 @@ TORCH_LIBRARY(bkn, library)
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
+    library.def("parts(Tensor row, int[] sizes, int count) -> Tensor[]", parts);
     library.def("may_be_added_to(Tensor[] tensors) -> bool", may_be_added_to);
     library.def("add_gradients(Tensor[] tensors, Tensor lines, Tensor places, int accumulates, Tensor values, "
                 "Tensor results) -> ()",
