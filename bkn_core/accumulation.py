@@ -10,7 +10,7 @@ from torch import nn
 
 from bkn_core.convert import find_messengers
 from bkn_core.errors import ConversionError
-from bkn_core.norm import compiled_node
+from bkn_core.norm import compiled_node, native
 from bkn_core.wiring.held import Held, HeldOutputs, HeldRow
 from bkn_core.wiring.lookup import modules_of
 from bkn_core.wiring.messenger import Messenger
@@ -41,22 +41,27 @@ def accumulation(model: nn.Module) -> Iterator[None]:
         ConversionError: the model was not converted or is distributed; its parameters changed inside the block; a
             backward pass through one of its forwards came after it.
     """
-    modules = modules_of(model)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_distributed(model)
+    own = [(model, hook) for hook in model._forward_pre_hooks.values() if isinstance(hook, Messenger)]
+    with contextlib.ExitStack() as blocks:
+        for owner, messenger in own or find_messengers(modules_of(model)):
+            if messenger.is_static and messenger.held is None:
+                blocks.enter_context(_block(owner, messenger))
+        yield
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules_of(model)):
         raise ConversionError(
             "DistributedDataParallel needs the gradients of every parameter from every backward pass",
             "Leave bkn.accumulation out there: no_sync() alone is correct.",
         )
-    with contextlib.ExitStack() as blocks:
-        for owner, messenger in find_messengers(modules):
-            if messenger.is_static and messenger.held is None:
-                blocks.enter_context(_block(owner, messenger, modules if owner is model else modules_of(owner)))
-        yield
 
 
 @contextlib.contextmanager
-def _block(owner: nn.Module, messenger: Messenger, modules: list[nn.Module]) -> Iterator[None]:
-    held = messenger.held = _hold(messenger, owner, modules)
+def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
+    held = messenger.held = _hold(messenger, owner)
     try:
         yield
     finally:
@@ -64,16 +69,18 @@ def _block(owner: nn.Module, messenger: Messenger, modules: list[nn.Module]) -> 
     held.finish()
 
 
-def _hold(messenger: Messenger, owner: nn.Module, modules: list[nn.Module]) -> Held:
+def _hold(messenger: Messenger, owner: nn.Module) -> Held:
     """Return constants that stand for priors and gains."""
-    places, program, operations = messenger.native_tensors(owner), messenger.native, compiled_node.node()
-    if places is not None and program is not None and operations is not None and torch.is_grad_enabled():
-        row = messenger.row
-        if operations.may_be_added_to(places.values):
-            if row is not None and row.places is places:
-                row.begin_again()
-            else:
-                row = messenger.row = HeldRow(program, places, operations)
+    row = messenger.row
+    if torch.is_grad_enabled() and native.are_usable():
+        if row is not None and row.begins(owner):
             return row
+        places, program, operations = messenger.native_tensors(owner), messenger.native, compiled_node.node()
+        is_new = row is None or row.places is not places
+        if places is not None and program is not None and operations is not None and is_new:
+            row = messenger.row = HeldRow(program, places, operations)
+            if row.begins(owner):
+                return row
     layers = messenger.layers(owner)
-    return HeldOutputs(messenger.predictions(owner, layers), dict(zip(messenger.names, layers, strict=True)), modules)
+    named = dict(zip(messenger.names, layers, strict=True))
+    return HeldOutputs(messenger.predictions(owner, layers), named, modules_of(owner))

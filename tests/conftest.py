@@ -5,6 +5,10 @@ One thread: on the small tensors of these tests a second one costs more than it 
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -26,3 +30,15 @@ def in_cpp() -> bool:
     """Whether there is a C++ compiler, whose work has been waited for."""
     compiled_node.building().wait(240)  # seconds that two busy cores may take
     return compiled_node.node() is not None
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()

@@ -282,11 +282,8 @@ def test_nothing_holds_itself() -> None:
         gc.enable()
 
 
-def test_distributed_models_are_refused() -> None:
-    class Wrapped(nn.parallel.DistributedDataParallel):
-        def __init__(self, module: nn.Module) -> None:
-            nn.Module.__init__(self)
-            self.module = module
-
-    with pytest.raises(bkn.BknError, match="no_sync"), bkn.accumulation(nn.Sequential(Wrapped(converted()))):
-        pass
+def test_distributed_models_are_refused(process_group: None) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(converted())
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(bkn.BknError, match="no_sync"), bkn.accumulation(model):
+            pass

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,20 @@ from bkn_core.norm.compiler import Building, compiler, place
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LOG = logging.getLogger("bkn")
 
-Row = tuple[Tensor | None, ...]
+Known = tuple[Tensor | None, ...]
+
+
+class Row(Protocol):
+    """All priors and gains of a model, see `kernels/row.h`."""
+
+    def parts(self, sizes: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the row, pieces of it, and what stands for the tensors that move."""
+
+    def begin(self) -> bool:
+        """Fill the row, and return whether that could be done."""
+
+    def finish(self) -> bool:
+        """Pass its gradient on, and return whether nothing has changed that it was filled from."""
 
 
 class Operations(NamedTuple):
@@ -31,9 +44,7 @@ class Operations(NamedTuple):
 
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
-    parts: Callable[[Tensor, Sequence[int], int], list[Tensor]]
-    may_be_added_to: Callable[[Sequence[Tensor]], bool]
-    add_gradients: Callable[..., None]
+    row: Callable[..., Row]
 
 
 @functools.cache
@@ -45,7 +56,8 @@ def building() -> Building:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, *(f"-I{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = place("node", [source, source.with_name("calls.h")], [torch.__version__, *flags])
+    headers = [source.with_name(name) for name in ("calls.h", "row.h")]
+    library = place("node", [source, *headers], [torch.__version__, *flags])
     return Building(library, [*compiler("CXX", "c++", "g++", "clang++"), *flags, str(source), *links])
 
 
@@ -58,10 +70,11 @@ def _loaded(path: Path) -> Operations | None:
     except OSError as error:
         _LOG.info("%s cannot be loaded: %s", path.name, error)
         return None
-    called = kernels.bkn_forward, kernels.bkn_backward, kernels.bkn_track, kernels.bkn_reverse
-    torch.ops.bkn.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
+    names = ("forward", "backward", "track", "evaluate", "reverse")
+    called = [getattr(kernels, f"bkn_{name}") for name in names]
     made = torch.ops.bkn
-    return Operations(*(getattr(made, name).default for name in Operations._fields))
+    made.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
+    return Operations(made.normalize.default, made.track.default, torch.classes.bkn.Row)
 
 
 def node() -> Operations | None:
@@ -94,7 +107,7 @@ def normalize(
     return operations.normalize(x, *parameters, *sensitivity, *numbers, groups) or None
 
 
-def track(rows: Sequence[Row], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
+def track(rows: Sequence[Known], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
     """Move what layers remember and return their innovations as they were, None where that cannot be done here.
 
     Args:

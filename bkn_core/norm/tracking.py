@@ -79,9 +79,9 @@ def weight_of_newest(momentum: float, images: int | Tensor) -> float | Tensor:
     return 1 - (1 - momentum) ** (images / following.IMAGES)
 
 
-def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Row], list[float]] | None:
+def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Known], list[float]] | None:
     """Return the tensors of each record and three numbers to each, None where the kernel does not know how."""
-    rows: list[compiled_node.Row] = []
+    rows: list[compiled_node.Known] = []
     numbers: list[float] = []
     for layer, prior, statistics, images, held in records:
         size, momentum, own = layer.statistics_batch_size, layer.momentum, layer._buffers  # faster than attributes
@@ -100,7 +100,7 @@ def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Row], list[float]
     return rows, numbers
 
 
-def _track_by_kernel(rows: Sequence[compiled_node.Row], numbers: Sequence[float], *, is_alone: bool) -> bool:
+def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[float], *, is_alone: bool) -> bool:
     """Whether the kernel could take these tensors, and has moved them."""
     fields, moved = array.array("q"), []
     for i, row in enumerate(rows):

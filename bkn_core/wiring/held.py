@@ -17,7 +17,7 @@ from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.together import those
 from bkn_core.norm.tracking import Seen
 from bkn_core.wiring.lookup import Places
-from bkn_core.wiring.native_node import ACCUMULATES, FIELDS, evaluate
+from bkn_core.wiring.native_node import ACCUMULATES, FIELDS
 from bkn_core.wiring.native_program import NativeProgram
 
 Constants = tuple[dict[str, Gaussian], list[Tensor]]  # priors by the names of their layers, gains of all layers
@@ -31,21 +31,13 @@ class Held:
         leaves: which they are, or are parts of.
         innovations: those that the priors hold, by the names of their layers.
         places: where the model has the parameters that they are computed from.
-        watched: what may not change as long as they serve.
     """
 
     def __init__(
-        self,
-        constants: Constants,
-        leaves: Sequence[Tensor],
-        innovations: dict[str, Tensor],
-        places: Places,
-        watched: Sequence[Tensor],
+        self, constants: Constants, leaves: Sequence[Tensor], innovations: dict[str, Tensor], places: Places
     ) -> None:
-        (self.priors, self.gains), self.leaves = constants, leaves
-        self.innovations, self.places, self.watched = innovations, places, watched
+        (self.priors, self.gains), self.innovations, self.places = constants, innovations, places
         self.has_gradients = torch.is_grad_enabled()
-        self.versions = _versions(watched)
         self.end = _End()
         for leaf in leaves:
             if leaf.requires_grad:
@@ -70,15 +62,13 @@ class Held:
         Raises:
             ConversionError: something has changed that the priors and gains were computed from.
         """
-        if not self.places.are_kept() or self.versions != _versions(self.watched):
+        if not self.places.are_kept() or not self.backward():
             raise ConversionError(
                 "parameters or gains changed inside bkn.accumulation", "Step optimizer and schedule outside the block."
             )
-        if any(leaf.grad is not None for leaf in self.leaves):
-            self.backward([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves])
 
-    def backward(self, gradients: list[Tensor]) -> None:
-        """Send gradients of the leaves on."""
+    def backward(self) -> bool:
+        """Send the sums of the gradients on, unless a value has changed; return whether none has."""
         raise NotImplementedError
 
 
@@ -94,23 +84,30 @@ class HeldOutputs(Held):
     def __init__(self, constants: Constants, layers: dict[str, BatchKalmanNorm], modules: Sequence[nn.Module]) -> None:
         priors, gains = constants
         self.outputs = [*itertools.chain.from_iterable(priors.values()), *gains]
-        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.outputs]
-        parts = iter(leaves)
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.outputs]
+        parts = iter(self.leaves)
         held = {name: Gaussian(next(parts), next(parts)) for name in priors}
         buffers = {name: layer._buffers for name, layer in layers.items()}  # which attributes find after parameters
         innovations = {n: own["innovation"].clone() for n, own in buffers.items() if own["innovation"] is not None}
         schedules = those([own[name] for own in buffers.values() for name in ("gain_factor", "fixed_gain")])
         places = Places((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
-        super().__init__((held, list(parts)), leaves, innovations, places, [*those(places.values), *schedules])
+        self.watched = [*those(places.values), *schedules]
+        self.versions = [tensor._version for tensor in self.watched]
+        super().__init__((held, list(parts)), self.leaves, innovations, places)
 
-    def backward(self, gradients: list[Tensor]) -> None:
-        """Send gradients of the leaves on."""
-        reached = [(output, part) for output, part in zip(self.outputs, gradients, strict=True) if output.requires_grad]
-        torch.autograd.backward([output for output, _ in reached], [part for _, part in reached])
+    def backward(self) -> bool:
+        """Send the sums of the gradients on, unless a value has changed; return whether none has."""
+        if self.versions != [tensor._version for tensor in self.watched]:
+            return False
+        reached = [(output, leaf.grad) for output, leaf in zip(self.outputs, self.leaves, strict=True)]
+        reached = [(output, gradient) for output, gradient in reached if gradient is not None]
+        if reached:
+            torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
+        return True
 
 
 class HeldRow(Held):
-    """Priors and gains by the kernels, in C++: all of them in one row, which every block fills anew.
+    """Priors and gains by the kernels: all of them in one row (`kernels/row.h`), which every block fills anew.
 
     Args:
         program: gives them.
@@ -119,29 +116,23 @@ class HeldRow(Held):
     """
 
     def __init__(self, program: NativeProgram, places: Places, operations: Operations) -> None:
-        self.program, self.operations, tensors = program, operations, places.values
-        self.values, self.lines = torch.empty(program.size), program.structure(tensors, [])
-        evaluate(self.lines, self.values)
-        self.row = self.values[: program.results].requires_grad_()
-        self.parts = operations.parts(self.row, [*program.widths, *program.widths], len(program.names))
-        self.present = {name: tensors[number] for number, name in program.moving.items()}
-        innovations = {name: innovation.clone() for name, innovation in self.present.items()}
-        watched = [tensor for i, tensor in enumerate(tensors) if i not in program.moving]
-        super().__init__(program.named(self.parts), [self.row], innovations, places, watched)
+        lines = program.structure(places.values, [])
+        self.tensors, self.lines = program.tensors, lines  # which `row` points into
+        fields = torch.frombuffer(lines, dtype=torch.int64).view(-1, FIELDS)
+        numbers, sizes = list(program.moving), [program.size, program.results]
+        self.row = operations.row(places.values, numbers, fields, program.gradient_places, ACCUMULATES, sizes)
+        leaf, parts, innovations = self.row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
+        held = dict(zip(program.moving.values(), innovations, strict=True))
+        super().__init__(program.named(parts), [leaf], held, places)
 
-    def begin_again(self) -> None:
-        """Fill the row for another block. A backward pass through a forward of an earlier one sees a newer version."""
-        evaluate(self.lines, self.values)
-        torch.autograd.graph.increment_version(self.parts)
-        self.row.grad, self.versions, self.end.is_past = None, _versions(self.watched), False
-        if self.innovations:
-            torch._foreach_copy_(list(self.innovations.values()), list(self.present.values()))
+    def begins(self, model: nn.Module) -> bool:
+        """Fill the row for a block of this model, and return whether that could be done."""
+        self.end.is_past = False
+        return self.tensors.known(model) is self.places and self.row.begin()
 
-    def backward(self, gradients: list[Tensor]) -> None:
-        """Add to the gradients of the parameters in place."""
-        lines = torch.frombuffer(self.lines, dtype=torch.int64).view(-1, FIELDS)
-        where = lines, self.program.gradient_places, ACCUMULATES
-        self.operations.add_gradients(self.places.values, *where, self.values, *gradients)
+    def backward(self) -> bool:
+        """Send the gradient of the row on, unless a value has changed; return whether none has."""
+        return self.row.finish()
 
 
 class _End:
@@ -154,7 +145,3 @@ class _End:
             raise ConversionError(
                 "a backward pass came after its bkn.accumulation block", "Call backward() inside the block."
             )
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]

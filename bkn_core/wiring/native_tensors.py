@@ -22,11 +22,10 @@ class _Checked(NamedTuple):
     weights: list[Tensor]
     layouts: list[tuple[int, ...]]  # of the weights
 
-    def are_of(self, modules: Sequence[nn.Module]) -> bool:
+    def is_unmoved(self) -> bool:
+        """Whether every tensor has its values where they were, in the same layout."""
         return (
-            modules is self.modules
-            and self.places.are_kept()
-            and list(map(Tensor.data_ptr, self.places.values)) == self.addresses
+            list(map(Tensor.data_ptr, self.places.values)) == self.addresses
             and list(map(Tensor.stride, self.weights)) == self.layouts
         )
 
@@ -53,14 +52,19 @@ class NativeTensors:
         """Return the tensors and where they are, in the order of the paths; the same object as long as they stay, None
         where the kernels cannot take them.
         """
-        modules, is_repeated, checked = self.lookup(model), is_recomputation(), self._checked
-        if checked is None or is_repeated or not checked.are_of(modules):
-            checked = _check(modules, self.wanted, is_repeated)
-            is_kept = (
-                checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.places.values)
-            )
-            self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
+        if self.known(model) is not None and not is_recomputation() and self._checked and self._checked.is_unmoved():
+            return self._checked.places
+        modules, is_repeated = self.lookup(model), is_recomputation()
+        checked = _check(modules, self.wanted, is_repeated)
+        is_kept = checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.places.values)
+        self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
         return None if checked is None else checked.places
+
+    def known(self, model: nn.Module) -> Places | None:
+        """Return the tensors that were found good, as long as the model has them where they were."""
+        checked = self._checked
+        is_kept = checked is not None and self.lookup(model) is checked.modules and checked.places.are_kept()
+        return checked.places if is_kept and checked is not None else None
 
 
 def _check(

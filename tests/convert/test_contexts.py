@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,17 +99,6 @@ def test_compiled_model_equals_the_eager_one(options: dict[str, Any]) -> None:
     assert_same(gradients(model), gradients(other), 1e-5)
     assert_same(dict(model.named_buffers()), dict(other.named_buffers()), 1e-5)
     torch.testing.assert_close(compiled.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
 
 
 @every_variant

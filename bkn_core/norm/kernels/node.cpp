@@ -1,39 +1,23 @@
 /* Calls of the kernels in C++, since small activations spend their time in Python: the autograd node of a layer, the
-   tracking of all layers, and the gradients of all priors. Compiled on its own by `compiled_node.py`; without it Python
-   calls the same kernels, in `fused.py`, `tracking.py` and `native_node.py`. */
+   tracking of all layers, and the priors that several forwards share. Compiled on its own by `compiled_node.py`; without
+   it Python calls the same kernels, in `fused.py`, `tracking.py` and `native_node.py`. */
 
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/library.h>
-#include <unordered_set>
-
-#include "calls.h"
+#include "row.h"
 
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Maybe = std::optional<Tensor>;
 
 int (*run_forward)(const Forward *);
 int (*run_backward)(const Backward *);
 int (*run_track)(const Records *);
-int (*run_reverse)(const Program *);
 
 /* Take the addresses of the kernels. */
-void initialize(int64_t forward, int64_t backward, int64_t track, int64_t reverse)
+void initialize(int64_t forward, int64_t backward, int64_t track, int64_t evaluate, int64_t reverse)
 {
     run_forward = reinterpret_cast<decltype(run_forward)>(forward);
     run_backward = reinterpret_cast<decltype(run_backward)>(backward);
     run_track = reinterpret_cast<decltype(run_track)>(track);
+    run_evaluate = reinterpret_cast<decltype(run_evaluate)>(evaluate);
     run_reverse = reinterpret_cast<decltype(run_reverse)>(reverse);
-}
-
-bool is_plain(const Tensor &t)
-{
-    return t.is_cpu() && t.scalar_type() == at::kFloat && t.layout() == at::kStrided;
 }
 
 bool has_shape(const Maybe &t, at::IntArrayRef shape)
@@ -188,17 +172,6 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
 }
 
-bool is_dense(const Tensor &t)
-{
-    return is_plain(t) && t.is_contiguous();
-}
-
-void note_change(const Tensor &t)
-{
-    if (!t.is_inference())
-        t.unsafeGetTensorImpl()->bump_version();
-}
-
 /* Reads the tensors of the records of `tracking.py`, as far as each is there, one after the other. */
 struct Reader {
     const std::vector<Tensor> &tensors;
@@ -283,98 +256,18 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
     return before;
 }
 
-/* Parts of a row that are no views of it, so that they outlive a change of what it holds: pieces of so many values, and
-   then so many single ones. */
-struct Parts : torch::autograd::Function<Parts> {
-    static variable_list forward(AutogradContext *ctx, const Tensor &row, const std::vector<int64_t> &sizes, int64_t count)
-    {
-        at::AutoDispatchBelowADInplaceOrView untracked;
-        variable_list parts;
-        int64_t start = 0;
-        for (int64_t size : sizes)
-            parts.push_back(row.narrow(0, start, size)), start += size;
-        for (int64_t i = 0; i < count; i++)
-            parts.push_back(row.select(0, start++));
-        ctx->set_materialize_grads(false);
-        ctx->saved_data["sizes"] = sizes;
-        return parts;
-    }
-
-    static variable_list backward(AutogradContext *ctx, variable_list gradients)
-    {
-        auto sizes = ctx->saved_data["sizes"].toIntVector();
-        sizes.resize(gradients.size(), 1);
-        for (size_t i = 0; i < sizes.size(); i++)
-            gradients[i] = gradients[i].defined() ? gradients[i].view({sizes[i]}) : at::zeros({sizes[i]});
-        return {at::cat(gradients), Tensor(), Tensor()};
-    }
-};
-
-std::vector<Tensor> parts(const Tensor &row, const std::vector<int64_t> &sizes, int64_t count)
-{
-    return Parts::apply(row, sizes, count);
-}
-
-/* Whether gradients can be added to the tensors in place: to leaves, each there once, that nothing watches. */
-bool may_be_added_to(const std::vector<Tensor> &tensors)
-{
-    std::unordered_set<const void *> known;
-    for (const Tensor &t : tensors) {
-        if (!t.requires_grad())
-            continue;
-        if (!t.is_leaf() || !torch::autograd::impl::hooks(t).empty() || torch::autograd::impl::post_acc_grad_hooks(t) ||
-            !known.insert(t.unsafeGetTensorImpl()).second)
-            return false;
-    }
-    return true;
-}
-
-/* Add to `.grad` of the tensors that want one what the gradient of a program's results says. `lines` is (lines, fields),
-   filled with the addresses of the tensors; `places` are (n, 4), see `_Structure` in `native_program.py`. */
-void add_gradients(const std::vector<Tensor> &tensors, const Tensor &lines, const Tensor &places, int64_t accumulates,
-                   const Tensor &values, const Tensor &results)
-{
-    at::AutoGradMode off(false);
-    std::vector<Tensor> known(tensors.size()), found(tensors.size());
-    for (size_t i = 0; i < tensors.size(); i++) {
-        if (!tensors[i].requires_grad())
-            continue;
-        known[i] = tensors[i].grad();
-        bool holds = known[i].defined() && is_plain(known[i]) && known[i].strides() == tensors[i].strides();
-        found[i] = holds ? known[i] : at::empty_like(tensors[i]);
-    }
-    Tensor filled = lines.clone(), gradients = at::zeros_like(values);
-    gradients.narrow(0, 0, results.size(0)).copy_(results);
-    auto *fields = filled.data_ptr<int64_t>();
-    for (const int64_t *at = places.data_ptr<int64_t>(), *end = at + places.numel(); at < end; at += 4) {
-        const Tensor &target = found[at[1]];
-        if (!target.defined())
-            continue;
-        fields[at[0]] = reinterpret_cast<int64_t>(target.data_ptr<float>());
-        if (target.is_same(known[at[1]]))
-            fields[at[2] + accumulates] |= at[3];
-    }
-    Program program = {lines.size(0), at::get_num_threads(), values.data_ptr<float>(), gradients.data_ptr<float>(), fields};
-    TORCH_CHECK(!run_reverse(&program), "the priors found no memory for their gradients");
-    for (size_t i = 0; i < tensors.size(); i++)
-        if (found[i].is_same(known[i]))
-            note_change(known[i]);
-        else
-            tensors[i].mutable_grad() = known[i].defined() ? known[i].add(found[i]) : found[i];
-}
-
 } // namespace
 
 TORCH_LIBRARY(bkn, library)
 {
-    library.def("initialize(int forward, int backward, int track, int reverse) -> ()", initialize);
+    library.def("initialize(int forward, int backward, int track, int evaluate, int reverse) -> ()", initialize);
     library.def("normalize(Tensor x, Tensor? prior_mean, Tensor? prior_variance, Tensor gain, Tensor? weight, Tensor? bias, "
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
-    library.def("parts(Tensor row, int[] sizes, int count) -> Tensor[]", parts);
-    library.def("may_be_added_to(Tensor[] tensors) -> bool", may_be_added_to);
-    library.def("add_gradients(Tensor[] tensors, Tensor lines, Tensor places, int accumulates, Tensor values, "
-                "Tensor results) -> ()",
-                add_gradients);
+    library.class_<Row>("Row")
+        .def(torch::init<std::vector<Tensor>, std::vector<int64_t>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
+        .def("parts", &Row::parts)
+        .def("begin", &Row::begin)
+        .def("finish", &Row::finish);
 }
