@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from paired import paired
+from paired import keep_memory, paired
 from torch import Tensor, nn
 
 from bkn_core.norm.kalman import Gaussian, moments, normalize, spread_over_images, update
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_memory()
     kind = getattr(torch, arguments.type)
     print(f"{arguments.type}, {arguments.threads} threads, {arguments.pairs} pairs, median (quartiles)")
     print("| shape | layout | s | over BN | over GN | over plain | over loop |\n|---|---|---|---|---|---|---|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import statistics
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 Work = Callable[[], object]
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of `mallopt`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,18 @@ def paired(reference: Work, candidate: Work, *, pairs: int = 15, warmup: int = 3
         references.append(times[id(reference)])
     low, median, high = statistics.quantiles(ratios, n=4)
     return Ratio(median, low, high, 1000 * statistics.median(references))
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, where it is GNU's.
+
+    In a short loop it gives pages back now and then and asks for them again, which takes as long as the work on them
+    and falls to whoever comes next.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_TRIM_THRESHOLD, 2**30)
+        library.mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 def _seconds(work: Work) -> float:

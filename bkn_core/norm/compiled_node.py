@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,6 +44,7 @@ class Operations(NamedTuple):
 
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
+    alone: Callable[..., list[Tensor]]
     row: Callable[..., Row]
 
 
@@ -56,7 +57,7 @@ def building() -> Building:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, *(f"-I{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    headers = [source.with_name(name) for name in ("calls.h", "row.h")]
+    headers = [source.with_name(name) for name in ("calls.h", "row.h", "tracking.h")]
     library = place("node", [source, *headers], [torch.__version__, *flags])
     return Building(library, [*compiler("CXX", "c++", "g++", "clang++"), *flags, str(source), *links])
 
@@ -74,15 +75,22 @@ def _loaded(path: Path) -> Operations | None:
     called = [getattr(kernels, f"bkn_{name}") for name in names]
     made = torch.ops.bkn
     made.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
-    return Operations(made.normalize.default, made.track.default, torch.classes.bkn.Row)
+    return Operations(made.normalize.default, made.track.default, made.alone.default, torch.classes.bkn.Row)
 
 
 def node() -> Operations | None:
     """Return the node, None where there is none or not yet."""
     if native.library() is None:
         return None
-    path = building().path()
-    return None if path is None else _loaded(path)
+    known = building()  # of which every layer asks
+    if not known.is_made and known.path() is None:
+        return None
+    return _loaded(known.library)
+
+
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether none of the tensors is of a class of its own."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def normalize(
@@ -102,7 +110,7 @@ def normalize(
         groups: of equal size.
     """
     operations = node()
-    if operations is None or not _PLAIN.issuperset(map(type, (x, *parameters, *sensitivity))):
+    if operations is None or not are_plain((x, *parameters, *sensitivity)):
         return None
     return operations.normalize(x, *parameters, *sensitivity, *numbers, groups) or None
 
@@ -118,7 +126,7 @@ def track(rows: Sequence[Known], numbers: Sequence[float], *, is_alone: bool) ->
     """
     operations = node()
     tensors = [tensor for row in rows for tensor in row if tensor is not None]
-    if operations is None or not _PLAIN.issuperset(map(type, tensors)):
+    if operations is None or not are_plain(tensors):
         return None
     forms = [(row[1] is not None) + 2 * (row[7] is not None) + 4 * (row[9] is not None) for row in rows]
     return operations.track(tensors, forms, numbers, is_alone)

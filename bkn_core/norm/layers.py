@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
 from bkn_core.norm import kalman
+from bkn_core.norm.alone import filter_alone
 from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.covariance import matrix_normalize, normalize_by
 from bkn_core.norm.following import Sensitivity
@@ -162,6 +163,11 @@ class BatchKalmanNorm(_BatchNorm):
         return filtered.y, filtered.posterior
 
     def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
+        is_tracked = self.training and self.statistics is None and self.on_posterior is None
+        if prior is not None and is_tracked and self.relay is None:
+            made = filter_alone(self, x, prior)
+            if made is not None:
+                return made
         relay = self._relay_of_forward(warn=prior is None)
         gain = None if relay is None else relay.gain()
         if prior is not None:
@@ -177,7 +183,7 @@ class BatchKalmanNorm(_BatchNorm):
         if self.on_posterior is not None:
             share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
             self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
-        elif self.training and self.statistics is None and not is_recomputation():
+        elif is_tracked and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
             seen = Seen(self, prior, filtered.statistics, images)
             if relay is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint

@@ -3,12 +3,12 @@
    it Python calls the same kernels, in `fused.py`, `tracking.py` and `native_node.py`. */
 
 #include "row.h"
+#include "tracking.h"
 
 namespace {
 
 int (*run_forward)(const Forward *);
 int (*run_backward)(const Backward *);
-int (*run_track)(const Records *);
 
 /* Take the addresses of the kernels. */
 void initialize(int64_t forward, int64_t backward, int64_t track, int64_t evaluate, int64_t reverse)
@@ -60,24 +60,31 @@ int64_t stride_of(const Tensor &prior_mean)
     return prior_mean.defined() && prior_mean.dim() > 1 ? prior_mean.size(-1) : 0;
 }
 
+/* With a factor, `gain` is the logit of the gain: factor · sigmoid(logit). */
 struct Normalize : torch::autograd::Function<Normalize> {
     static variable_list forward(AutogradContext *ctx, const Tensor &x, const Maybe &prior_mean,
-                                 const Maybe &prior_variance, const Tensor &gain, const Maybe &weight,
-                                 const Maybe &bias, const Maybe &used, const Maybe &newest, double eps,
-                                 double newness, int64_t groups)
+                                 const Maybe &prior_variance, const Tensor &gain, const Maybe &factor,
+                                 const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest,
+                                 double eps, double newness, int64_t groups)
     {
+        Tensor q = gain;
+        double slope = 1;
+        if (factor) {
+            double share = 1 / (1 + std::exp(-(double)*values_of(gain))), most = *values_of(*factor);
+            q = at::empty_like(gain), *values_of(q) = (float)(share * most), slope = share * (1 - share) * most;
+        }
         Tensor y = at::empty_like(x), statistics = at::empty({6, groups, x.size(1)}, x.options());
         Tensor mean = or_nothing(prior_mean), variance = or_nothing(prior_variance), scale = or_nothing(weight);
         Forward f = {};
         describe(f, x, groups);
         f.x = values_of(x), f.prior_mean = values_of(mean), f.prior_variance = values_of(variance);
         f.prior_stride = stride_of(mean);
-        f.gain = values_of(gain), f.weight = values_of(scale), f.bias = values_of(or_nothing(bias));
+        f.gain = values_of(q), f.weight = values_of(scale), f.bias = values_of(or_nothing(bias));
         f.y = values_of(y), f.statistics = values_of(statistics), f.eps = eps;
         TORCH_CHECK(!run_forward(&f), "a normalization layer found no memory for its statistics");
-        ctx->save_for_backward({x, mean, variance, gain, scale, statistics});
+        ctx->save_for_backward({x, mean, variance, q, scale, statistics});
         ctx->set_materialize_grads(false);
-        ctx->saved_data["numbers"] = std::vector<double>{eps, newness, bias ? 1.0 : 0.0};
+        ctx->saved_data["numbers"] = std::vector<double>{eps, newness, bias ? 1.0 : 0.0, slope};
         if (newest)
             ctx->saved_data["used"] = *used, ctx->saved_data["newest"] = *newest;
         return {y, statistics};
@@ -93,7 +100,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
         }
         if (is_recorded)
             refuse_to_go_on(gradients, results);
-        results.resize(11); /* the rest of the arguments has no gradient */
+        results.resize(12); /* the rest of the arguments has no gradient */
         return results;
     }
 
@@ -132,7 +139,9 @@ struct Normalize : torch::autograd::Function<Normalize> {
         }
         b.eps = numbers[0], b.newness = numbers[1];
         TORCH_CHECK(!run_backward(&b), "a normalization layer found no memory for its statistics");
-        return {dx, to_mean, to_variance, to_gain, to_weight, numbers[2] != 0 ? to_bias : Tensor()};
+        if (has_prior)
+            *values_of(to_gain) *= (float)numbers[3];
+        return {dx, to_mean, to_variance, to_gain, Tensor(), to_weight, numbers[2] != 0 ? to_bias : Tensor()};
     }
 
     /* A second derivative is not known: let whoever asks for it be told. */
@@ -155,11 +164,11 @@ struct Normalize : torch::autograd::Function<Normalize> {
 
 /* Return y and the statistics, or nothing where the kernels cannot take these tensors: they trust every type, layout
    and shape. */
-std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
-                              const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest, double eps,
-                              double newness, int64_t groups)
+std::vector<Tensor> filter(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
+                           const Maybe &factor, const Maybe &weight, const Maybe &bias, const Maybe &used,
+                           const Maybe &newest, double eps, double newness, int64_t groups)
 {
-    if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain))
+    if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain) || !has_shape(factor, {}))
         return {};
     auto vector = x.sizes().slice(1, 1);
     for (const Maybe *t : {&weight, &bias, &used, &newest})
@@ -169,91 +178,44 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     for (const Maybe *t : {&prior_mean, &prior_variance})
         if (!has_shape(*t, vector) && !(has_shape(*t, wide) && has_shape(prior_mean, wide) && has_shape(prior_variance, wide)))
             return {};
-    return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
+    return Normalize::apply(x, prior_mean, prior_variance, gain, factor, weight, bias, used, newest, eps, newness, groups);
 }
 
-/* Reads the tensors of the records of `tracking.py`, as far as each is there, one after the other. */
-struct Reader {
-    const std::vector<Tensor> &tensors;
-    size_t at = 0;
-    bool fits = true;
-    std::vector<Tensor> moved;
-
-    const Tensor &next()
-    {
-        return tensors.at(at++);
-    }
-    float *vector(int64_t channels, bool moves)
-    {
-        const Tensor &t = next();
-        fits = fits && is_dense(t) && t.dim() == 1 && t.size(0) == channels;
-        if (fits && moves)
-            moved.push_back(t);
-        return fits ? t.data_ptr<float>() : nullptr;
-    }
-};
-
-/* Move the innovations, sensitivities and moving statistics of layers, and count. Return the innovations as they were,
-   or nothing where the kernel cannot take these tensors. `forms` says which tensors a record has, see `tracking.py`;
-   `numbers` are three to a record, see `Tracked`. */
-std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, const std::vector<int64_t> &forms,
-                                         const std::vector<double> &numbers, bool is_alone)
+std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
+                              const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest, double eps,
+                              double newness, int64_t groups)
 {
-    size_t expected = 0;
-    for (int64_t form : forms)
-        expected += 1 + (form & 1 ? 6 : 0) + (form & 2 ? 2 : 0) + (form & 4 ? 1 : 0);
-    if (tensors.size() != expected)
-        return std::nullopt;
-    Reader reader{tensors};
-    std::vector<Tracked> rows;
-    std::vector<Tensor> before, counts;
-    std::vector<int64_t> widths;
-    for (size_t i = 0; i < forms.size(); i++) {
-        const Tensor &seen = reader.next();
-        if (!is_dense(seen) || seen.dim() != 3)
-            return std::nullopt;
-        Tracked row = {};
-        row.groups = seen.size(1), row.channels = seen.size(2), row.statistics = seen.data_ptr<float>();
-        if (forms[i] & 1) {
-            const Tensor &mean = reader.next(), &variance = reader.next();
-            auto wide = seen.sizes().slice(1);
-            if (!is_dense(mean) || !is_dense(variance) || mean.sizes() != variance.sizes() ||
-                (mean.sizes() != wide && mean.sizes() != wide.slice(1)))
-                return std::nullopt;
-            row.prior_mean = mean.data_ptr<float>(), row.prior_variance = variance.data_ptr<float>();
-            row.prior_stride = mean.dim() > 1 ? row.channels : 0;
-            row.inside = reader.vector(row.channels, false);
-            before.push_back(reader.tensors.at(reader.at)), widths.push_back(row.channels);
-            row.innovation = reader.vector(row.channels, true);
-            row.sensitivity = reader.vector(row.channels, true);
-            row.newest = reader.vector(row.channels, false);
-        }
-        if (forms[i] & 2) {
-            row.running_mean = reader.vector(row.channels, true);
-            row.running_var = reader.vector(row.channels, true);
-        }
-        if (forms[i] & 4)
-            counts.push_back(reader.next());
-        row.weight = numbers[3 * i], row.momentum = numbers[3 * i + 1], row.eps = numbers[3 * i + 2];
-        rows.push_back(row);
+    return filter(x, prior_mean, prior_variance, gain, std::nullopt, weight, bias, used, newest, eps, newness, groups);
+}
+
+/* One layer by itself, in training, with a constant prior for all groups: refine, normalize, maybe track. Return y, the
+   statistics and, tracked, the innovation as it was, or nothing where the kernels cannot take these tensors; see
+   `alone.py`. */
+std::vector<Tensor> alone(const Tensor &x, const Tensor &prior_mean, const Tensor &prior_variance, const Tensor &logit,
+                          const Tensor &factor, const Maybe &weight, const Maybe &bias, const std::vector<Tensor> &remembered,
+                          const std::vector<double> &numbers, int64_t groups, bool tracks)
+{
+    const Tensor &innovation = remembered.at(0), &sensitivity = remembered.at(1), &newest = remembered.at(2);
+    auto vector = x.sizes().slice(1, 1);
+    for (const Tensor &t : {prior_mean, prior_variance, innovation, remembered.at(3), remembered.at(4)})
+        if (!has_shape(t, vector) || t.requires_grad())
+            return {};
+    const Tensor &count = remembered.at(5);
+    if (!count.is_cpu() || count.scalar_type() != at::kLong)
+        return {};
+    Tensor refined = at::empty_like(prior_variance);
+    float *out = values_of(refined), *predicted = values_of(prior_variance), *ratio = values_of(innovation);
+    for (int64_t c = 0, end = refined.numel(); c < end; c++)
+        out[c] = predicted[c] * std::exp(ratio[c]);
+    auto made = filter(x, prior_mean, refined, logit, factor, weight, bias, sensitivity, newest, numbers.at(0),
+                       numbers.at(1), groups);
+    if (tracks && !made.empty()) {
+        std::vector<Tensor> record = {made[1], prior_mean, refined, innovation};
+        record.insert(record.end(), remembered.begin(), remembered.end());
+        auto before = track(record, {7}, {numbers.at(2), numbers.at(3), numbers.at(0)}, true);
+        made.push_back(before.value().at(0));
     }
-    for (const Tensor &count : counts)
-        if (!count.is_cpu() || count.scalar_type() != at::kLong)
-            return std::nullopt;
-    if (!reader.fits)
-        return std::nullopt;
-    at::AutoGradMode off(false);
-    if (!before.empty())
-        before = at::cat(before).split_with_sizes(widths);
-    Records all = {static_cast<int64_t>(rows.size()), is_alone ? at::get_num_threads() : 1, rows.data()};
-    run_track(&all);
-    for (const Tensor &t : reader.moved)
-        note_change(t);
-    for (const Tensor &count : counts) {
-        ++*count.data_ptr<int64_t>();
-        note_change(count);
-    }
-    return before;
+    return made;
 }
 
 } // namespace
@@ -265,6 +227,9 @@ TORCH_LIBRARY(bkn, library)
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
+    library.def("alone(Tensor x, Tensor prior_mean, Tensor prior_variance, Tensor logit, Tensor factor, Tensor? weight, "
+                "Tensor? bias, Tensor[] remembered, float[] numbers, int groups, bool tracks) -> Tensor[]",
+                alone);
     library.class_<Row>("Row")
         .def(torch::init<std::vector<Tensor>, std::vector<int64_t>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
         .def("parts", &Row::parts)
