@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,17 +29,26 @@ class Ratio:
 
 def paired(reference: Work, candidate: Work, *, pairs: int = 15, warmup: int = 3) -> Ratio:
     """Time two pieces of work in turn, swapping who goes first."""
+    return summary(times(reference, candidate, pairs=pairs, warmup=warmup))
+
+
+def times(reference: Work, candidate: Work, *, pairs: int = 15, warmup: int = 3) -> list[tuple[float, float]]:
+    """Return the seconds of a reference and of a candidate, pair by pair."""
     for _ in range(warmup):
         reference()
         candidate()
-    ratios, references = [], []
+    found = []
     for i in range(pairs):
         first, second = (reference, candidate) if i % 2 == 0 else (candidate, reference)
-        times = {id(first): _seconds(first), id(second): _seconds(second)}
-        ratios.append(times[id(candidate)] / times[id(reference)])
-        references.append(times[id(reference)])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return Ratio(median, low, high, 1000 * statistics.median(references))
+        taken = {id(first): _seconds(first), id(second): _seconds(second)}
+        found.append((taken[id(reference)], taken[id(candidate)]))
+    return found
+
+
+def summary(found: Sequence[tuple[float, float]]) -> Ratio:
+    """Return the median ratio of pairs."""
+    low, median, high = statistics.quantiles([candidate / reference for reference, candidate in found], n=4)
+    return Ratio(median, low, high, 1000 * statistics.median(reference for reference, _ in found))
 
 
 def keep_memory() -> None:

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bkn_core.norm import compiled_node, following
 from bkn_core.norm.fused import Filtered
-from bkn_core.norm.handing import is_recomputation
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.nodes import is_eager
-from bkn_core.norm.tracking import weight_of_newest
 
 if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
-
-
-_LEARNED = frozenset(("gain_logit", "weight", "bias"))
-_REMEMBERED = "sensitivity", "newest_sensitivity", "running_mean", "running_var", "num_batches_tracked"
 
 
 def filter_alone(layer: BatchKalmanNorm, x: Tensor, prior: Gaussian) -> Filtered | None:
@@ -34,23 +28,20 @@ def filter_alone(layer: BatchKalmanNorm, x: Tensor, prior: Gaussian) -> Filtered
         x: activations.
         prior: a constant, for all groups.
     """
-    own, known = layer._buffers, layer._parameters  # which are faster than attributes
-    momentum, images, size = layer.momentum, x.shape[0], layer.statistics_batch_size
-    groups, rest = divmod(images, min(size or images, images) or 1)
-    remembers = own["innovation"] is not None and own["running_mean"] is not None and momentum is not None
-    is_simple = layer.covariance == "diagonal" and not layer.guarded and not (layer.synchronized and size is None)
-    if not groups or rest or not remembers or not is_simple or "prior_offset" in known or not _LEARNED.issubset(known):
+    own, known, size = layer._buffers, layer._parameters, layer.statistics_batch_size  # faster than attributes
+    operations = None if torch.compiler.is_compiling() else compiled_node.node()
+    momentum, innovation, running = layer.momentum, own["innovation"], own["running_mean"]
+    if operations is None or momentum is None or innovation is None or running is None:
         return None
-    operations = compiled_node.node()
-    if operations is None or not is_eager():
+    if layer.covariance == "full" or layer.guarded or (layer.synchronized and size is None):
         return None
-    is_again = is_recomputation()
-    tensors = x, *prior, known["gain_logit"], own["gain_factor"], known["weight"], known["bias"]
-    remembered = [layer.present_innovation if is_again else own["innovation"], *(own[name] for name in _REMEMBERED)]
-    numbers = layer.eps, following.weight_of(images), weight_of_newest(layer.innovation_momentum, images), momentum
-    made = compiled_node.are_plain(tensors) and operations.alone(*tensors, remembered, numbers, groups, not is_again)
-    if not made:
+    if "gain_logit" not in known or "prior_offset" in known or "weight" not in known or "bias" not in known:
         return None
-    if not is_again:
+    learned = known["gain_logit"], own["gain_factor"], known["weight"], known["bias"]
+    moved = innovation, own["sensitivity"], own["newest_sensitivity"], running, own["running_var"]
+    numbers = layer.eps, momentum, layer.innovation_momentum, following.IMAGES
+    remembered = (*moved, own["num_batches_tracked"])
+    made = operations.alone(x, *prior, *learned, layer.innovation_then, remembered, numbers, size or 0)
+    if len(made) == 3:
         layer.__dict__["innovation_then"] = made[2]
-    return Filtered(*made[:2])
+    return Filtered(made[0], made[1]) if made else None

@@ -188,31 +188,42 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     return filter(x, prior_mean, prior_variance, gain, std::nullopt, weight, bias, used, newest, eps, newness, groups);
 }
 
-/* One layer by itself, in training, with a constant prior for all groups: refine, normalize, maybe track. Return y, the
-   statistics and, tracked, the innovation as it was, or nothing where the kernels cannot take these tensors; see
-   `alone.py`. */
-std::vector<Tensor> alone(const Tensor &x, const Tensor &prior_mean, const Tensor &prior_variance, const Tensor &logit,
-                          const Tensor &factor, const Maybe &weight, const Maybe &bias, const std::vector<Tensor> &remembered,
-                          const std::vector<double> &numbers, int64_t groups, bool tracks)
+/* Whether operations run as they are called: nothing transforms them. */
+bool is_eager(const Tensor &x)
 {
-    const Tensor &innovation = remembered.at(0), &sensitivity = remembered.at(1), &newest = remembered.at(2);
+    return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+           !x.key_set().has(c10::DispatchKey::Python);
+}
+
+/* One layer by itself, in training, with a constant prior for all groups: refine, normalize, track. A forward that a
+   checkpoint runs again in the backward pass uses the innovation of `then`, and is not tracked. Return y, the statistics
+   and, tracked, the innovation as it was, or nothing where the kernels cannot take these tensors; see `alone.py`. */
+std::vector<Tensor> alone(const Tensor &x, const Tensor &prior_mean, const Tensor &prior_variance, const Tensor &logit,
+                          const Tensor &factor, const Maybe &weight, const Maybe &bias, const Maybe &then,
+                          const std::vector<Tensor> &remembered, const std::vector<double> &numbers, int64_t size)
+{
+    bool is_again = torch::autograd::get_current_graph_task_id() != -1;
+    const Tensor &innovation = is_again && then ? *then : remembered.at(0), &count = remembered.at(5);
+    double eps = numbers.at(0), momentum = numbers.at(1), images = x.dim() ? x.size(0) : 0, many = numbers.at(3);
+    int64_t group = size && size < images ? size : images;
+    if (x.dim() < 2 || !group || x.size(0) % group || !is_eager(x))
+        return {};
     auto vector = x.sizes().slice(1, 1);
-    for (const Tensor &t : {prior_mean, prior_variance, innovation, remembered.at(3), remembered.at(4)})
+    for (const Tensor &t : {prior_mean, prior_variance, innovation, remembered[0], remembered.at(3), remembered.at(4)})
         if (!has_shape(t, vector) || t.requires_grad())
             return {};
-    const Tensor &count = remembered.at(5);
     if (!count.is_cpu() || count.scalar_type() != at::kLong)
         return {};
     Tensor refined = at::empty_like(prior_variance);
     float *out = values_of(refined), *predicted = values_of(prior_variance), *ratio = values_of(innovation);
     for (int64_t c = 0, end = refined.numel(); c < end; c++)
         out[c] = predicted[c] * std::exp(ratio[c]);
-    auto made = filter(x, prior_mean, refined, logit, factor, weight, bias, sensitivity, newest, numbers.at(0),
-                       numbers.at(1), groups);
-    if (tracks && !made.empty()) {
+    auto made = filter(x, prior_mean, refined, logit, factor, weight, bias, remembered.at(1), remembered.at(2), eps,
+                       std::min(1.0, images / many), x.size(0) / group);
+    if (!is_again && !made.empty()) {
         std::vector<Tensor> record = {made[1], prior_mean, refined, innovation};
         record.insert(record.end(), remembered.begin(), remembered.end());
-        auto before = track(record, {7}, {numbers.at(2), numbers.at(3), numbers.at(0)}, true);
+        auto before = track(record, {7}, {1 - std::pow(1 - numbers.at(2), images / many), momentum, eps}, true);
         made.push_back(before.value().at(0));
     }
     return made;
@@ -228,7 +239,7 @@ TORCH_LIBRARY(bkn, library)
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
     library.def("alone(Tensor x, Tensor prior_mean, Tensor prior_variance, Tensor logit, Tensor factor, Tensor? weight, "
-                "Tensor? bias, Tensor[] remembered, float[] numbers, int groups, bool tracks) -> Tensor[]",
+                "Tensor? bias, Tensor? then, Tensor[] remembered, float[] numbers, int size) -> Tensor[]",
                 alone);
     library.class_<Row>("Row")
         .def(torch::init<std::vector<Tensor>, std::vector<int64_t>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
