@@ -127,8 +127,10 @@ class HeldRow(Held):
 
     def begins(self, model: nn.Module) -> bool:
         """Fill the row for a block of this model, and return whether that could be done."""
+        if self.tensors.known(model) is not self.places or not self.row.begin():
+            return False
         self.end.is_past = False
-        return self.tensors.known(model) is self.places and self.row.begin()
+        return True
 
     def backward(self) -> bool:
         """Send the gradient of the row on, unless a value has changed; return whether none has."""
