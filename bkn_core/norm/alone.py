@@ -41,6 +41,8 @@ def filter_alone(layer: BatchKalmanNorm, x: Tensor, prior: Gaussian) -> Filtered
     moved = innovation, own["sensitivity"], own["newest_sensitivity"], running, own["running_var"]
     numbers = layer.eps, momentum, layer.innovation_momentum, following.IMAGES
     remembered = (*moved, own["num_batches_tracked"])
+    if not compiled_node.are_plain((x, *prior, *learned)):  # a class of its own would spread to what is remembered
+        return None
     made = operations.alone(x, *prior, *learned, layer.innovation_then, remembered, numbers, size or 0)
     if len(made) == 3:
         layer.__dict__["innovation_then"] = made[2]

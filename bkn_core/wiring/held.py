@@ -116,8 +116,7 @@ class HeldRow(Held):
     """
 
     def __init__(self, program: NativeProgram, places: Places, operations: Operations) -> None:
-        lines = program.structure(places.values, [])
-        self.tensors, self.lines = program.tensors, lines  # which `row` points into
+        self.program, lines = program, program.structure(places.values, [])  # which point into the program
         fields = torch.frombuffer(lines, dtype=torch.int64).view(-1, FIELDS)
         numbers, sizes = list(program.moving), [program.size, program.results]
         self.row = operations.row(places.values, numbers, fields, program.gradient_places, ACCUMULATES, sizes)
@@ -127,7 +126,7 @@ class HeldRow(Held):
 
     def begins(self, model: nn.Module) -> bool:
         """Fill the row for a block of this model, and return whether that could be done."""
-        if self.tensors.known(model) is not self.places or not self.row.begin():
+        if self.program.tensors.known(model) is not self.places or not self.row.begin():
             return False
         self.end.is_past = False
         return True

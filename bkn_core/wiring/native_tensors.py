@@ -52,10 +52,10 @@ class NativeTensors:
         """Return the tensors and where they are, in the order of the paths; the same object as long as they stay, None
         where the kernels cannot take them.
         """
-        if self.known(model) is not None and not is_recomputation() and self._checked and self._checked.is_unmoved():
-            return self._checked.places
-        modules, is_repeated = self.lookup(model), is_recomputation()
-        checked = _check(modules, self.wanted, is_repeated)
+        checked, is_repeated = self._checked, is_recomputation()
+        if checked is not None and not is_repeated and self.known(model) is not None and checked.is_unmoved():
+            return checked.places
+        checked = _check(self.lookup(model), self.wanted, is_repeated)
         is_kept = checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.places.values)
         self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
         return None if checked is None else checked.places

@@ -98,6 +98,15 @@ def test_what_c_cannot_take_is_left_to_python() -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_a_tensor_class_does_not_spread() -> None:
+    class Own(Tensor):
+        pass
+
+    made, x = layer(), torch.randn(4, 6, 5, 5)
+    assert type(made(x.as_subclass(Own), prior())) is Own
+    assert type(made(x, prior())) is Tensor
+
+
 def test_evaluation_moves_nothing() -> None:
     made = layer().eval()
     before = copy.deepcopy(made.state_dict())
