@@ -28,8 +28,9 @@ def accumulation(model: nn.Module) -> Iterator[None]:
     The parameters do not change between these forwards, so neither do the priors: the forwards use them as constants,
     whose gradients are added up and sent through the priors' own computation when the block ends, into `.grad` like
     those of `backward()`; what `torch.autograd.grad` returns inside the block lacks them. The sums are the same, and
-    the priors cost what they cost in one forward, or less: the kernels add to `.grad` in place. Innovations move inside
-    the block and act after it. An error inside leaves gradients without the part of the priors.
+    the priors cost what they cost in one forward, or less: the kernels add to `.grad` in place. What layers remember
+    moves when the block ends, by all its forwards as if they had been one. An error inside leaves gradients without the
+    part of the priors.
 
     A forward whose priors are not those of the block computes its own: with raw messages, learned transitions, other
     parameters (`torch.func.functional_call`), gradients where the block began without, or compiled.
@@ -64,9 +65,11 @@ def _block(owner: nn.Module, messenger: Messenger) -> Iterator[None]:
     held = messenger.held = _hold(messenger, owner)
     try:
         yield
+        held.end.is_past = True
+        held.finish()
     finally:
         held.end.is_past, messenger.held = True, None
-    held.finish()
+        held.track()
 
 
 def _hold(messenger: Messenger, owner: nn.Module) -> Held:

@@ -62,9 +62,9 @@ def convert(
     transition: Transition = "network",
     message: Message = "normalized",
     statistics_batch_size: int | None = 2,
-    gain: float = 0.1,
+    gain: float | Literal["auto"] = "auto",
     learn_gain: bool = True,
-    correction: bool = True,
+    correction: bool = False,
     innovation: bool = True,
     input_prior: Tensor | Iterable[Tensor] | None = None,
     covariance: Literal["diagonal", "full"] = "diagonal",
@@ -80,10 +80,12 @@ def convert(
         transition: "network" predicts through the model's own layers, "learned" through trained matrices (the paper).
         message: "normalized" predicts from (β, γ²), "raw" from the posterior of this forward.
         statistics_batch_size: images per statistics group; None is the whole batch.
-        gain: initial Kalman gain; 1.0 with learn_gain=False is batch normalization exactly.
-        learn_gain: train the gain.
+        gain: "auto" computes it from the prior's error and the observation's noise, where there are innovations (else
+            it is 0.1, or 0.02 for single images); a number is where it begins. 1.0 with learn_gain=False is batch
+            normalization exactly.
+        learn_gain: train the gain, where it is not computed.
         correction: a learned offset and scale of each network prior.
-        innovation: scale each network prior's variance by the moving ratio of observed to predicted.
+        innovation: move each network prior's mean and scale its variance by their running errors.
         input_prior: training images as the model sees them; gives the layers that read the input an exact prior.
         covariance: "full" carries covariance matrices through learned transitions.
         include: name patterns of the layers to convert.
@@ -95,6 +97,8 @@ def convert(
     Raises:
         ConversionError: for arguments that do not exist or fit, or a model without batch normalization.
     """
+    network = transition == "network"
+    gain = gain if gain != "auto" or (innovation and network) else 0.02 if statistics_batch_size == 1 else 0.1
     _check(kind, transition, message, gain, learn_gain)
     if is_converted(model):
         model = to_batch_norm(model)  # another conversion begins from what every conversion begins from
@@ -102,9 +106,8 @@ def convert(
     check_replaceable({name: model.get_submodule(name) for name in chosen})
     if kind != "bkn":
         return replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
-    predicts = gain < 1 or learn_gain
-    wiring = discover(model, example_input) if predicts else Wiring((), {}, dict.fromkeys(chosen, "the gain is 1"))
-    network = transition == "network"
+    is_alone = gain == 1 and not learn_gain
+    wiring = Wiring((), {}, dict.fromkeys(chosen, "the gain is 1")) if is_alone else discover(model, example_input)
     is_static = network and message == "normalized"
     wiring = supported(wiring, model, chosen, is_static=is_static, has_input_prior=input_prior is not None)
     features = {} if network else _previous_features(wiring, model)
@@ -127,8 +130,7 @@ def convert(
     converted = replaced(model, chosen, build)
     noise = f"{next(iter(features))}.transition_noise" if features else ""
     if features:
-        owner = next(iter(features))
-        layer = converted.get_submodule(owner)
+        layer = converted.get_submodule(next(iter(features)))
         layer.transition_noise = nn.Parameter(torch.full_like(layer.gain_factor, _INITIAL_NOISE))  # type: ignore[arg-type]
     if input_prior is not None:
         measure_input(converted, wiring, input_prior)
@@ -234,7 +236,7 @@ def detach_messenger(model: nn.Module) -> None:
         remove_input_moments(module)
 
 
-def _check(kind: str, transition: str, message: str, gain: float, learn_gain: bool) -> None:
+def _check(kind: str, transition: str, message: str, gain: float | str, learn_gain: bool) -> None:
     allowed = {
         "kind": (kind, KINDS),
         "transition": (transition, ("network", "learned")),
@@ -243,7 +245,8 @@ def _check(kind: str, transition: str, message: str, gain: float, learn_gain: bo
     for name, (value, choices) in allowed.items():
         if value not in choices:
             raise ConversionError(f"{name} is {value!r}", f"Choose one of {', '.join(choices)}.")
-    check_gain(gain, learn_gain and kind == "bkn")
+    if gain != "auto":
+        check_gain(gain, learn_gain and kind == "bkn")
 
 
 def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> set[str]:

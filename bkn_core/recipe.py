@@ -66,7 +66,7 @@ class NormConfig(Section):
     gain: Gain = "auto"
     learn_gain: Flag = True
     gain_schedule: Literal["constant", "anneal"] = "anneal"
-    correction: Flag = True
+    correction: Flag = False
     innovation: Flag = True
     input_prior: Flag = True
     eps: Positive = 1e-5
@@ -195,11 +195,9 @@ class Recipe(Section):
     log: LogConfig = LogConfig()
 
     @property
-    def resolved_gain(self) -> float:
-        """The initial gain: single images are worth less; BatchNorm is gain 1."""
-        auto = 0.02 if self.batch.statistics == 1 else 0.1
-        gain = auto if self.norm.gain == "auto" else self.norm.gain
-        return 1.0 if self.norm.kind == "bn" else gain
+    def resolved_gain(self) -> float | Literal["auto"]:
+        """The initial gain, or "auto" where the filter computes it; BatchNorm is gain 1."""
+        return 1.0 if self.norm.kind == "bn" else self.norm.gain
 
     @property
     def eval_stats(self) -> Literal["population", "batch", "both"]:

@@ -60,11 +60,17 @@ def accumulate(model: nn.Module) -> dict[str, Tensor]:
 
 
 def held_still(model: nn.Module) -> nn.Module:
-    """Keep innovations from moving, which without the block act on the next forward at once."""
+    """Keep what layers remember from moving, which without the block acts on the next forward at once."""
     for layer in model.modules():
         if isinstance(layer, BatchKalmanNorm):
-            layer.innovation_momentum = 0.0
+            layer.on_posterior = lambda *_: None
     return model
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy, held still where the model is."""
+    is_still = any(layer.on_posterior is not None for layer in kalman_layers(model))
+    return held_still(copy.deepcopy(model)) if is_still else copy.deepcopy(model)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -77,7 +83,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])  # the kernels know the first only
 def test_gradients_are_those_of_separate_priors(act: type[nn.Module], reentrant: bool | None) -> None:
     model = held_still(converted(reentrant, act=act))
-    other = copy.deepcopy(model)
+    other = twin(model)
     with bkn.accumulation(model):
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
@@ -97,31 +103,35 @@ def test_the_priors_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{"message": "raw"}, {"transition": "learned"}], ids=str)
 def test_priors_of_activations_are_left_alone(options: dict[str, Any]) -> None:
     model = held_still(converted(**options))
-    other = copy.deepcopy(model)
+    other = twin(model)
     with bkn.accumulation(model):
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
 
 
-def test_innovations_move_towards_what_they_would_have_and_act_afterwards() -> None:
+def test_what_layers_remember_is_that_of_one_forward_of_all_images() -> None:
     model = converted()
-    other = copy.deepcopy(model)
-    layers = [[m for m in net.modules() if isinstance(m, BatchKalmanNorm)] for net in (model, other)]
-    for layer in (*layers[0], *layers[1]):
-        layer.innovation_momentum = 0.5
+    other = twin(model)
     with torch.no_grad(), bkn.accumulation(model):
         outputs = [model(x) for x in parts()]
+        assert not any(layer.uncertainty.any() for layer in kalman_layers(model))
     with torch.no_grad():
-        expected = [other(x) for x in parts()]
-    torch.testing.assert_close(outputs[0], expected[0])
-    assert not torch.allclose(outputs[1], expected[1])
-    # The first layer sees the same in both; the ratio is taken to the analytic prior, which is the same as well.
-    torch.testing.assert_close(layers[0][0].innovation, layers[1][0].innovation)
+        expected = other(torch.cat(parts()))
+    torch.testing.assert_close(torch.cat(outputs), expected)
+    for layer, same in zip(kalman_layers(model), kalman_layers(other), strict=True):
+        assert layer.uncertainty[0] == 1
+        for name, buffer in same.named_buffers():
+            torch.testing.assert_close(getattr(layer, name), buffer, msg=name)
+
+
+def kalman_layers(model: nn.Module) -> list[BatchKalmanNorm]:
+    layers = (module for module in model.modules() if isinstance(module, BatchKalmanNorm))
+    return [layer for layer in layers if layer.innovation is not None]
 
 
 def test_nothing_is_left_behind_by_an_error() -> None:
     model = converted()
-    other = copy.deepcopy(model)
+    other = twin(model)
     with pytest.raises(KeyError), bkn.accumulation(model):
         raise KeyError
     assert all(p.grad is None for p in model.parameters())
@@ -143,7 +153,7 @@ def test_a_plain_model_is_refused() -> None:
 
 def test_a_block_inside_a_block_changes_nothing() -> None:
     model = held_still(converted())
-    other = copy.deepcopy(model)
+    other = twin(model)
     with bkn.accumulation(model), bkn.accumulation(model):
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
@@ -171,7 +181,7 @@ def laid_out_otherwise(model: nn.Module) -> None:
 def test_gradients_that_are_there_are_added_to(change: Callable[[nn.Module], None], before: bool) -> None:
     model = held_still(converted())
     change(model)
-    other = copy.deepcopy(model)
+    other = twin(model)
     if before:
         for net in (model, other):
             for parameter in net.parameters():
@@ -191,7 +201,7 @@ def test_in_cpp_gradients_are_those_of_python(
         pytest.skip("no C++ compiler")
     model = converted()
     change(model)
-    other = copy.deepcopy(model)
+    other = twin(model)
     found = []
     for net in (model, other):
         for parameter in net.parameters() if before else ():
@@ -232,15 +242,15 @@ def test_a_schedule_that_steps_inside_is_refused() -> None:
 def test_a_copy_made_inside_is_outside() -> None:
     model = held_still(converted())
     with bkn.accumulation(model):
-        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        copies = twin(model), pickle.loads(pickle.dumps(model))
         accumulate(model)
     for other in copies:
-        assert_same(accumulate(other), gradients(model))
+        assert_same(accumulate(held_still(other)), gradients(model))
 
 
 def test_gradients_in_a_block_that_began_without_are_whole() -> None:
     model = held_still(converted())
-    other = copy.deepcopy(model)
+    other = twin(model)
     with torch.no_grad(), bkn.accumulation(model), torch.enable_grad():
         accumulate(model)
     assert_same(gradients(model), accumulate(other))
@@ -259,7 +269,7 @@ def test_every_converted_part_is_served() -> None:
     images = parts()[0]
     both = nn.ModuleList(bkn.convert(Net(), images, statistics_batch_size=2).train() for _ in range(2))
     held_still(both)
-    other = copy.deepcopy(both)
+    other = held_still(copy.deepcopy(both))
     with bkn.accumulation(both):
         for net in both:
             accumulate(net)

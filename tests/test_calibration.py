@@ -26,7 +26,9 @@ def pretrained() -> tuple[nn.Module, Tensor]:
     return model, images
 
 
-@pytest.mark.parametrize("options", [{}, {"innovation": False}, {"message": "raw"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"correction": True}, {"innovation": False, "correction": True}, {"message": "raw"}], ids=str
+)
 def test_a_calibrated_prior_is_the_population_statistics(options: dict[str, str | bool]) -> None:
     model, images = pretrained()
     model = bkn.convert(model, images, input_prior=images, **options)  # type: ignore[arg-type]
@@ -57,8 +59,8 @@ def test_a_calibrated_model_begins_where_the_pretrained_one_stands() -> None:
 
 def test_what_cannot_be_calibrated_is_refused() -> None:
     model, images = pretrained()
-    with pytest.raises(bkn.BknError, match="1 has no correction"):
-        bkn.calibrate_priors_(bkn.convert(model, images, correction=False, input_prior=images))
+    with pytest.raises(bkn.BknError, match="1 has nothing to calibrate"):
+        bkn.calibrate_priors_(bkn.convert(model, images, innovation=False, input_prior=images))
     model[1].running_mean = model[1].running_var = None
     model[1].track_running_stats = False
     with pytest.raises(bkn.BknError, match="1 keeps no population statistics"):

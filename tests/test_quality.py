@@ -48,7 +48,7 @@ def converted(model: nn.Module | None = None, **options: Any) -> nn.Module:
     images = torch.cat(batches())
     model = bkn.convert(model, images, **{"input_prior": images, **options})
     for layer in layers(model):
-        for values in (layer.prior_offset, layer.prior_log_scale, layer.innovation):
+        for values in (layer.mean_innovation, layer.innovation):
             if values is not None:
                 nn.init.normal_(values.detach(), std=0.3)
     return model
@@ -85,7 +85,7 @@ def test_errors_are_those_of_the_concatenated_activations() -> None:
     model, images = converted(), batches()
     expected, plain = inputs(model, images), copy.deepcopy(model)
     for layer in layers(plain):
-        for values in (layer.prior_offset, layer.prior_log_scale, layer.innovation):
+        for values in (layer.mean_innovation, layer.innovation):
             assert values is not None
             nn.init.zeros_(values.detach())
     refined, analytic = (find_messenger(m)[1].priors(m) for m in (model, plain))

@@ -35,7 +35,7 @@ def faults(source: str | Path | None, *overrides: str) -> str:
 SPECIFIED = """
 model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
-       gain_schedule: anneal, correction: true, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
+       gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
 batch: {gradient: 128, statistics: 2, per_device: 128}
 data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, augment: none, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
@@ -109,8 +109,8 @@ def test_digits_are_enlarged_unless_told_otherwise() -> None:
 
 def test_automatic_gain_and_evaluation_follow_the_statistics_batch_size() -> None:
     single = load_recipe(None, ["batch.statistics=1"])
-    assert (single.resolved_gain, single.eval_stats) == (0.02, "batch")
-    assert (load_recipe().resolved_gain, load_recipe().eval_stats) == (0.1, "population")
+    assert (single.resolved_gain, single.eval_stats) == ("auto", "batch")
+    assert (load_recipe().resolved_gain, load_recipe().eval_stats) == ("auto", "population")
     told = load_recipe(None, ["batch.statistics=1", "norm.gain=0.3", "eval.stats=both"])
     assert (told.resolved_gain, told.eval_stats) == (0.3, "both")
     assert load_recipe(None, ["norm.kind=bn"]).resolved_gain == 1.0

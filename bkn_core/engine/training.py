@@ -28,6 +28,8 @@ from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
 
+# What all processes move alike: the priors of the next step and their gains depend on it.
+_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
 _RANDOM_STATE = threading.Lock()  # it is the process's: two runs in threads must not draw their weights at once
 
@@ -77,7 +79,7 @@ class Training:
             self.model.compile(dynamic=False)  # the closed form takes minutes with a symbolic number of images
         self.network = world.wrap(self.model)
         self.snapshot = BufferSnapshot(self.model)
-        self.shared = [b for name, b in self.model.named_buffers() if name.endswith((".innovation", "sensitivity"))]
+        self.shared = [b for name, b in self.model.named_buffers() if name.endswith(_SHARED)]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
         self.accumulated = recipe.batch.gradient // self.plan.joint

@@ -7,12 +7,14 @@ from torch import Tensor
 from bkn_core.errors import ConversionError, StatisticsError
 
 
-def check_gain(gain: float, learn_gain: bool) -> None:
+def check_gain(gain: float | str, learn_gain: bool) -> None:
     """Refuse a gain that a filter cannot have.
 
     Raises:
-        ConversionError: a learned gain outside (0, 1) or a fixed one outside [0, 1].
+        ConversionError: a learned gain outside (0, 1), a fixed one outside [0, 1], or a word.
     """
+    if isinstance(gain, str):
+        raise ConversionError(f"gain is {gain!r}", 'Choose "auto" or a number between 0 and 1.')
     inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
     if not inside:
         allowed = "between 0 and 1, both excluded, where it is learned" if learn_gain else "between 0 and 1"

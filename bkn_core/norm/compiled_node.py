@@ -29,8 +29,8 @@ Known = tuple[Tensor | None, ...]
 class Row(Protocol):
     """All priors and gains of a model, see `kernels/row.h`."""
 
-    def parts(self, sizes: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the row, pieces of it, and what stands for the tensors that move."""
+    def parts(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Return the row and pieces of it."""
 
     def begin(self) -> bool:
         """Fill the row, and return whether that could be done."""
@@ -44,7 +44,6 @@ class Operations(NamedTuple):
 
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
-    alone: Callable[..., list[Tensor]]
     row: Callable[..., Row]
 
 
@@ -75,7 +74,7 @@ def _loaded(path: Path) -> Operations | None:
     called = [getattr(kernels, f"bkn_{name}") for name in names]
     made = torch.ops.bkn
     made.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
-    return Operations(made.normalize.default, made.track.default, made.alone.default, torch.classes.bkn.Row)
+    return Operations(made.normalize.default, made.track.default, torch.classes.bkn.Row)
 
 
 def node() -> Operations | None:
@@ -105,7 +104,7 @@ def normalize(
     Args:
         x: activations.
         parameters: µ', v', gain, γ, β.
-        sensitivity: h̄ and the newest one, which the backward moves; None to follow no innovation.
+        sensitivity: h̄ and the newest one, (2, C) each, which the backward moves; None to follow no innovation.
         numbers: ε, and by how much to move the sensitivity.
         groups: of equal size.
     """
@@ -116,17 +115,19 @@ def normalize(
 
 
 def track(rows: Sequence[Known], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
-    """Move what layers remember and return their innovations as they were, None where that cannot be done here.
+    """Move what layers remember and return their innovations of variance and mean as they were, by turns; None where
+    that cannot be done here.
 
     Args:
-        rows: statistics, µ', v', the innovation inside v', the present one, h̄, the newest one, moving mean and
-            variance, batches, of each record; None for what a layer has not.
-        numbers: weights of the newest ratio and of the newest statistics, ε, of each record.
+        rows: statistics, µ', v', what `tracking.MOVED` names, the computed gain, moving mean and variance, batches, of
+            each record; None for what a layer has not.
+        numbers: least speed of the innovations, weight of the newest statistics, ε, of each record.
         is_alone: whether no two records are of one layer.
     """
     operations = node()
     tensors = [tensor for row in rows for tensor in row if tensor is not None]
     if operations is None or not are_plain(tensors):
         return None
-    forms = [(row[1] is not None) + 2 * (row[7] is not None) + 4 * (row[9] is not None) for row in rows]
+    flags = ((1, 1), (10, 2), (12, 4), (9, 8))
+    forms = [sum(flag for at, flag in flags if row[at] is not None) for row in rows]
     return operations.track(tensors, forms, numbers, is_alone)

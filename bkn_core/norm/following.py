@@ -1,16 +1,17 @@
-"""The gradient of the innovation, so that training differentiates the function that it evaluates.
+"""The gradient of the innovations, so that training differentiates the function that it evaluates.
 
-A prior is scaled to a running ratio of observed to predicted variance, exp(ι). A running number is a constant to the
-gradient: the network could grow its variance in directions that the closed form of the prior does not know, which ι
-takes back some steps later, and the update was wasted. The number that ι runs after has a gradient:
+A prior is moved and scaled by running numbers: its mean by δ standard deviations, its variance by exp(ι). A running
+number is a constant to the gradient: the network could shift its mean and grow its variance in directions that the
+closed form of the prior does not know, which δ and ι take back some steps later, and the update was wasted. The numbers
+that they run after have a gradient:
 
-    ι → log( (N + ε) / (v' + ε) ),   N = mean_G( S + (x̄ - µ')² )
+    δ → mean_G(x̄ - µ') / sqrt(N + ε) ,   ι → log( (N + ε) / (v' + ε) ) ,   N = mean_G( S + (x̄ - µ')² )
 
-so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway. With
-few images h is noise that belongs to the very groups that ∇ι is computed from. So a layer remembers a running mean h̄ of
-it over as many images as batch normalization wants, its *sensitivity*, and n images use
+so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway, and
+likewise for δ. With few images h is noise that belongs to the very groups that ∇ι is computed from. So a layer
+remembers a running mean h̄ of both, its *sensitivity*, and n images use
 
-    (1-α) h̄ + α h,   α = min(1, n / 128)
+    (1-α) h̄ + α h,   α = min(1, max(n / 128, 1/10))
 
 Backward passes move h̄, and the next forward takes it into use: passes without a forward between them use the same h̄,
 whatever their order.
@@ -27,13 +28,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm.kalman import Gaussian, log_innovation
+from bkn_core.norm.kalman import Gaussian, average_over_groups, log_innovation
 
-IMAGES = 128  # that the running sensitivity looks back on
+IMAGES, PASSES = 128, 10  # that the running sensitivity looks back on, whichever is less
 
 
 class Sensitivity(NamedTuple):
-    """The sensitivity h̄ of a layer: the one in use since the last forward, and the one that backward passes move."""
+    """The sensitivity h̄ of a layer: the one in use since the last forward, and the one that backward passes move.
+
+    Shape:
+        (2, C) each: to the innovation of the variance and to that of the mean.
+    """
 
     used: Tensor
     newest: Tensor
@@ -48,14 +53,14 @@ class Processes(NamedTuple):
 
 
 def weight_of(images: int) -> float:
-    """Return by how much so many images move the newest sensitivity: min(1, images / 128)."""
-    return min(1.0, images / IMAGES)
+    """Return by how much so many images move the newest sensitivity: α."""
+    return min(1.0, max(images / IMAGES, 1 / PASSES))
 
 
 def remember(sensitivity: Sensitivity, seen: Tensor, images: int | Tensor) -> Tensor:
     """Move the newest sensitivity, in place, towards what one backward pass saw, and return what that pass uses.
 
-        h̄ ← (1-α) h̄ + α h,   α = min(1, images / 128)
+        h̄ ← (1-α) h̄ + α h
 
     Args:
         sensitivity: of the layer.
@@ -63,11 +68,11 @@ def remember(sensitivity: Sensitivity, seen: Tensor, images: int | Tensor) -> Te
         images: how many h sums over.
 
     Shape:
-        (C,) each.
+        (2, C) each.
     """
     used, newest = sensitivity
     seen = seen.to(newest.dtype)
-    weight = (images / IMAGES).clamp_max(1) if isinstance(images, Tensor) else weight_of(images)
+    weight = (images / IMAGES).clamp(1 / PASSES, 1) if isinstance(images, Tensor) else weight_of(images)
     newest.lerp_(torch.where(seen.isfinite(), seen, newest), weight)
     return torch.lerp(used, torch.where(seen.isfinite(), seen, used), weight)
 
@@ -81,7 +86,7 @@ def follow(
     images: int,
     processes: Processes | None = None,
 ) -> Gaussian:
-    """Return the same diagonal prior, whose variance has the gradient of its innovation beside its own.
+    """Return the same diagonal prior, with the gradient of its innovations beside its own.
 
     Args:
         prior: µ', v', for all groups or for each.
@@ -93,36 +98,43 @@ def follow(
         processes: where S is that of several processes.
 
     Shape:
-        prior (C,) or (G, C), observed (G, C), share (G, 1), sensitivity (C,).
+        prior (C,) or (G, C), observed (G, C), share (G, 1), sensitivity (2, C).
     """
     innovation = log_innovation(prior, observed, share, eps)
-    return Gaussian(prior.mean, _Follow.apply(prior.variance, innovation, *sensitivity, images, processes))
+    difference = observed.mean - prior.mean
+    spread = average_over_groups(torch.addcmul(observed.variance, difference, difference), share)
+    deviation = (spread.detach() + eps).sqrt()
+    innovations = torch.stack((innovation, average_over_groups(difference, share) / deviation))
+    return Gaussian(*_Follow.apply(*prior, innovations, deviation, *sensitivity, images, processes))
 
 
 class _Follow(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        mean: Tensor,
         variance: Tensor,
-        innovation: Tensor,
+        innovations: Tensor,
+        deviation: Tensor,
         sensitivity: Tensor,
         newest: Tensor,
         images: int,
         processes: Processes | None,
-    ) -> Tensor:
-        """Return v'."""
-        ctx.save_for_backward(variance)
+    ) -> tuple[Tensor, Tensor]:
+        """Return µ' and v'."""
+        ctx.save_for_backward(variance, deviation)
         ctx.sensitivity, ctx.images, ctx.processes = Sensitivity(sensitivity, newest), images, processes
-        return variance.clone()
+        return mean.clone(), variance.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Send the sensitivity to the innovation."""
-        (variance,) = ctx.saved_tensors
-        seen = (gradient * variance).reshape(-1, variance.shape[-1]).sum(0)
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the sensitivity to the innovations."""
+        variance, deviation = ctx.saved_tensors
+        parts = to_variance * variance, to_mean * deviation
+        seen = torch.stack([part.reshape(-1, part.shape[-1]).sum(0) for part in parts])
         images, number = ctx.images, 1
         if ctx.processes is not None:  # the gradients of S of all processes are added up
             seen, images, number = ctx.processes.total(seen), ctx.processes.images, ctx.processes.number
         running = remember(ctx.sensitivity, seen, images) / number
-        return gradient, running.to(gradient.dtype), None, None, None, None
+        return to_mean, to_variance, running.to(to_variance.dtype), None, None, None, None, None

@@ -9,8 +9,9 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
     backward   gx̄ = q g_m + 2q(1-q) d g_v ;  gS = q g_v
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
-    following  k = h̄ / (G (N + ε)),  N = mean_G(S + d²) ;  h̄ the remembered Σ_G v' gv', see `following.py`
-               gS += k,  gx̄ += 2 k d,  gµ' -= 2 k d,  gv' -= h̄ / (G (v' + ε))
+    following  k = h̄ / (G (N + ε)),  l = h̄_µ / (G (N + ε)^½),  N = mean_G(S + d²) ;  h̄, h̄_µ the remembered Σ_G v' gv'
+               and (N + ε)^½ Σ_G gµ', see `following.py`
+               gS += k,  gx̄ += 2 k d + l,  gµ' -= 2 k d + l,  gv' -= h̄ / (G (v' + ε))
 
 Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
 """
@@ -98,7 +99,7 @@ def kalman_normalize(
         sensitivity: h̄, where v' holds an innovation whose gradient is to be followed; for groups of one size.
 
     Shape:
-        x (N, C, *spatial), prior (C,) or (G, C), sensitivity (C,).
+        x (N, C, *spatial), prior (C,) or (G, C), sensitivity (2, C).
     """
     images = x.shape[0]
     size = min(settings.statistics_batch_size or images, images)
@@ -259,11 +260,12 @@ def _gradients(
         to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
         if sensitivity is not None:
-            seen = (to_variance * prior_variance).sum(0)
-            running = following.remember(sensitivity, seen, x.shape[0]).to(gv.dtype) / groups
-            spread = torch.addcmul(observed_variance, d, d).clamp_max(_LARGEST).mean(0)
-            share = running / (spread + settings.eps)
-            shift = (2 * share) * d
+            spread = torch.addcmul(observed_variance, d, d).clamp_max(_LARGEST).mean(0) + settings.eps
+            deviation = spread.sqrt()
+            seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
+            running, push = (following.remember(sensitivity, seen, x.shape[0]).to(gv.dtype) / groups).unbind()
+            share = running / spread
+            shift = torch.addcmul(push / deviation, share, d, value=2)
             gx, gs, to_mean = gx + shift, gs + share, to_mean - shift
             to_variance = to_variance - running / (prior_variance.reshape(-1, len(running)).mean(0) + settings.eps)
         surplus = _surplus(d, observed_variance, prior_variance, p - q)

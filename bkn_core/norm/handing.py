@@ -57,14 +57,12 @@ class Handed:
         value: the refined prior.
         weight: the gain.
         renew: how to compute both once more, for a reentrant checkpoint.
-        innovation: what the prior was scaled by, where that is not the layer's present one.
     """
 
     ledger: list[Seen]
     value: Gaussian | None
     weight: Tensor
     renew: Callable[[], Handed] | None = None
-    innovation: Tensor | None = None
     reads_posteriors = False
     is_without_gradient: bool = False
 
@@ -81,7 +79,7 @@ class Handed:
 
     def record(self, seen: Seen) -> None:
         """Keep it for the end of the forward."""
-        self.ledger.append(seen if self.innovation is None else Seen(*seen[:-1], self.innovation))
+        self.ledger.append(seen)
 
     def alone(self) -> Handed:
         """Compute prior and gain once more, from the parameters."""

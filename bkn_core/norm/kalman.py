@@ -98,25 +98,33 @@ def rectangular_identity(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def refine(
-    prior: Gaussian, offset: Tensor | None, log_scale: Tensor | None, innovation: Tensor | None, eps: float
+    prior: Gaussian,
+    correction: tuple[Tensor | None, Tensor | None],
+    innovations: tuple[Tensor | None, Tensor | None],
+    eps: float,
 ) -> Gaussian:
-    """Apply a learned correction δ, ρ and an innovation ι to a prior.
+    """Apply a learned correction δ, ρ and the innovations λ, ι to a prior.
 
-        µ' + δ sqrt(v' + ε),   v' exp(ρ + ι)
+        µ' + (δ + λ) sqrt(v' + ε),   v' exp(ρ + ι)
+
+    What λ moves the mean by is a constant to the gradient, which follows the mean itself (`following.py`).
 
     Args:
         prior: µ', v'.
-        offset: δ.
-        log_scale: ρ.
-        innovation: ι.
+        correction: δ, ρ.
+        innovations: λ, ι.
         eps: ε.
 
     Shape:
         (C,) or (G, C) each.
     """
     mean, variance = prior
+    (offset, log_scale), (shift, innovation) = correction, innovations
+    deviation = (variance + eps).sqrt()
     if offset is not None:
-        mean = torch.addcmul(mean, offset, (variance + eps).sqrt())
+        mean = torch.addcmul(mean, offset, deviation)
+    if shift is not None:
+        mean = torch.addcmul(mean, shift, deviation.detach())
     if log_scale is not None and innovation is not None:
         variance = variance * (log_scale + innovation).exp()
     elif log_scale is not None or innovation is not None:

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
 from bkn_core.norm import kalman
-from bkn_core.norm.alone import filter_alone
 from bkn_core.norm.arguments import check_form, check_gain, check_values
 from bkn_core.norm.covariance import matrix_normalize, normalize_by
 from bkn_core.norm.following import Sensitivity
@@ -25,9 +24,9 @@ from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, moments, rectangular_identity
 from bkn_core.norm.synchronized import joint_normalize, spans_processes
 from bkn_core.norm.tracking import Seen, track
+from bkn_core.norm.uncertainty import FIELDS, FIRST_GAIN
 
 Statistics = Literal["batch", "population"]
-INNOVATION_MOMENTUM = 0.06
 GUARD_LIMIT = 100.0
 
 
@@ -48,11 +47,12 @@ class BatchKalmanNorm(_BatchNorm):
         device, dtype: of the parameters.
         bias: whether an affine layer has β.
         statistics_batch_size: images per group; None is the whole batch, over all processes in place of SyncBatchNorm.
-        gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed.
-        learn_gain: train q (through a sigmoid).
+        gain: initial q, in (0, 1) where it is learned, in [0, 1] where it is fixed; "auto" is the Kalman gain, computed
+            as training goes from the prior's error and the observation's noise (`uncertainty.py`), with an innovation.
+        learn_gain: train q (through a sigmoid); an "auto" gain is not trained.
         correction: learn a per-channel offset and log-scale of the prior: µ' + δ sqrt(v'), v' exp(ρ).
-        innovation: multiply v' by a moving average of observed over predicted variance, and let the gradient follow
-            that ratio (`following.py`).
+        innovation: move µ' and multiply v' by the running error of the prior, and let the gradient follow both
+            (`tracking.py`, `following.py`).
         previous_features: channels C' of the preceding layers; gives the layer a learned transition A (C, C').
         covariance: "diagonal", or "full" to carry the full matrix from layer to layer.
         guarded: drop a prior whose variance is 100 times the observed one.
@@ -71,10 +71,13 @@ class BatchKalmanNorm(_BatchNorm):
     dimensions: tuple[int, ...] = ()
     fixed_gain: Tensor
     gain_factor: Tensor
-    innovation: Tensor | None
+    innovation: Tensor | None  # of the variance, as a logarithm
+    mean_innovation: Tensor | None  # in standard deviations of the prior
+    residual: Tensor | None  # of the last forward, see `uncertainty.py`
+    uncertainty: Tensor | None
     sensitivity: Tensor | None  # see `following.py`
     newest_sensitivity: Tensor | None
-    innovation_then: Tensor | None = None  # before the last forward moved it
+    innovations_then: tuple[Tensor, Tensor] | None = None  # both, before the last forward moved them
     synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
     process_group: ProcessGroup | None = None
 
@@ -90,7 +93,7 @@ class BatchKalmanNorm(_BatchNorm):
         *,
         bias: bool = True,
         statistics_batch_size: int | None = None,
-        gain: float = 0.1,
+        gain: float | Literal["auto"] = 0.1,
         learn_gain: bool = True,
         correction: bool = False,
         innovation: bool = False,
@@ -101,27 +104,31 @@ class BatchKalmanNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
-        check_gain(gain, learn_gain)
+        self.computes_gain = gain == "auto" and innovation
+        learn_gain, initial = learn_gain and not self.computes_gain, FIRST_GAIN if gain == "auto" else gain
+        check_gain(initial, learn_gain)
         check_form(covariance, statistics_batch_size)
         self.statistics_batch_size = statistics_batch_size
         self.covariance, self.guarded = covariance, guarded
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
-        self.expects_prior, self.innovation_momentum = False, INNOVATION_MOMENTUM
+        self.expects_prior = False
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
         self.mailboxes = Mailboxes()
         self.relay: Relay | None = None  # the newest of all threads
         self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        start = torch.tensor(gain, device=device, dtype=wide)
+        start = torch.tensor(initial, device=device, dtype=wide)
         zeros = start.new_zeros(num_features)
         self.gain_logit = nn.Parameter(torch.logit(start)) if learn_gain else None
         self.register_buffer("fixed_gain", None if learn_gain else start)
         self.register_buffer("gain_factor", torch.ones_like(start))
         self.prior_offset = nn.Parameter(zeros.clone()) if correction else None
         self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
-        self.register_buffer("innovation", zeros if innovation else None)
-        self.register_buffer("sensitivity", zeros.clone() if innovation else None)
-        self.register_buffer("newest_sensitivity", zeros.clone() if innovation else None)
+        for name in ("innovation", "mean_innovation"):
+            self.register_buffer(name, zeros.clone() if innovation else None)
+        for name in ("sensitivity", "newest_sensitivity", "residual"):
+            self.register_buffer(name, zeros.repeat(2, 1) if innovation else None)
+        self.register_buffer("uncertainty", zeros.new_zeros(FIELDS) if innovation else None)
         identity = None if previous_features is None else rectangular_identity(num_features, previous_features, start)
         self.transition = None if identity is None else nn.Parameter(identity)
 
@@ -141,11 +148,21 @@ class BatchKalmanNorm(_BatchNorm):
     @property
     def present_innovation(self) -> Tensor | None:
         """The innovation of the forward that runs, or that is computed again and has moved it since."""
-        return self.innovation_then if self.innovation_then is not None and is_recomputation() else self.innovation
+        return self.innovation if (then := self._then) is None else then[0]
+
+    @property
+    def present_mean_innovation(self) -> Tensor | None:
+        """The innovation of the mean, likewise."""
+        return self.mean_innovation if (then := self._then) is None else then[1]
+
+    @property
+    def _then(self) -> tuple[Tensor, Tensor] | None:
+        return self.innovations_then if is_recomputation() else None
 
     def refine(self, prior: Gaussian) -> Gaussian:
-        """Apply the learned correction and the innovation: µ' + δ sqrt(v' + ε), v' exp(ρ + innovation)."""
-        return kalman.refine(prior, self.prior_offset, self.prior_log_scale, self.present_innovation, self.eps)
+        """Apply correction and innovations: µ' + (δ + mean innovation) sqrt(v' + ε), v' exp(ρ + innovation)."""
+        correction = self.prior_offset, self.prior_log_scale
+        return kalman.refine(prior, correction, (self.present_mean_innovation, self.present_innovation), self.eps)
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
@@ -164,10 +181,6 @@ class BatchKalmanNorm(_BatchNorm):
 
     def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
         is_tracked = self.training and self.statistics is None and self.on_posterior is None
-        if prior is not None and is_tracked and self.relay is None:
-            made = filter_alone(self, x, prior)
-            if made is not None:
-                return made
         relay = self._relay_of_forward(warn=prior is None)
         gain = None if relay is None else relay.gain()
         if prior is not None:
@@ -221,8 +234,8 @@ class BatchKalmanNorm(_BatchNorm):
     def hand(self, relay: Relay) -> None:
         """Take the relay of the forward that begins on this thread."""
         own = self.__dict__  # which `nn.Module.__setattr__` writes as well, after looking for tensors and modules
-        if own.get("innovation_then") is not None and not is_recomputation():
-            own["innovation_then"] = None
+        if own.get("innovations_then") is not None and not is_recomputation():
+            own["innovations_then"] = None
         own["relay"] = relay
         self.mailboxes.own.put(relay)
 
@@ -248,7 +261,17 @@ class BatchKalmanNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the relay of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "relay": None, "on_posterior": None, "innovation_then": None}
+        return {**state, "relay": None, "on_posterior": None, "innovations_then": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take what an earlier version saved: it had no innovation of the mean and no uncertainty."""
+        if prefix + "innovation" in state_dict:
+            for name in ("mean_innovation", "residual", "uncertainty", "sensitivity", "newest_sensitivity"):
+                own, saved = self._buffers[name], state_dict.get(prefix + name)
+                if own is not None and (saved is None or saved.dim() < own.dim()):
+                    absent = torch.zeros_like(own) if saved is None else torch.stack((saved, torch.zeros_like(saved)))
+                    state_dict[prefix + name] = absent
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""

@@ -85,7 +85,9 @@ def shape_of(
             return None
     prior_mean, prior_variance, gain, weight, bias = parameters
     vector = dimensions[1:2]
-    if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias, *sensitivity)):
+    if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias)):
+        return None
+    if any(t is not None and t.shape != (2, channels) for t in sensitivity):
         return None
     if prior_mean is not None and prior_variance is not None:
         wide = prior_mean.shape

@@ -6,13 +6,13 @@ from torch import nn
 
 from bkn_core.norm.layers import BatchKalmanNorm
 
-_ANNEALED = 0.9  # the part of training after which an annealed gain is 0
+_HELD, _ANNEALED = 0.5, 0.9  # the parts of training until which an annealed gain is whole, and after which it is 0
 
 
 def anneal_gain_(model: nn.Module, progress: float) -> None:
-    """Multiply the gain of every layer, in place, by a factor that falls from 1 to 0 over a training.
+    """Multiply the gain of every layer, in place, by a factor that falls from 1 to 0 in the second half of a training.
 
-        q ← q · max(0, 1 - progress / 0.9)
+        q ← q · min(1, max(0, (0.9 - progress) / 0.4))
 
     At the end layers are normalized by their priors alone, so batch and population statistics coincide.
 
@@ -22,4 +22,4 @@ def anneal_gain_(model: nn.Module, progress: float) -> None:
     """
     for module in model.modules():
         if isinstance(module, BatchKalmanNorm):
-            module.gain_factor.fill_(max(0.0, 1 - progress / _ANNEALED))
+            module.gain_factor.fill_(min(1.0, max(0.0, (_ANNEALED - progress) / (_ANNEALED - _HELD))))

@@ -45,25 +45,26 @@ def apart(values: Tensor, layers: Sequence[BatchKalmanNorm]) -> Sequence[Tensor]
 
 
 def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> list[Gaussian]:
-    """Apply each layer's learned correction and innovation to its prior.
+    """Apply each layer's learned correction and innovations to its prior.
 
-    µ' + δ sqrt(v' + ε),   v' exp(ρ + innovation)
+    µ' + (δ + mean innovation) sqrt(v' + ε),   v' exp(ρ + innovation)
     """
     refined = list(priors)
     for numbers in alike([_form(*pair) for pair in zip(layers, priors, strict=True)]):
         chosen = [layers[i] for i in numbers]
         prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
-        offset, log_scale, innovation = (
+        offset, log_scale, shift, innovation = (
             _beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True)
         )
-        mean, variance = kalman.refine(prior, offset, log_scale, innovation, chosen[0].eps)
+        mean, variance = kalman.refine(prior, (offset, log_scale), (shift, innovation), chosen[0].eps)
         for i, *parts in zip(numbers, apart(mean, chosen), apart(variance, chosen), strict=True):
             refined[i] = Gaussian(*parts)
     return refined
 
 
 def _refinement(layer: BatchKalmanNorm) -> tuple[Tensor | None, ...]:
-    return layer.prior_offset, layer.prior_log_scale, layer.present_innovation
+    innovations = layer.present_mean_innovation, layer.present_innovation
+    return layer.prior_offset, layer.prior_log_scale, *innovations
 
 
 def _beside_or_none(vectors: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,9 +1,11 @@
-"""What layers remember of the forwards of a training: innovations and moving statistics, moved for all layers at once.
+"""What layers remember of the forwards of a training: innovations, their uncertainty and moving statistics.
 
-    exp(ι) ← (1-w) exp(ι) + w N / v',   w = 1 - 0.94^(n / 128),   v' the prior without exp(ι),   |ι| <= 2
+    δ ← δ + K_µ m / sqrt(a + ε),   exp(ι) ← exp(ι) (1 + K_v e_v),   a = v' / exp(ι)
     µ ← (1-α) µ + α mean_G(µ̂),   v likewise, with the unbiased S in v̂
 
-By the CPU kernels where they can take the tensors (`kernels/track.c`), else in PyTorch.
+m, e_v and the speeds K stand in `uncertainty.py`. A number that is not finite moves nothing: neither the vector's entry
+that it belongs to nor the uncertainty of its layer. By the CPU kernels where they can take the tensors
+(`kernels/track.c`), else in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,32 +17,39 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from bkn_core.norm import compiled_node, following, native
+from bkn_core.norm import compiled_node, native
 from bkn_core.norm.fused import images_per_group
-from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal, log_innovation
+from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal
 from bkn_core.norm.together import alike, apart, beside, those
+from bkn_core.norm.uncertainty import (
+    IMAGES,
+    SLOWEST_IMAGES,
+    SLOWEST_STEP,
+    Uncertainty,
+    bounded,
+    error_and_noise,
+    residuals,
+)
 
 if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
 
-INNOVATION_LIMIT = 2.0
-_FARTHEST = 8.0  # a log ratio beyond it is an outlier, which a running mean of ratios would take long to forget
+LARGEST_INNOVATION = 60.0  # the exponent of a float32: no data reach it but beside a variance of 0
+MOVED = ("innovation", "mean_innovation", "sensitivity", "residual", "newest_sensitivity", "uncertainty")
 
 
 class Seen(NamedTuple):
-    """What a layer saw in one forward: its refined prior, the statistics of `fused.Filtered`, the number of images, and
-    the innovation that the prior holds, where that is not the present one.
-    """
+    """What a layer saw in one forward: its refined prior, the statistics of `fused.Filtered`, the number of images."""
 
     layer: BatchKalmanNorm
     prior: Gaussian | None
     statistics: Tensor
     images: int | Tensor  # a tensor where they are those of several processes
-    innovation: Tensor | None = None
+    share: Tensor | None = None  # the part of the images that each group holds; None where all are equal
 
 
 def track(records: Sequence[Seen]) -> None:
-    """Move the innovations and the moving statistics of layers towards what they saw."""
+    """Move what layers remember towards what they saw."""
     if not records:
         return
     rows = _rows(records) if native.are_usable() else None
@@ -48,8 +57,9 @@ def track(records: Sequence[Seen]) -> None:
     before = None if rows is None else compiled_node.track(*rows, is_alone=is_alone)
     if before is not None:
         layers = [record.layer for record in records if _is_innovated(record)]
-        for layer, innovation in zip(reversed(layers), reversed(before), strict=True):  # the first of a layer is left
-            layer.__dict__["innovation_then"] = innovation
+        pairs = zip(before[::2], before[1::2], strict=True)
+        for layer, innovations in reversed(list(zip(layers, pairs, strict=True))):  # the first of a layer is left
+            layer.__dict__["innovations_then"] = innovations
         return
     with torch.no_grad():
         _remember_for_recomputation(records)
@@ -57,46 +67,68 @@ def track(records: Sequence[Seen]) -> None:
             _track_in_pytorch(records)
 
 
+def joined(records: Sequence[Seen]) -> list[Seen]:
+    """Return one record for all forwards in which a layer had the same prior: their groups side by side."""
+    parts: dict[tuple[int, int], list[Seen]] = {}
+    for record in records:
+        parts.setdefault((id(record.layer), id(record.prior)), []).append(record)
+    return [_joined(alike_ones) if len(alike_ones) > 1 else alike_ones[0] for alike_ones in parts.values()]
+
+
+def _joined(records: Sequence[Seen]) -> Seen:
+    layer, prior, _, images, _ = records[0]
+    if any(isinstance(record.images, Tensor) for record in records):
+        return records[-1]
+    if prior is not None and prior.mean.dim() > 1:
+        prior = Gaussian(prior.mean.repeat(len(records), 1), prior.variance.repeat(len(records), 1))
+    statistics = torch.cat([record.statistics for record in records], 1)
+    total = sum(int(record.images) for record in records)
+    size = layer.statistics_batch_size
+    sizes = {int(record.images) for record in records}
+    is_even = len(sizes) == 1 and (size is None or images % min(size, images) == 0)
+    share = None
+    if not is_even:
+        share = torch.cat([images_per_group(int(record.images), size, statistics) for record in records]) / total
+    return Seen(layer, prior, statistics, total, share)
+
+
 def _remember_for_recomputation(records: Sequence[Seen]) -> None:
     """Keep the innovations as they are: a checkpoint that runs the forward again wants what it used."""
     if torch.compiler.is_compiling():
         return
-    layers = list({id(r.layer): r.layer for r in records if _is_innovated(r)}.values())
-    innovations = those([layer._buffers["innovation"] for layer in layers])
-    for numbers in alike([(innovation.dtype, innovation.device) for innovation in innovations]):
-        chosen = [layers[i] for i in numbers]
-        before = torch.cat([innovations[i] for i in numbers])
-        for layer, innovation in zip(chosen, apart(before, chosen), strict=True):
-            layer.__dict__["innovation_then"] = innovation  # past `nn.Module.__setattr__`, which is slow
+    for layer in {id(r.layer): r.layer for r in records if _is_innovated(r)}.values():
+        innovation, mean_innovation = layer.innovation, layer.mean_innovation
+        assert innovation is not None and mean_innovation is not None
+        layer.__dict__["innovations_then"] = innovation.clone(), mean_innovation.clone()
 
 
 def _is_innovated(record: Seen) -> bool:
     return record.prior is not None and record.layer._buffers["innovation"] is not None
 
 
-def weight_of_newest(momentum: float, images: int | Tensor) -> float | Tensor:
-    """Return the weight of so many images in an innovation: the same for a step however it is split."""
-    return 1 - (1 - momentum) ** (images / following.IMAGES)
+def _is_even(record: Seen) -> bool:
+    size, images = record.layer.statistics_batch_size, record.images
+    return record.share is None and (isinstance(images, Tensor) or size is None or images % min(size, images) == 0)
 
 
 def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Known], list[float]] | None:
     """Return the tensors of each record and three numbers to each, None where the kernel does not know how."""
     rows: list[compiled_node.Known] = []
     numbers: list[float] = []
-    for layer, prior, statistics, images, held in records:
-        size, momentum, own = layer.statistics_batch_size, layer.momentum, layer._buffers  # faster than attributes
-        if not isinstance(images, int) or (size is not None and images % min(size, images)):
+    for record in records:
+        layer, prior, statistics, images, _ = record
+        momentum, own = layer.momentum, layer._buffers  # faster than attributes
+        if not isinstance(images, int) or not _is_even(record):
             return None
         if momentum is None and own["running_mean"] is not None:
             return None
-        innovation = None if prior is None else own["innovation"]
-        if prior is None or innovation is None:
-            innovated: tuple[Tensor | None, ...] = (None,) * 6
-        else:
-            inside = innovation if held is None else held
-            innovated = (*prior, inside, innovation, own["sensitivity"], own["newest_sensitivity"])
-        rows.append((statistics, *innovated, own["running_mean"], own["running_var"], own["num_batches_tracked"]))
-        numbers += float(weight_of_newest(layer.innovation_momentum, images)), momentum or 0.0, layer.eps
+        moved: tuple[Tensor | None, ...] = (None,) * 9
+        if prior is not None and own["innovation"] is not None:
+            gain = own["fixed_gain"] if layer.computes_gain else None
+            moved = (*prior, *[own[name] for name in MOVED], gain)
+        rows.append((statistics, *moved, own["running_mean"], own["running_var"], own["num_batches_tracked"]))
+        by_images = 1 - (1 - SLOWEST_IMAGES) ** (images / IMAGES)
+        numbers += max(SLOWEST_STEP, by_images), momentum or 0.0, layer.eps
     return rows, numbers
 
 
@@ -107,9 +139,10 @@ def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[floa
         statistics, mean, variance, *vectors, _ = row
         assert statistics is not None
         groups, width = statistics.shape[1:]
+        shapes = ((width,), (width,), (2, width), (2, width), (2, width), (5,), (), (width,), (width,))
         if any(t is not None and not (native.is_plain(t) and t.is_contiguous()) for t in row[:-1]):
             return False
-        if any(vector is not None and vector.shape != (width,) for vector in vectors):
+        if any(t is not None and t.shape != shape for t, shape in zip(vectors, shapes, strict=True)):
             return False
         if any(t is not None and t.shape not in ((width,), (groups, width)) for t in (mean, variance)):
             return False
@@ -118,7 +151,7 @@ def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[floa
         stride = 0 if mean is None or mean.dim() == 1 else width
         fields.extend((groups, width, *map(native.address, row[:3]), stride, *map(native.address, vectors)))
         fields.extend(map(native.bits_of, numbers[3 * i : 3 * i + 3]))
-        moved += [t for t in (*row[4:6], *row[7:9]) if t is not None]
+        moved += [t for j, t in enumerate(vectors) if t is not None and j != MOVED.index("newest_sensitivity")]
     native.run("bkn_track", [len(rows), torch.get_num_threads() if is_alone else 1, fields.buffer_info()[0]])
     torch.autograd.graph.increment_version(moved)
     counts = those([row[-1] for row in rows])
@@ -135,11 +168,12 @@ def _track_in_pytorch(records: Sequence[Seen]) -> None:
         keys.append((times[id(record.layer)], _habits(record)))
     for numbers in alike(keys):
         chosen = [records[i] for i in numbers]
-        images, size, layers = chosen[0].images, chosen[0].layer.statistics_batch_size, [r.layer for r in chosen]
+        first, layers = chosen[0], [r.layer for r in chosen]
         statistics = beside([record.statistics for record in chosen])
-        is_even = isinstance(images, Tensor) or size is None or images % min(size, images) == 0
-        share = None if isinstance(images, Tensor) or is_even else images_per_group(images, size, statistics) / images
-        if _is_innovated(chosen[0]):
+        share = first.share
+        if share is None and not _is_even(first) and not isinstance(first.images, Tensor):
+            share = images_per_group(first.images, first.layer.statistics_batch_size, statistics) / first.images
+        if _is_innovated(first):
             _move_innovations(chosen, statistics, share)
         if layers[0].running_mean is not None:
             _move_statistics(layers, statistics, share)
@@ -152,7 +186,7 @@ def _habits(record: Seen) -> Hashable:
     groups = record.statistics.shape[1]
     return (
         groups, record.images, record.statistics.dtype, record.statistics.device, layer.statistics_batch_size,
-        running, layer.momentum, expects, layer.innovation_momentum,
+        running, layer.momentum, expects, None if record.share is None else id(record),
     )  # fmt: skip
 
 
@@ -160,26 +194,53 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     layers = [record.layer for record in records]
     priors = [diagonal(record.prior) for record in records if record.prior is not None]
     prior = Gaussian(beside([p.mean for p in priors]), beside([p.variance for p in priors]))
-    innovations = those([layer.innovation for layer in layers])
-    ratio = log_innovation(prior, Gaussian(statistics[2], statistics[3]), share, layers[0].eps)
-    before = torch.cat(innovations, -1).to(ratio.dtype)
-    pairs = zip(records, innovations, strict=True)
-    inside = torch.cat([present if record.innovation is None else record.innovation for record, present in pairs], -1)
-    # The mean of ratios, not of their logarithms: few images at a time must not make it smaller.
-    weight = weight_of_newest(layers[0].innovation_momentum, records[0].images)
-    ratio = torch.lerp(before.exp(), (ratio + inside).clamp_(-_FARTHEST, _FARTHEST).exp(), weight)
-    after = ratio.log().clamp_(-INNOVATION_LIMIT, INNOVATION_LIMIT).to(innovations[0].dtype)
-    torch._foreach_copy_(innovations, list(apart(after, layers)))
-    newest = those([layer.newest_sensitivity for layer in layers])
-    torch._foreach_copy_(those([layer.sensitivity for layer in layers]), newest)
+    eps, images = layers[0].eps, records[0].images
+    innovations, shifts, used, lasts, newest, states = (
+        those([layer._buffers[name] for layer in layers]) for name in MOVED
+    )
+    known = Uncertainty.of(torch.stack(states))
+    speeds = known.speeds(images)
+    wide_speeds = _spread(speeds.to(statistics.dtype), layers)
+    seen = residuals(prior, Gaussian(statistics[2], statistics[3]), share, wide_speeds[0], eps)
+    before, last, ratio = beside(innovations), beside(lasts), beside(shifts)
+    values = bounded(seen.values)
+    terms = torch.stack((values * values, values * last, seen.noise))
+    means = torch.stack([part.mean(-1) for part in apart(terms, layers)], -2).to(speeds.dtype)
+    is_first = known.forwards == 0
+    known = known.after(*error_and_noise(means, statistics.shape[1], speeds, is_first=is_first))
+    variance = prior.variance if prior.variance.dim() == 1 else average_over_groups(prior.variance, share)
+    deviation = (variance / before.exp() + eps).sqrt()
+    after = before + torch.log1p(wide_speeds[1] * seen.values[1])
+    moved = torch.stack(
+        (after.clamp(-LARGEST_INNOVATION, LARGEST_INNOVATION), ratio + wide_speeds[0] * seen.shift / deviation)
+    )
+    is_sound = (moved.isfinite() & values.isfinite()).all(0)
+    moved = torch.where(is_sound, moved, torch.stack((before, ratio)))
+    last = torch.where(values.isfinite().all(0), values, last)
+    for target, value in ((innovations, moved[0]), (shifts, moved[1]), (lasts, last)):
+        torch._foreach_copy_(target, list(apart(value, layers)))
+    torch._foreach_copy_(used, newest)
+    torch._foreach_copy_(states, list(known.state.unbind()))
+    gains = known.gains.amax(-1)
+    for i, layer in enumerate(layers):
+        if layer.computes_gain:
+            layer.fixed_gain.copy_(gains[i])
+
+
+def _spread(values: Tensor, layers: Sequence[BatchKalmanNorm]) -> Tensor:
+    """Repeat each layer's pair once for each of its channels: (L, 2) -> (2, ΣC)."""
+    parts = [pair.unsqueeze(-1).expand(2, layer.num_features) for pair, layer in zip(values, layers, strict=True)]
+    return torch.cat(parts, -1)
 
 
 def _move_statistics(layers: Sequence[BatchKalmanNorm], statistics: Tensor, share: Tensor | None) -> None:
     counts = those([layer.num_batches_tracked for layer in layers])
     torch._foreach_add_(counts, 1)
     means, variances = those([layer.running_mean for layer in layers]), those([layer.running_var for layer in layers])
-    moved = average_over_groups(statistics[0::4], share).to(means[0].dtype)
-    for averages, values in zip((means, variances), moved, strict=True):
+    present = torch.stack((beside(means), beside(variances)))
+    newest = average_over_groups(statistics[0::4], share).to(present.dtype)
+    newest = torch.where(newest.isfinite().all(0), newest, present)
+    for averages, values in zip((means, variances), newest, strict=True):
         parts = list(apart(values, layers))
         if layers[0].momentum is None:
             weights = [1 / count.to(values.dtype) for count in counts]

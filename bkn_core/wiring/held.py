@@ -15,7 +15,7 @@ from bkn_core.norm.handing import Handed, Relay
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.together import those
-from bkn_core.norm.tracking import Seen
+from bkn_core.norm.tracking import Seen, joined, track
 from bkn_core.wiring.lookup import Places
 from bkn_core.wiring.native_node import ACCUMULATES, FIELDS
 from bkn_core.wiring.native_program import NativeProgram
@@ -29,14 +29,12 @@ class Held:
     Args:
         constants: priors and gains.
         leaves: which they are, or are parts of.
-        innovations: those that the priors hold, by the names of their layers.
         places: where the model has the parameters that they are computed from.
     """
 
-    def __init__(
-        self, constants: Constants, leaves: Sequence[Tensor], innovations: dict[str, Tensor], places: Places
-    ) -> None:
-        (self.priors, self.gains), self.innovations, self.places = constants, innovations, places
+    def __init__(self, constants: Constants, leaves: Sequence[Tensor], places: Places) -> None:
+        (self.priors, self.gains), self.places = constants, places
+        self.ledger: list[Seen] = []  # of all forwards, which the layers learn of when the block is over
         self.has_gradients = torch.is_grad_enabled()
         self.end = _End()
         for leaf in leaves:
@@ -53,8 +51,17 @@ class Held:
         for name, gain in zip(names, self.gains, strict=True):
             prior = self.priors.get(name)
             renew = functools.partial(Handed, [], prior, gain)
-            found.append(Handed(ledger, prior, gain, renew, self.innovations.get(name)))
+            found.append(Handed(ledger, prior, gain, renew))
         return found
+
+    def note(self, ledger: Sequence[Seen]) -> None:
+        """Keep what a forward has shown, without its graph."""
+        self.ledger += [seen._replace(statistics=seen.statistics.detach()) for seen in ledger]
+
+    def track(self) -> None:
+        """Let the layers remember what all forwards have shown, as if they had been one."""
+        ledger, self.ledger = self.ledger, []
+        track(joined(ledger))
 
     def finish(self) -> None:
         """Send the sums of the gradients on to the parameters.
@@ -88,12 +95,11 @@ class HeldOutputs(Held):
         parts = iter(self.leaves)
         held = {name: Gaussian(next(parts), next(parts)) for name in priors}
         buffers = {name: layer._buffers for name, layer in layers.items()}  # which attributes find after parameters
-        innovations = {n: own["innovation"].clone() for n, own in buffers.items() if own["innovation"] is not None}
         schedules = those([own[name] for own in buffers.values() for name in ("gain_factor", "fixed_gain")])
         places = Places((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
         self.watched = [*those(places.values), *schedules]
         self.versions = [tensor._version for tensor in self.watched]
-        super().__init__((held, list(parts)), self.leaves, innovations, places)
+        super().__init__((held, list(parts)), self.leaves, places)
 
     def backward(self) -> bool:
         """Send the sums of the gradients on, unless a value has changed; return whether none has."""
@@ -118,11 +124,10 @@ class HeldRow(Held):
     def __init__(self, program: NativeProgram, places: Places, operations: Operations) -> None:
         self.program, lines = program, program.structure(places.values, [])  # which point into the program
         fields = torch.frombuffer(lines, dtype=torch.int64).view(-1, FIELDS)
-        numbers, sizes = list(program.moving), [program.size, program.results]
-        self.row = operations.row(places.values, numbers, fields, program.gradient_places, ACCUMULATES, sizes)
-        leaf, parts, innovations = self.row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
-        held = dict(zip(program.moving.values(), innovations, strict=True))
-        super().__init__(program.named(parts), [leaf], held, places)
+        sizes = [program.size, program.results]
+        self.row = operations.row(places.values, fields, program.gradient_places, ACCUMULATES, sizes)
+        leaf, parts = self.row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
+        super().__init__(program.named(parts), [leaf], places)
 
     def begins(self, model: nn.Module) -> bool:
         """Fill the row for a block of this model, and return whether that could be done."""

@@ -82,7 +82,7 @@ class Messenger:
         elif self.is_static:
             priors, gains = self.predictions(model, layers)
             relays = [
-                Handed(ledger, priors.get(name), gain, self._renewal(model, name))
+                Handed(ledger, priors.get(name), gain, self._renewal(model, name, gain))
                 for name, gain in zip(self.names, gains, strict=True)
             ]
         else:
@@ -95,7 +95,7 @@ class Messenger:
         """Return the layers in the order of their names."""
         return [checked(layer, name) for layer, name in zip(self.lookup(model), self.names, strict=True)]
 
-    def _renewal(self, model: nn.Module, name: str) -> Callable[[], Handed] | None:
+    def _renewal(self, model: nn.Module, name: str, present: Tensor) -> Callable[[], Handed] | None:
         """Return how to compute one layer's prior and gain on their own, as reentrant checkpoints need them."""
         if torch.compiler.is_compiling():
             return None
@@ -105,11 +105,12 @@ class Messenger:
             living = found()
             assert living is not None  # its backward is running
             layer, number = layer_of(living, name), self.wiring.priors.get(name)
+            gain = present.detach() if layer.computes_gain else layer.gain  # which has moved since
             if number is None:
-                return Handed([], None, layer.gain)
+                return Handed([], None, gain)
             with _no_autocast(layer):
                 evaluation = Evaluation(self.wiring, living, lambda name: normalized_message(norm_of(living, name)))
-                return Handed([], layer.refine(evaluation.line(number)), layer.gain)
+                return Handed([], layer.refine(evaluation.line(number)), gain)
 
         return renew
 
@@ -160,7 +161,11 @@ class Farewell:
             mailbox = layer.mailboxes.own
             if mailbox.is_open and mailbox.relay is not None:
                 mailbox.is_open, ledger = False, mailbox.relay.ledger
-        track(ledger)
+        held = self.messenger.held
+        if held is None:
+            track(ledger)
+        else:
+            held.note(ledger)
         ledger.clear()  # or the layers, which hold their relay, would hold themselves
 
 

@@ -18,7 +18,7 @@ FIELDS, ACCUMULATES = 23, 12  # of a line in `program.h`, and the place of one o
 class Program(Protocol):
     """The lines, and how their arena is divided."""
 
-    moving: dict[int, str]
+    moving: set[int]
     size: int
     results: int
 

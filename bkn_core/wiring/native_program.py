@@ -19,7 +19,7 @@ from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
 from bkn_core.wiring.native_node import ACCUMULATES, FIELDS, Evaluate
-from bkn_core.wiring.native_tensors import NativeTensors
+from bkn_core.wiring.native_tensors import INNOVATIONS, NativeTensors
 from bkn_core.wiring.program import Line, Wiring
 
 _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
@@ -76,7 +76,7 @@ class NativeProgram:
         self.paths: list[tuple[str, str]] = []
         self.shapes: list[torch.Size] = []
         self.rows: list[Row] = []
-        self.moving: dict[int, str] = {}  # innovations, which change between forward and backward: number and layer
+        self.moving: set[int] = set()  # numbers of the tensors that change between forward and backward
         self.model = model
         widths = [_layer(model, name).num_features for name in self.layers]
         self.widths, total = widths, sum(widths)
@@ -190,14 +190,16 @@ class NativeProgram:
     ) -> None:
         if prior[2] != out[2]:
             raise _Unsupported
-        tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", "present_innovation"))
-        if tensors[2] >= 0:
-            self.moving[tensors[2]] = name
+        tensors = tuple(self._tensor(name, of) for of in ("prior_offset", "prior_log_scale", *INNOVATIONS))
+        self.moving.update(number for number in tensors[2:] if number >= 0)
         self._row(_REFINE, out, prior, self._room(prior[2]), tensors=tensors, numbers=(layer.eps,))
 
     def _gain(self, name: str, place: int) -> None:
-        is_learned = _layer(self.model, name).gain_logit is not None
+        layer = _layer(self.model, name)
+        is_learned = layer.gain_logit is not None
         value = self._tensor(name, "gain_logit" if is_learned else "fixed_gain")
+        if layer.computes_gain:
+            self.moving.add(value)
         tensors = (value, self._tensor(name, "gain_factor"))
         self._row(_GAIN, (place, place, 1), tensors=tensors, numbers=(float(is_learned),))
 

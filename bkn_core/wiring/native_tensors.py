@@ -12,6 +12,8 @@ from bkn_core.norm import native
 from bkn_core.norm.handing import is_recomputation
 from bkn_core.wiring.lookup import Lookup, Places
 
+INNOVATIONS = ("present_innovation", "present_mean_innovation")  # of a forward that may be a repeated one
+
 
 class _Checked(NamedTuple):
     """Tensors that the kernels can take, and how to see that they still are the model's, where and as they were."""
@@ -73,8 +75,8 @@ def _check(
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     for owner, name, shape in wanted:
         module = modules[owner]
-        if name == "present_innovation" and not is_repeated:
-            name = "innovation"
+        if name in INNOVATIONS and not is_repeated:
+            name = name.removeprefix("present_")
         holder = module._parameters if name in module._parameters else module._buffers
         tensor = holder.get(name)
         if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward

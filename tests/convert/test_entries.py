@@ -55,7 +55,7 @@ ENTRIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ENTRIES)
 def test_other_entries_say_so_and_are_batch_norm(name: str, is_trained: bool) -> None:
     plain, x = pretrained(Tower()), images()
-    model = convert(plain, x, statistics_batch_size=None).train()
+    model = convert(plain, x, statistics_batch_size=None, gain=0.3).train()
     if is_trained:
         step(model, x)
     with pytest.warns(UserWarning, match=OUTSIDE):

@@ -45,7 +45,7 @@ def leaves(shape: tuple[int, ...], form: str, *, last: bool = False) -> Leaves:
     rows = (shape[0] // 2, shape[1]) if form == "own priors" else (shape[1],)
     prior = Gaussian(torch.randn(rows).requires_grad_(), (torch.rand(rows) + 0.5).requires_grad_())
     weight, bias = torch.randn(shape[1]).requires_grad_(), torch.randn(shape[1]).requires_grad_()
-    sensitivity = Sensitivity(torch.randn(shape[1]), torch.randn(shape[1]))
+    sensitivity = Sensitivity(torch.randn(2, shape[1]), torch.randn(2, shape[1]))
     gain = torch.tensor(0.3, requires_grad=True)
     affine = (None, None) if form == "not affine" else (weight, bias)
     has_prior, follows = form != "no prior", form not in ("no prior", "no innovation")

@@ -15,7 +15,8 @@ from bkn_core.norm.layers import BatchKalmanNorm2d
 from bkn_core.norm.tracking import Seen, track
 
 WIDTHS = (3, 16, 7)
-BUFFERS = ("innovation", "sensitivity", "running_mean", "running_var", "num_batches_tracked")
+MOVED = ("innovation", "mean_innovation", "sensitivity", "residual", "uncertainty", "fixed_gain")
+BUFFERS = (*MOVED, "running_mean", "running_var", "num_batches_tracked")
 
 
 def drawn(*size: int) -> Tensor:
@@ -25,21 +26,24 @@ def drawn(*size: int) -> Tensor:
 def layers(**options: object) -> list[BatchKalmanNorm2d]:
     found = []
     for width in WIDTHS:
-        layer = BatchKalmanNorm2d(width, innovation=True, statistics_batch_size=2, **options)  # type: ignore[arg-type]
-        for name in ("innovation", "sensitivity", "newest_sensitivity"):
-            getattr(layer, name).copy_(drawn(width))
+        given = {"innovation": True, "gain": "auto", **options}
+        layer = BatchKalmanNorm2d(width, statistics_batch_size=2, **given)  # type: ignore[arg-type]
+        for name in ("innovation", "mean_innovation", "sensitivity", "newest_sensitivity", "residual"):
+            buffer = getattr(layer, name)
+            buffer.copy_(drawn(*buffer.shape))
+        layer.uncertainty.copy_(torch.tensor([7.0, 0.2, -0.1, 0.3, 0.4]))
         found.append(layer)
     return found
 
 
-def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = False, held: bool = False) -> list[Seen]:
+def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = False) -> list[Seen]:
     found = []
     for layer in these:
         width = layer.num_features
         rows, dtype = (groups, width) if own else (width,), layer.gain_factor.dtype
         prior = Gaussian(drawn(*rows).to(dtype), drawn(*rows).square().to(dtype) + 0.1)
         statistics = drawn(6, groups, width).abs().to(dtype)
-        found.append(Seen(layer, prior, statistics, 2 * groups, drawn(width) if held else None))
+        found.append(Seen(layer, prior, statistics, 2 * groups))
     return found
 
 
@@ -81,7 +85,11 @@ def no_kernel(*_: object) -> None:
 def assert_same(seen: list[Seen], *, in_cpp: bool) -> None:
     """Move the layers by the kernel, and copies of them in C++ and in PyTorch."""
     twins, exact = copied(seen), copied(seen)
-    before = {id(r.layer): r.layer.innovation.clone() for r in seen if r.layer.innovation is not None}
+    before = {
+        id(r.layer): (r.layer.innovation.clone(), r.layer.mean_innovation.clone())  # type: ignore[union-attr]
+        for r in seen
+        if r.layer.innovation is not None
+    }
     track_by_kernel(seen)
     track_in_pytorch(twins)
     if in_cpp:
@@ -96,8 +104,8 @@ def assert_same(seen: list[Seen], *, in_cpp: bool) -> None:
                     torch.testing.assert_close(getattr(equal.layer, name), actual, rtol=0, atol=0, equal_nan=True)
         for layer in (one.layer, other.layer, equal.layer)[: 2 + in_cpp]:
             if one.prior is not None and layer.innovation is not None:
-                assert layer.innovation_then is not None
-                assert torch.equal(layer.innovation_then, before[id(one.layer)])
+                assert layer.innovations_then is not None
+                assert all(map(torch.equal, layer.innovations_then, before[id(one.layer)]))
 
 
 @pytest.fixture(autouse=True)
@@ -108,14 +116,17 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("forwards", [0, 7])
 @pytest.mark.parametrize("groups", [1, 4, 2000])
-def test_kernel_and_pytorch_agree(groups: int, own: bool, held: bool, in_cpp: bool) -> None:
-    assert_same(records(layers(), groups=groups, own=own, held=held), in_cpp=in_cpp)
+def test_kernel_and_pytorch_agree(groups: int, own: bool, forwards: int, in_cpp: bool) -> None:
+    these = layers()
+    for layer in these:
+        layer.uncertainty[0] = forwards
+    assert_same(records(these, groups=groups, own=own), in_cpp=in_cpp)
 
 
 def test_layers_without_prior_innovation_or_moving_statistics(in_cpp: bool) -> None:
-    seen = records(layers()) + records(layers(track_running_stats=False))
+    seen = records(layers()) + records(layers(track_running_stats=False)) + records(layers(gain=0.3))
     plain = BatchKalmanNorm2d(5, statistics_batch_size=2, momentum=0.3)
     seen += [Seen(plain, None, drawn(6, 4, 5).abs(), 8), seen[0]._replace(prior=None)]
     assert_same(seen, in_cpp=in_cpp)

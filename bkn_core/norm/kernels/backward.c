@@ -61,19 +61,27 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, Totals 
     *coefficient(b, g, 3, c) = (float)(to_mean / count);
 }
 
-/* What the innovation's gradient adds to every group. */
+/* Move a running sensitivity towards what this pass saw, and return what the pass uses. */
+static double remember(double used, float *newest, double seen, double newness)
+{
+    if (!isfinite((float)seen))
+        return used;
+    *newest += (float)(newness * (seen - *newest));
+    return used + newness * (seen - used);
+}
+
+/* What the gradient of the innovations adds to every group. */
 static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, seen = totals->sensitivity, running = b->sensitivity[c];
-    if (isfinite((float)seen)) {
-        b->newest[c] += (float)(b->newness * (seen - b->newest[c]));
-        running += b->newness * (seen - running);
-    }
-    running /= groups;
-    double share = running / (totals->spread / groups + b->eps);
-    double to_variance = running / (totals->predicted / groups + b->eps), count = (double)(b->images * b->length);
+    double groups = (double)b->groups, spread = totals->spread / groups + b->eps, deviation = sqrt(spread);
+    int64_t d = b->channels + c; /* of the mean */
+    double running = remember(b->sensitivity[c], b->newest + c, totals->sensitivity, b->newness) / groups;
+    double push = remember(b->sensitivity[d], b->newest + d, totals->prior_mean * deviation, b->newness) / groups;
+    double share = running / spread, count = (double)(b->images * b->length);
+    double to_variance = running / (totals->predicted / groups + b->eps);
     for (int64_t g = 0; g < b->groups; g++) {
-        double shift = 2 * share * (*coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c]);
+        double apart = *coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c];
+        double shift = push / deviation + 2 * share * apart;
         *coefficient(b, g, 1, c) += (float)(2 * share / count);
         *coefficient(b, g, 3, c) += (float)(shift / count);
         totals->prior_mean -= shift;

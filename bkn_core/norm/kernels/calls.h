@@ -26,7 +26,7 @@ typedef struct {
     float *dx, *to_weight, *to_bias;                         /* no weight: NULL */
     float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
     float *to_gain;
-    const float *sensitivity;
+    const float *sensitivity;                                /* (2, C): of the variance, of the mean */
     float *newest;                                           /* sensitivity; NULL to follow no innovation */
     double newness, eps;                                     /* by how much to move it; see `following.py` */
     /* of this call, not set by the caller: */
@@ -42,11 +42,12 @@ typedef struct {
     const float *statistics;                  /* (6, G, C), see `fused.py` */
     const float *prior_mean, *prior_variance; /* no innovation: NULL */
     int64_t prior_stride;                     /* channels where each group has its own prior, else 0 */
-    const float *inside;                      /* the innovation that the prior holds */
-    float *innovation, *sensitivity;
+    float *innovation, *mean_innovation, *sensitivity, *residual; /* (C,), (C,), (2, C), (2, C) */
     const float *newest;
+    float *uncertainty;                /* (5,), see `uncertainty.py` */
+    float *gain;                       /* NULL where it is not computed */
     float *running_mean, *running_var; /* no moving statistics: NULL */
-    double weight, momentum, eps;      /* of the newest ratio, of the newest statistics */
+    double slowest, momentum, eps;     /* least speed of an innovation, weight of the newest statistics */
 } Tracked;
 
 typedef struct {

@@ -60,31 +60,24 @@ int64_t stride_of(const Tensor &prior_mean)
     return prior_mean.defined() && prior_mean.dim() > 1 ? prior_mean.size(-1) : 0;
 }
 
-/* With a factor, `gain` is the logit of the gain: factor · sigmoid(logit). */
 struct Normalize : torch::autograd::Function<Normalize> {
     static variable_list forward(AutogradContext *ctx, const Tensor &x, const Maybe &prior_mean,
-                                 const Maybe &prior_variance, const Tensor &gain, const Maybe &factor,
-                                 const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest,
-                                 double eps, double newness, int64_t groups)
+                                 const Maybe &prior_variance, const Tensor &gain, const Maybe &weight,
+                                 const Maybe &bias, const Maybe &used, const Maybe &newest, double eps, double newness,
+                                 int64_t groups)
     {
-        Tensor q = gain;
-        double slope = 1;
-        if (factor) {
-            double share = 1 / (1 + std::exp(-(double)*values_of(gain))), most = *values_of(*factor);
-            q = at::empty_like(gain), *values_of(q) = (float)(share * most), slope = share * (1 - share) * most;
-        }
         Tensor y = at::empty_like(x), statistics = at::empty({6, groups, x.size(1)}, x.options());
         Tensor mean = or_nothing(prior_mean), variance = or_nothing(prior_variance), scale = or_nothing(weight);
         Forward f = {};
         describe(f, x, groups);
         f.x = values_of(x), f.prior_mean = values_of(mean), f.prior_variance = values_of(variance);
         f.prior_stride = stride_of(mean);
-        f.gain = values_of(q), f.weight = values_of(scale), f.bias = values_of(or_nothing(bias));
+        f.gain = values_of(gain), f.weight = values_of(scale), f.bias = values_of(or_nothing(bias));
         f.y = values_of(y), f.statistics = values_of(statistics), f.eps = eps;
         TORCH_CHECK(!run_forward(&f), "a normalization layer found no memory for its statistics");
-        ctx->save_for_backward({x, mean, variance, q, scale, statistics});
+        ctx->save_for_backward({x, mean, variance, gain, scale, statistics});
         ctx->set_materialize_grads(false);
-        ctx->saved_data["numbers"] = std::vector<double>{eps, newness, bias ? 1.0 : 0.0, slope};
+        ctx->saved_data["numbers"] = std::vector<double>{eps, newness, bias ? 1.0 : 0.0};
         if (newest)
             ctx->saved_data["used"] = *used, ctx->saved_data["newest"] = *newest;
         return {y, statistics};
@@ -100,7 +93,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
         }
         if (is_recorded)
             refuse_to_go_on(gradients, results);
-        results.resize(12); /* the rest of the arguments has no gradient */
+        results.resize(11); /* the rest of the arguments has no gradient */
         return results;
     }
 
@@ -139,9 +132,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
         }
         b.eps = numbers[0], b.newness = numbers[1];
         TORCH_CHECK(!run_backward(&b), "a normalization layer found no memory for its statistics");
-        if (has_prior)
-            *values_of(to_gain) *= (float)numbers[3];
-        return {dx, to_mean, to_variance, to_gain, Tensor(), to_weight, numbers[2] != 0 ? to_bias : Tensor()};
+        return {dx, to_mean, to_variance, to_gain, to_weight, numbers[2] != 0 ? to_bias : Tensor()};
     }
 
     /* A second derivative is not known: let whoever asks for it be told. */
@@ -164,69 +155,24 @@ struct Normalize : torch::autograd::Function<Normalize> {
 
 /* Return y and the statistics, or nothing where the kernels cannot take these tensors: they trust every type, layout
    and shape. */
-std::vector<Tensor> filter(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
-                           const Maybe &factor, const Maybe &weight, const Maybe &bias, const Maybe &used,
-                           const Maybe &newest, double eps, double newness, int64_t groups)
-{
-    if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain) || !has_shape(factor, {}))
-        return {};
-    auto vector = x.sizes().slice(1, 1);
-    for (const Maybe *t : {&weight, &bias, &used, &newest})
-        if (!has_shape(*t, vector))
-            return {};
-    int64_t wide[] = {groups, x.size(1)};
-    for (const Maybe *t : {&prior_mean, &prior_variance})
-        if (!has_shape(*t, vector) && !(has_shape(*t, wide) && has_shape(prior_mean, wide) && has_shape(prior_variance, wide)))
-            return {};
-    return Normalize::apply(x, prior_mean, prior_variance, gain, factor, weight, bias, used, newest, eps, newness, groups);
-}
-
 std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
                               const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest, double eps,
                               double newness, int64_t groups)
 {
-    return filter(x, prior_mean, prior_variance, gain, std::nullopt, weight, bias, used, newest, eps, newness, groups);
-}
-
-/* Whether operations run as they are called: nothing transforms them. */
-bool is_eager(const Tensor &x)
-{
-    return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-           !x.key_set().has(c10::DispatchKey::Python);
-}
-
-/* One layer by itself, in training, with a constant prior for all groups: refine, normalize, track. A forward that a
-   checkpoint runs again in the backward pass uses the innovation of `then`, and is not tracked. Return y, the statistics
-   and, tracked, the innovation as it was, or nothing where the kernels cannot take these tensors; see `alone.py`. */
-std::vector<Tensor> alone(const Tensor &x, const Tensor &prior_mean, const Tensor &prior_variance, const Tensor &logit,
-                          const Tensor &factor, const Maybe &weight, const Maybe &bias, const Maybe &then,
-                          const std::vector<Tensor> &remembered, const std::vector<double> &numbers, int64_t size)
-{
-    bool is_again = torch::autograd::get_current_graph_task_id() != -1;
-    const Tensor &innovation = is_again && then ? *then : remembered.at(0), &count = remembered.at(5);
-    double eps = numbers.at(0), momentum = numbers.at(1), images = x.dim() ? x.size(0) : 0, many = numbers.at(3);
-    int64_t group = size && size < images ? size : images;
-    if (x.dim() < 2 || !group || x.size(0) % group || !is_eager(x))
+    if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain))
         return {};
     auto vector = x.sizes().slice(1, 1);
-    for (const Tensor &t : {prior_mean, prior_variance, innovation, remembered[0], remembered.at(3), remembered.at(4)})
-        if (!has_shape(t, vector) || t.requires_grad())
+    for (const Maybe *t : {&weight, &bias})
+        if (!has_shape(*t, vector))
             return {};
-    if (!count.is_cpu() || count.scalar_type() != at::kLong)
-        return {};
-    Tensor refined = at::empty_like(prior_variance);
-    float *out = values_of(refined), *predicted = values_of(prior_variance), *ratio = values_of(innovation);
-    for (int64_t c = 0, end = refined.numel(); c < end; c++)
-        out[c] = predicted[c] * std::exp(ratio[c]);
-    auto made = filter(x, prior_mean, refined, logit, factor, weight, bias, remembered.at(1), remembered.at(2), eps,
-                       std::min(1.0, images / many), x.size(0) / group);
-    if (!is_again && !made.empty()) {
-        std::vector<Tensor> record = {made[1], prior_mean, refined, innovation};
-        record.insert(record.end(), remembered.begin(), remembered.end());
-        auto before = track(record, {7}, {1 - std::pow(1 - numbers.at(2), images / many), momentum, eps}, true);
-        made.push_back(before.value().at(0));
-    }
-    return made;
+    int64_t wide[] = {groups, x.size(1)}, pair[] = {2, x.size(1)};
+    for (const Maybe *t : {&used, &newest})
+        if (!has_shape(*t, pair))
+            return {};
+    for (const Maybe *t : {&prior_mean, &prior_variance})
+        if (!has_shape(*t, vector) && !(has_shape(*t, wide) && has_shape(prior_mean, wide) && has_shape(prior_variance, wide)))
+            return {};
+    return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
 }
 
 } // namespace
@@ -238,11 +184,8 @@ TORCH_LIBRARY(bkn, library)
                 "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
-    library.def("alone(Tensor x, Tensor prior_mean, Tensor prior_variance, Tensor logit, Tensor factor, Tensor? weight, "
-                "Tensor? bias, Tensor? then, Tensor[] remembered, float[] numbers, int size) -> Tensor[]",
-                alone);
     library.class_<Row>("Row")
-        .def(torch::init<std::vector<Tensor>, std::vector<int64_t>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
+        .def(torch::init<std::vector<Tensor>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
         .def("parts", &Row::parts)
         .def("begin", &Row::begin)
         .def("finish", &Row::finish);

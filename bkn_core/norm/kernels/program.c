@@ -107,7 +107,7 @@ static void put(const Line *l, int parameter, int64_t c, float gradient)
 
 static void evaluate(const Line *l, float *v, float *room, int64_t threads)
 {
-    const float *p0 = l->parameters[0], *p1 = l->parameters[1], *p2 = l->parameters[2];
+    const float *p0 = l->parameters[0], *p1 = l->parameters[1], *p2 = l->parameters[2], *p3 = l->parameters[3];
     float *mean = v + l->out_mean, *variance = v + l->out_variance;
     const float *am = v + l->a_mean, *av = v + l->a_variance, *bm = v + l->b_mean, *bv = v + l->b_variance;
     if (l->operation == CONVOLUTION)
@@ -154,8 +154,8 @@ static void evaluate(const Line *l, float *v, float *room, int64_t threads)
             case REFINE:
                 scale = sqrt(av[c] + l->x);
                 log_scale = (p1 ? p1[c] : 0) + (double)(p2 ? p2[c] : 0);
-                mean[c] = (float)(am[c] + (p0 ? p0[c] * scale : 0));
                 v[l->b_mean + c] = (float)exp(log_scale); /* kept: the innovation moves before the backward pass */
+                mean[c] = (float)(am[c] + ((p0 ? p0[c] : 0) + (double)(p3 ? p3[c] : 0)) * scale);
                 variance[c] = av[c] * v[l->b_mean + c];
                 break;
             case GAIN:
@@ -218,9 +218,11 @@ static void reverse(const Line *l, const float *v, float *g, float *room, int64_
                 put(l, 0, c, (float)(gm * scale));
                 put(l, 1, c, (float)(gv * av[c] * factor));
                 gam[c] += gm;
-                gav[c] += (float)(gv * factor + (p0 ? 0.5 * gm * p0[c] / scale : 0));
+                gav[c] += (float)(gv * factor + (p0 ? 0.5 * gm * p0[c] / scale : 0)); /* the innovation is a constant */
                 break;
             case GAIN:
+                if (!l->gradients[0]) /* a computed one has moved since */
+                    break;
                 factor = gain(l);
                 put(l, 0, c, (float)(gm * *(const float *)l->parameters[1] * (l->x ? factor * (1 - factor) : 1)));
                 break;

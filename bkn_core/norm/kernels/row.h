@@ -8,7 +8,6 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
-#include <cstring>
 #include <unordered_set>
 
 #include "calls.h"
@@ -67,8 +66,7 @@ struct Parts : torch::autograd::Function<Parts> {
 };
 
 class Row : public torch::CustomClassHolder {
-    std::vector<Tensor> tensors, moving, before, pieces; /* `before`: of the moving ones, as they were at the beginning */
-    std::vector<bool> moves;
+    std::vector<Tensor> tensors, pieces;
     std::vector<std::pair<const void *, std::vector<int64_t>>> known; /* address and strides of each tensor */
     Tensor lines, places, values, row;
     int64_t accumulates, version = 0;
@@ -88,7 +86,7 @@ class Row : public torch::CustomClassHolder {
     {
         int64_t sum = 0;
         for (size_t i = 0; i < tensors.size(); i++)
-            sum += moves[i] ? 0 : tensors[i]._version();
+            sum += tensors[i]._version();
         return sum;
     }
 
@@ -130,28 +128,23 @@ class Row : public torch::CustomClassHolder {
     }
 
 public:
-    /* `given` is what the program reads, of which those numbered in `moved` may move in between. `lines` is (lines, fields)
-       with the addresses of the tensors; `places` are (n, 4), see `_Structure` in `native_program.py`. `sizes` are the size
+    /* `given` is what the program reads. `lines` is (lines, fields) with the addresses of the tensors; `places` are (n, 4), see `_Structure` in `native_program.py`. `sizes` are the size
        of the arena and of the row. */
-    Row(std::vector<Tensor> given, std::vector<int64_t> moved, Tensor lines, Tensor places, int64_t accumulates,
-        std::vector<int64_t> sizes)
-        : tensors(std::move(given)), moves(tensors.size()), lines(std::move(lines)), places(std::move(places)),
-          accumulates(accumulates)
+    Row(std::vector<Tensor> given, Tensor lines, Tensor places, int64_t accumulates, std::vector<int64_t> sizes)
+        : tensors(std::move(given)), lines(std::move(lines)), places(std::move(places)), accumulates(accumulates)
     {
         for (const Tensor &t : tensors)
             known.emplace_back(t.const_data_ptr(), t.strides().vec());
-        for (int64_t i : moved)
-            moves[i] = true, moving.push_back(tensors[i]), before.push_back(at::empty_like(tensors[i]));
         values = at::empty({sizes[0]});
         row = values.narrow(0, 0, sizes[1]).requires_grad_();
     }
 
-    /* Return the row, pieces of it (of size 0: a single value), and what stands for the moving tensors. */
-    std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> parts(std::vector<int64_t> sizes)
+    /* Return the row and pieces of it (of size 0: a single value). */
+    std::tuple<Tensor, std::vector<Tensor>> parts(std::vector<int64_t> sizes)
     {
         at::AutoGradMode on(true);
         pieces = Parts::apply(row, sizes);
-        return {row, pieces, before};
+        return {row, pieces};
     }
 
     /* Fill the row, and return whether that could be done. A backward pass through a forward of an earlier block sees newer
@@ -166,8 +159,6 @@ public:
         call(run_evaluate, lines, nullptr);
         for (const Tensor &piece : pieces)
             note_change(piece);
-        for (size_t i = 0; i < moving.size(); i++)
-            std::memcpy(before[i].data_ptr(), moving[i].const_data_ptr(), moving[i].nbytes());
         row.mutable_grad() = Tensor();
         version = sum_of_versions();
         return true;

@@ -1,13 +1,18 @@
-/* What layers remember of a forward: innovations and moving statistics. The formulas stand in `tracking.py`. */
+/* What layers remember of a forward: innovations, uncertainty and moving statistics. The formulas stand in `tracking.py`
+   and `uncertainty.py`. */
 
 #include "calls.h"
 #include "parallel.h"
 
-static const float FARTHEST = 2980.958F, LIMIT = 2; /* e^8 of a ratio, of an innovation as a logarithm */
+static const double LARGEST_RATIO = 2980.958, MEMORY = 0.05, LARGEST_INNOVATION = 60, FIRST_NOISE = 0.1; /* as in `uncertainty.py` */
 
-static float within(float value, float limit)
+typedef struct {
+    double square[2], product[2], noise[2]; /* sums over channels of e², e e_before and R, of mean and variance */
+} Sums;
+
+static double clamp(double value, double low, double high)
 {
-    return value > limit ? limit : value < -limit ? -limit : value;
+    return value > high ? high : value < low ? low : value;
 }
 
 static float average(const float *values, int64_t groups, int64_t stride)
@@ -18,34 +23,124 @@ static float average(const float *values, int64_t groups, int64_t stride)
     return (float)(sum / (double)groups);
 }
 
-static void move_innovation(const Tracked *t, int64_t c)
+/* How fast the innovations of mean and variance move. */
+static void find_speeds(const Tracked *t, double *speeds)
+{
+    double forwards = t->uncertainty[0], by_age = 1 / (forwards > 1 ? forwards : 1);
+    for (int i = 0; i < 2; i++) {
+        double error = t->uncertainty[1 + i], noise = t->uncertainty[3 + i];
+        error = error > 0 ? error : 0, noise = noise > 0 ? noise : 0;
+        double gain = forwards > 0 ? error / (error + noise > 1e-30 ? error + noise : 1e-30) : 1;
+        double slowest = by_age > t->slowest ? by_age : t->slowest;
+        speeds[i] = gain > slowest ? gain : slowest;
+    }
+}
+
+static void move_innovation(const Tracked *t, int64_t c, const double *speeds, Sums *sums)
 {
     const float *means = t->statistics + 2 * t->groups * t->channels, *variances = means + t->groups * t->channels;
-    double spread = 0, predicted = 0, groups = (double)t->groups;
+    double spread = 0, predicted = 0, shift = 0, groups = (double)t->groups, mean = 0;
     for (int64_t g = 0; g < t->groups; g++) {
-        float d = means[g * t->channels + c] - t->prior_mean[g * t->prior_stride + c];
+        double d = (double)means[g * t->channels + c] - t->prior_mean[g * t->prior_stride + c];
         spread += variances[g * t->channels + c] + d * d;
+        shift += d;
         predicted += t->prior_variance[g * t->prior_stride + c];
+        mean += means[g * t->channels + c];
     }
-    float ratio = (float)((spread / groups + t->eps) / (predicted / groups + t->eps)), before = expf(t->innovation[c]);
-    float seen = ratio * (t->inside[c] == t->innovation[c] ? before : expf(t->inside[c]));
-    seen = seen > FARTHEST ? FARTHEST : seen < 1 / FARTHEST ? 1 / FARTHEST : seen;
-    t->innovation[c] = within(logf(before + (float)t->weight * (seen - before)), LIMIT);
+    spread /= groups, predicted /= groups, shift /= groups, mean /= groups;
+    double rest = shift * (1 - speeds[0]), mended = spread - shift * shift + rest * rest;
+    mended = (mended > 0 ? mended : 0) + t->eps;
+    double ratio = clamp(mended / (predicted + t->eps), 1 / LARGEST_RATIO, LARGEST_RATIO), noise[2] = {0, 0}, around = 0;
+    for (int pass = 0; t->groups > 1 && pass < 2; pass++)
+        for (int64_t g = 0; g < t->groups; g++) {
+            double d = (double)means[g * t->channels + c] - t->prior_mean[g * t->prior_stride + c] - shift;
+            double square = variances[g * t->channels + c] + d * d;
+            if (pass == 0) {
+                around += square / groups;
+                noise[0] += d * d / (groups - 1);
+            } else {
+                noise[1] += (square - around) * (square - around) / (groups - 1);
+            }
+        }
+    double before = exp(t->innovation[c]), deviation = sqrt(predicted / before + t->eps);
+    double values[2] = {shift / sqrt(spread + t->eps), ratio - 1};
+    if (!isfinite((float)spread))
+        values[0] = values[1] = NAN;
+    double after[2] = {t->mean_innovation[c] + speeds[0] * shift / deviation,
+                       clamp(t->innovation[c] + log1p(speeds[1] * values[1]), -LARGEST_INNOVATION, LARGEST_INNOVATION)};
+    noise[0] /= mended, noise[1] = isfinite((float)(mended * mended)) ? noise[1] / (mended * mended) : NAN;
+    for (int i = 0; i < 2; i++) {
+        float *last = t->residual + i * t->channels + c;
+        double value = clamp(values[i], -1, 1);
+        sums->square[i] += value * value;
+        sums->product[i] += value * *last;
+        sums->noise[i] += noise[i];
+        if (isfinite(values[0]) && isfinite(values[1]))
+            *last = (float)value;
+    }
+    if (isfinite((float)after[0]) && isfinite((float)after[1]) && isfinite(values[0]) && isfinite(values[1])) {
+        t->mean_innovation[c] = (float)after[0];
+        t->innovation[c] = (float)after[1];
+    }
     t->sensitivity[c] = t->newest[c];
+    t->sensitivity[t->channels + c] = t->newest[t->channels + c];
+}
+
+static void move_uncertainty(const Tracked *t, const double *speeds, const Sums *sums)
+{
+    float *state = t->uncertainty, moved[5] = {state[0] + 1};
+    int is_sound = 1;
+    double groups = (double)t->groups, channels = (double)t->channels, weight = 1 / ((double)state[0] + 1), most = 0;
+    weight = weight > MEMORY ? weight : MEMORY;
+    for (int i = 0; i < 2; i++) {
+        double square = sums->square[i] / channels, noise = sums->noise[i] / channels, error = square - noise / groups;
+        if (t->groups == 1) {
+            error = sums->product[i] / channels + speeds[i] * square;
+            noise = square - error;
+        }
+        if (state[0] == 0) { /* the first forward has been believed */
+            noise = t->groups > 1 ? noise : FIRST_NOISE;
+            error = noise / groups;
+        }
+        moved[1 + i] = state[1 + i] + (float)(weight * (error - state[1 + i]));
+        moved[3 + i] = state[3 + i] + (float)(weight * (noise - state[3 + i]));
+        is_sound = is_sound && isfinite(moved[1 + i]) && isfinite(moved[3 + i]);
+    }
+    for (int i = 0; is_sound && i < 5; i++)
+        state[i] = moved[i];
+    if (!t->gain || state[0] == 0)
+        return;
+    for (int i = 0; i < 2; i++) {
+        double error = state[1 + i] > 0 ? state[1 + i] : 0, noise = state[3 + i] > 0 ? state[3 + i] : 0;
+        double gain = error / (error + noise > 1e-30 ? error + noise : 1e-30);
+        most = gain > most ? gain : most;
+    }
+    *t->gain = (float)most;
+}
+
+static void move_statistics(const Tracked *t, int64_t c)
+{
+    float mean = average(t->statistics + c, t->groups, t->channels);
+    float variance = average(t->statistics + 4 * t->groups * t->channels + c, t->groups, t->channels);
+    if (!isfinite(mean) || !isfinite(variance))
+        return;
+    t->running_mean[c] += (float)t->momentum * (mean - t->running_mean[c]);
+    t->running_var[c] += (float)t->momentum * (variance - t->running_var[c]);
 }
 
 static void move(const void *task, int64_t first, int64_t last)
 {
     for (const Tracked *t = (const Tracked *)task + first, *end = (const Tracked *)task + last; t < end; t++) {
-        const float *after = t->statistics + 4 * t->groups * t->channels;
-        for (int64_t c = 0; t->innovation && c < t->channels; c++)
-            move_innovation(t, c);
-        for (int64_t c = 0; t->running_mean && c < t->channels; c++) {
-            float mean = average(t->statistics + c, t->groups, t->channels);
-            float variance = average(after + c, t->groups, t->channels);
-            t->running_mean[c] += (float)t->momentum * (mean - t->running_mean[c]);
-            t->running_var[c] += (float)t->momentum * (variance - t->running_var[c]);
+        if (t->innovation) {
+            double speeds[2];
+            Sums sums = {{0}};
+            find_speeds(t, speeds);
+            for (int64_t c = 0; c < t->channels; c++)
+                move_innovation(t, c, speeds, &sums);
+            move_uncertainty(t, speeds, &sums);
         }
+        for (int64_t c = 0; t->running_mean && c < t->channels; c++)
+            move_statistics(t, c);
     }
 }
 

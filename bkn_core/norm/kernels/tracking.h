@@ -19,25 +19,25 @@ struct Reader {
     {
         return tensors.at(at++);
     }
-    float *vector(int64_t channels, bool moves)
+    float *values(at::IntArrayRef shape, bool moves)
     {
         const Tensor &t = next();
-        fits = fits && is_dense(t) && t.dim() == 1 && t.size(0) == channels;
+        fits = fits && is_dense(t) && t.sizes() == shape;
         if (fits && moves)
             moved.push_back(t);
         return fits ? t.data_ptr<float>() : nullptr;
     }
 };
 
-/* Move the innovations, sensitivities and moving statistics of layers, and count. Return the innovations as they were,
-   or nothing where the kernel cannot take these tensors. `forms` says which tensors a record has, see `tracking.py`;
+/* Move what layers remember, and count. Return the innovations of the variance and of the mean as they were, by turns, or
+   nothing where the kernel cannot take these tensors. `forms` says which tensors a record has, see `tracking.py`;
    `numbers` are three to a record, see `Tracked`. */
 std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, const std::vector<int64_t> &forms,
                                          const std::vector<double> &numbers, bool is_alone)
 {
     size_t expected = 0;
     for (int64_t form : forms)
-        expected += 1 + (form & 1 ? 6 : 0) + (form & 2 ? 2 : 0) + (form & 4 ? 1 : 0);
+        expected += 1 + (form & 1 ? 8 : 0) + (form & 2 ? 2 : 0) + (form & 4 ? 1 : 0) + (form & 8 ? 1 : 0);
     if (tensors.size() != expected)
         return std::nullopt;
     Reader reader{tensors};
@@ -58,19 +58,22 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
                 return std::nullopt;
             row.prior_mean = mean.data_ptr<float>(), row.prior_variance = variance.data_ptr<float>();
             row.prior_stride = mean.dim() > 1 ? row.channels : 0;
-            row.inside = reader.vector(row.channels, false);
-            before.push_back(reader.tensors.at(reader.at)), widths.push_back(row.channels);
-            row.innovation = reader.vector(row.channels, true);
-            row.sensitivity = reader.vector(row.channels, true);
-            row.newest = reader.vector(row.channels, false);
+            for (int j = 0; j < 2; j++)
+                before.push_back(reader.tensors.at(reader.at + j)), widths.push_back(row.channels);
+            int64_t vector[] = {row.channels}, pair[] = {2, row.channels}, five[] = {5};
+            row.innovation = reader.values(vector, true), row.mean_innovation = reader.values(vector, true);
+            row.sensitivity = reader.values(pair, true), row.residual = reader.values(pair, true);
+            row.newest = reader.values(pair, false), row.uncertainty = reader.values(five, true);
         }
+        if (forms[i] & 8)
+            row.gain = reader.values({}, true);
         if (forms[i] & 2) {
-            row.running_mean = reader.vector(row.channels, true);
-            row.running_var = reader.vector(row.channels, true);
+            int64_t vector[] = {row.channels};
+            row.running_mean = reader.values(vector, true), row.running_var = reader.values(vector, true);
         }
         if (forms[i] & 4)
             counts.push_back(reader.next());
-        row.weight = numbers[3 * i], row.momentum = numbers[3 * i + 1], row.eps = numbers[3 * i + 2];
+        row.slowest = numbers[3 * i], row.momentum = numbers[3 * i + 1], row.eps = numbers[3 * i + 2];
         rows.push_back(row);
     }
     for (const Tensor &count : counts)
@@ -79,9 +82,7 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
     if (!reader.fits)
         return std::nullopt;
     at::AutoGradMode off(false);
-    if (before.size() == 1)
-        before[0] = before[0].clone();
-    else if (!before.empty())
+    if (!before.empty())
         before = at::cat(before).split_with_sizes(widths);
     Records all = {static_cast<int64_t>(rows.size()), is_alone ? at::get_num_threads() : 1, rows.data()};
     run_track(&all);
