@@ -23,6 +23,10 @@ InsideOne = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[InsideOne | None, Field(description="a number above 0 and below 1, or null for none")]
 Gain = Annotated[Literal["auto"] | Annotated[float, Field(gt=0, le=1)], Field(description="auto or a number in (0, 1]")]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}+$", description="text (in quotes where it looks like a number)")]
+ShareOrFolder = Annotated[
+    InsideOne | Text | None,
+    Field(description="a share of the training images above 0 and below 1, the path of a folder of CLASS/*, or null"),
+]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$", description="letters, digits and any of _ . -")]
 Device = Annotated[str, Field(pattern="^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="auto, cpu, mps or cuda[:N]")]
 ArgumentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -99,13 +103,18 @@ class BatchConfig(Section):
 
 
 class DataConfig(Section):
-    """The images and what is done to them."""
+    """The images and what is done to them.
+
+    `validation` images are those that epochs are compared on, in place of the test images: a share, drawn from all
+    training images in proportion to the classes, or a folder of their own. `train_images` counts what is left.
+    """
 
     name: Text = "digits"
     root: Text = "data"
     image_size: Size = None
     train_images: Limit = None
     test_images: Limit = None
+    validation: ShareOrFolder = None
     augment: Literal["none", "flip", "crop_flip"] = "none"
     download: Flag = False
 

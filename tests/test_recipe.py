@@ -37,7 +37,8 @@ model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
        gain_schedule: anneal, correction: true, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
 batch: {gradient: 128, statistics: 2, per_device: 128}
-data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, augment: none, download: false}
+data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, validation: null,
+       augment: none, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
         deterministic: false, nonfinite: stop}
 optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
