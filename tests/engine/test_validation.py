@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import CPU, FULL, STEPS, assert_same_run, status, stop_at, tiny, train_in_parts
+from torch import nn
 
 import bkn_core as bkn
 from bkn_core.engine import training as engine_training
@@ -192,11 +193,12 @@ def test_results_are_those_of_the_last_weights_on_the_test_images(held_out: Path
 def test_the_test_images_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = engine_training.measure_model
-    monkeypatch.setattr(
-        engine_training,
-        "measure_model",
-        lambda m, images, *a, **k: (measured.append(len(images)), measure(m, images, *a, **k))[1],
-    )
+
+    def counted(model: nn.Module, images: ImageSet | LazyImageSet, *arguments: Any, **options: Any) -> Any:
+        measured.append(len(images))
+        return measure(model, images, *arguments, **options)
+
+    monkeypatch.setattr(engine_training, "measure_model", counted)
     train(tiny(HELD_OUT), out=tmp_path / "run")
     assert measured == [29, 29, 40]
 
