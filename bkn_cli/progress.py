@@ -54,8 +54,10 @@ class TrainingProgress:
         self.reporter.phase = "stepping"
         known = f", {event.priors} of {event.norms} norm layers with a prior" if event.priors else ""
         where = f", from step {event.step}" if event.step else ""
+        held_out = f", {event.validation_images} validation" if event.validation_images else ""
         self.reporter.say(
-            f"{event.train_images} training and {event.test_images} test images, {event.parameters:,} parameters"
+            f"{event.train_images} training{held_out} and {event.test_images} test images, "
+            f"{event.parameters:,} parameters"
             f"{known}, on {event.device}{where}"
         )
         self.reporter.say(f"run folder: {event.run}")
@@ -75,7 +77,8 @@ class TrainingProgress:
         )
 
     def _epochended(self, event: Any) -> None:
-        measured = ", ".join(f"top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in event.top1.items())
+        images = "validation " if event.images == "validation" else ""
+        measured = ", ".join(f"{images}top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in event.top1.items())
         self.reporter.say(
             f"epoch {event.epoch:>3}/{event.epochs}  training loss {event.train_loss:.4f}  {measured}  "
             f"{event.images_per_second:.0f} images/s"

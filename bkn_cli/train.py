@@ -88,11 +88,12 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
         result = bkn_core.train(recipe, out=out, resume=resume, on_event=progress, should_stop=reporter.should_stop)
     if os.environ.get("RANK", "0") != "0":
         return
-    reporter.text(f"{result.run}, last epoch:")
+    held_out = recipe.data.validation is not None
+    reporter.text(f"{result.run}, last epoch{' on the test images' if held_out else ''}:")
     reporter.table(metrics_table(result.metrics))
     reporter.text(
         f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s; "
-        f"best epoch {result.best_epoch}: top-1 {100 * result.best_top1:.2f} %"
+        f"best epoch {result.best_epoch}: {'validation ' if held_out else ''}top-1 {100 * result.best_top1:.2f} %"
     )
     place = shlex.quote(str(result.run))
     reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
@@ -129,6 +130,7 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     facts: dict[str, Any] = {
         "run": run_name(recipe),
         "train_images": len(splits.train),
+        **({} if splits.validation is None else {"validation_images": len(splits.validation)}),
         "test_images": len(splits.test),
         "classes": len(splits.classes),
         "parameters": count_parameters(model),

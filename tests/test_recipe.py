@@ -37,7 +37,8 @@ model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
        gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
 batch: {gradient: 128, statistics: 2, per_device: 128}
-data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, augment: none, download: false}
+data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, validation: null,
+       augment: none, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
         deterministic: false, nonfinite: stop}
 optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
@@ -79,6 +80,8 @@ def test_arguments_of_the_model_are_replaced_as_a_whole_by_a_file_and_one_by_one
         ("optim.lr=1", "optim", "lr", 1.0),
         ("eval.topk=[1,3]", "eval", "topk", (1, 3)),
         ("data.train_images=null", "data", "train_images", None),
+        ("data.validation=0.2", "data", "validation", 0.2),
+        ("data.validation=photos/val", "data", "validation", "photos/val"),
         ("data.root=~/images:1/x.zip", "data", "root", "~/images:1/x.zip"),
         ("data.image_size=[16, 24]", "data", "image_size", (16, 24)),
         ("norm={kind: in, eps: 1e-3}", "norm", "kind", "in"),
@@ -163,6 +166,8 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
         ("optim: {lr: 1e999}", "optim.lr is inf; give a finite number above 0"),
         ("norm: {gain: 1.5}", "norm.gain is 1.5; give auto or a number in (0, 1]"),
         ("data: {image_size: [1, 2, 3]}", "data.image_size is [1, 2, 3]; give an integer"),
+        ("data: {validation: 1}", "data.validation is 1; give a share of the training images above 0 and below 1, the"),
+        ("data: {validation: true}", "data.validation is true; give a share of the training images"),
         ("data: {name: 2024}", "data.name is 2024; give text (in quotes where it looks like a number)"),
         ('data: {root: "a\\0b"}', "data.root is 'a\\x00b'; give text"),
         ("model: {args: {x: [1]}}", "model.args is {'x': [1]}; give a mapping of argument names to plain values"),
@@ -282,12 +287,12 @@ def test_resolved_recipe_loads_to_an_equal_one(write: Any) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
-@pytest.mark.parametrize("module", ["recipe", "recipe_file"])
+@pytest.mark.parametrize("module", ["recipe", "recipe_file", "recipe_sections"])
 def test_reading_recipes_needs_nothing_heavy(module: str) -> None:
     tree = ast.parse((Path(__file__).parent.parent / "bkn_core" / f"{module}.py").read_text())
     roots = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"bkn_core", "bkn_core.errors", "bkn_core.recipe_file"}
+    ours = {"bkn_core", "bkn_core.errors", "bkn_core.recipe_file", "bkn_core.recipe_sections"}
     assert {str(root).split(".")[0] for root in roots - ours} <= {
         *sys.stdlib_module_names,
         "yaml",

@@ -1,4 +1,4 @@
-"""The picture of a comparison: test accuracy over the epochs, one line for each row."""
+"""The picture of a comparison: accuracy over the epochs, one line for each row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("test top-1 in %")
+    axes[0].set_ylabel(f"{_images(cells)} top-1 in %")
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if lines:
         title = "mean of seeds, band\nfrom worst to best" if any(row.n > 1 for row in rows) else None
@@ -66,14 +66,27 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float]]:
-    """Return the test top-1 in % of a row's finished cells, by each epoch that all of them have."""
+    """Return the top-1 in % of a row's finished cells, by each epoch that all of them have."""
     histories = []
     for cell in cells:
         if row.holds(cell) and mode in cell.top1:
             epochs = [record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"]
-            histories.append({record["epoch"]: 100 * record[f"{mode}_top1"] for record in epochs})
+            histories.append({record["epoch"]: 100 * _top1(record, mode) for record in epochs})
     common = [epoch for epoch in (histories[0] if histories else ()) if all(epoch in other for other in histories)]
     return {epoch: [history[epoch] for history in histories] for epoch in common}
+
+
+def _top1(record: dict[str, Any], mode: str) -> float:
+    """Return an epoch's top-1 on the validation images where the run has some, or else on the test images."""
+    key = f"validation_{mode}_top1"
+    return float(record[key] if key in record else record[f"{mode}_top1"])
+
+
+def _images(cells: Sequence[Cell]) -> str:
+    """Name the images that the epochs of the finished cells were measured on."""
+    rows = [RunFolder(cell.run).records() for cell in cells if cell.top1]
+    held_out = {any(key.startswith("validation_") for record in records for key in record) for records in rows}
+    return " or ".join(name for name, flag in (("test", False), ("validation", True)) if flag in held_out) or "test"
 
 
 def _draw_row(axis: Any, history: dict[int, list[float]], label: str, look: dict[str, Any]) -> None:

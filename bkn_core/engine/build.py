@@ -32,6 +32,7 @@ def load_splits(recipe: Recipe) -> DataSplits:
         image_size=data.image_size,
         train_images=data.train_images,
         test_images=data.test_images,
+        validation=data.validation,
         color=None if is_builtin(recipe.model.name) else "RGB",
         download=data.download,
     )

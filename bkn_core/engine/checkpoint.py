@@ -142,7 +142,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def deciding_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Return the sections and keys of a recipe that decide the weights: a resumed run has them unchanged."""
-    return recipe.model_dump(mode="json", exclude=_FREE)
+    keys: dict[str, dict[str, Any]] = recipe.model_dump(mode="json", exclude=_FREE)
+    if isinstance(recipe.data.validation, str):
+        keys["data"]["validation"] = "folder"  # it may lie elsewhere, as data.root may
+    return keys
 
 
 def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
@@ -152,7 +155,8 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
         InputError: naming every key that changed.
     """
     own = deciding_keys(recipe)
-    changed = [f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved[name][key]]
+    # A key that came after the state was saved is null there: what it adds was not asked for.
+    changed = [f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved[name].get(key)]
     if changed:
         raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
 
@@ -219,7 +223,7 @@ def weights_path(target: Path) -> Path:
         raise InputError(f"{target} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
     if target.is_file():
         return target
-    for name in ("last", "best"):  # the best epoch was chosen on the test images: the last is the honest one
+    for name in ("last", "best"):  # without data.validation the best was chosen on the test images
         path = target / "checkpoints" / f"{name}.safetensors"
         if path.is_file():
             return path

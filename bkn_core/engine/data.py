@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bkn_core.engine.arrays import open_digits, open_npz
-from bkn_core.engine.folders import open_image_folder
+from bkn_core.engine.folders import open_image_folder, open_validation_folder
 from bkn_core.engine.pictures import CHANNELS, Color
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
-from bkn_core.engine.sources import Source, choose
+from bkn_core.engine.sources import Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError, RecipeError
 
@@ -76,12 +76,20 @@ class LazyImageSet:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Training and test images of one size and colour, and what makes them a model's input."""
+    """Training, test and, where they are held out, validation images of one size and colour, and what makes them a
+    model's input.
+    """
 
     train: ImageSet | LazyImageSet
     test: ImageSet | LazyImageSet
     preprocess: Preprocess
     classes: tuple[str, ...]
+    validation: ImageSet | LazyImageSet | None = None
+
+    @property
+    def deciding(self) -> ImageSet | LazyImageSet:
+        """The images that epochs are compared on: those held out for it, or else the test images."""
+        return self.test if self.validation is None else self.validation
 
 
 def load_data(
@@ -91,6 +99,7 @@ def load_data(
     image_size: int | tuple[int, int] | None,
     train_images: int | None = None,
     test_images: int | None = None,
+    validation: float | str | None = None,
     color: Color | None = None,
     download: bool = False,
 ) -> DataSplits:
@@ -103,6 +112,9 @@ def load_data(
         train_images: How many training images, equally many of each class as far as they go; the choice is fixed
             and made before anything is decoded. None takes all.
         test_images: The same for test images.
+        validation: The images that choices are made on: a share of all training images, held out before
+            `train_images` are chosen from the rest, in proportion to the classes and always the same ones; or, for
+            `imagefolder`, the path of a folder of CLASS/*.
         color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
         download: Let torchvision fetch what is missing.
 
@@ -110,8 +122,15 @@ def load_data(
         RecipeError: There is no such data set, or it has fewer images than asked for.
         InputError: A file is missing, damaged or not safe to read.
     """
-    train, test = _open(name, Path(root).expanduser(), download=download)
-    train = _subset(train, train_images, f"{name} has {{}} training images", "data.train_images")
+    root = Path(root).expanduser()
+    train, test = _open(name, root, download=download)
+    has, held_out = f"{name} has {{}} training images", None
+    if isinstance(validation, str):
+        held_out = _open_validation(validation, name, root, train.classes)
+    elif validation is not None:
+        train, held_out = _hold_out(train, validation, name)
+        has += " beside those of data.validation"
+    train = _subset(train, train_images, has, "data.train_images")
     test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
     color = color or train.color()
     if image_size is None:
@@ -123,7 +142,8 @@ def load_data(
     else:
         sample = train_set.batch(choose(train.labels, min(STATISTICS_IMAGES, len(train_set)), proportional=True))[0]
     preprocess = Preprocess(color, size, *channel_statistics(sample))
-    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes)
+    validation_set = None if held_out is None else _image_set(held_out, color, size)
+    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set)
 
 
 def load_test_images(
@@ -168,6 +188,26 @@ def _open(name: str, root: Path, *, download: bool) -> tuple[Source, Source]:
     nearest = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"Did you mean '{known[nearest[0]]}'?" if nearest else ""
     raise RecipeError(f"data.name is '{name}'; choose one of {', '.join(known.values())}", hint)
+
+
+def _open_validation(path: str, name: str, root: Path, classes: tuple[str, ...]) -> Source:
+    if name != "imagefolder":
+        raise RecipeError(
+            f"data.validation is {path!r}, a folder, but data.name is {name}; only imagefolder takes one",
+            "Give a share of the training images, such as 0.1.",
+        )
+    return open_validation_folder(Path(path).expanduser(), root, classes)
+
+
+def _hold_out(train: Source, share: float, name: str) -> tuple[Source, Source]:
+    available = len(train.labels)
+    count = round(share * available)
+    if not 1 <= count < available:
+        raise RecipeError(
+            f"data.validation is {share}: of the {available} training images of {name} these are {count}",
+            "Give a share that holds out at least one image and leaves one.",
+        )
+    return hold_out(train, count)
 
 
 def _subset(source: Source, count: int | None, has: str, key: str) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Started:
     parameters: int
     train_images: int
     test_images: int
+    validation_images: int
     priors: int
     norms: int
 
@@ -35,7 +37,7 @@ class Stepped:
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnded:
-    """An epoch is done and measured: top-1 and loss by kind of statistics."""
+    """An epoch is done and measured on "test" or "validation" images: top-1 and loss by kind of statistics."""
 
     epoch: int
     epochs: int
@@ -44,6 +46,7 @@ class EpochEnded:
     top1: dict[str, float]
     loss: dict[str, float]
     images_per_second: float
+    images: Literal["test", "validation"]
 
 
 @dataclasses.dataclass(frozen=True)

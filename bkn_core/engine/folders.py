@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ TRAIN = "train"
 TEST_NAMES = ("test", "val")
 SPLITS = (TRAIN, *TEST_NAMES)
 THREADS = 2
+VALIDATION = "validation"
 LAYOUT = "Expected ROOT/train/CLASS/*.png (or jpg ...) and ROOT/test/CLASS/* or ROOT/val/CLASS/*; ROOT may be a .zip."
+VALIDATION_LAYOUT = "Expected FOLDER/CLASS/*.png (or jpg ...), with the classes of the training images."
 
 # Paths of the pictures, relative to the root, of each (split, class).
 Listing = dict[tuple[str, str], list[str]]
@@ -39,6 +42,42 @@ def open_image_folder(root: Path) -> tuple[PictureSource, PictureSource]:
     classes = tuple(sorted(name for split, name in listing if split == TRAIN))
     _refuse_uneven(listing, test, root)
     return _source(listing, TRAIN, classes, root, read), _source(listing, test, classes, root, read)
+
+
+def open_validation_folder(folder: Path, root: Path, classes: tuple[str, ...]) -> PictureSource:
+    """List the images of FOLDER/CLASS/*, which are to be others than those the root holds for training and testing.
+
+    Args:
+        folder: The folder.
+        root: The folder or zip file that `open_image_folder` opened.
+        classes: The classes of its training images.
+
+    Raises:
+        InputError: The folder is missing or the training or test folder itself, a class is missing, unknown or empty,
+            or something under it is not safe to read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"data.validation {folder} is no folder", VALIDATION_LAYOUT)
+    for split, purpose in ((TRAIN, "training"), (_test_folder(root), "test")):
+        if folder.resolve() == (root / split).resolve():
+            raise InputError(
+                f"data.validation {folder} holds the {purpose} images themselves",
+                "Choices are made on images of their own: name another folder, or give a share such as 0.1.",
+            )
+    with _refusing_faults(folder):
+        listing = {(VALIDATION, name): paths for name, paths in _list_classes(folder, folder)}
+    own = {name for _, name in listing}
+    for name in sorted(own.symmetric_difference(classes)):
+        where = f"not in {TRAIN}" if name in own else f"in {TRAIN} but not there"
+        raise InputError(f"data.validation {folder}: class {name!r} is {where}", VALIDATION_LAYOUT)
+    for (_, name), paths in listing.items():
+        _refuse_empty(f"{folder}/{name}", paths)
+    return _source(listing, VALIDATION, classes, folder, lambda path: _read_file(folder / path))
+
+
+def _test_folder(root: Path) -> str:
+    """Return the name of the folder that `open_image_folder` takes the test images from."""
+    return next((name for name in TEST_NAMES if (root / name).is_dir() and any(_folders(root / name, root))), "")
 
 
 def _source(
@@ -66,25 +105,37 @@ def _refuse_uneven(listing: Listing, test: str, root: Path) -> None:
         other = test if split == TRAIN else TRAIN
         if (other, name) not in listing:
             raise InputError(f"{root}: class {name!r} is in {split} but not in {other}", LAYOUT)
-        if not paths:
-            raise InputError(
-                f"class folder {root}/{split}/{name} holds no images", f"Allowed are {', '.join(sorted(SUFFIXES))}."
-            )
+        _refuse_empty(f"{root}/{split}/{name}", paths)
+
+
+def _refuse_empty(folder: str, paths: list[str]) -> None:
+    if not paths:
+        raise InputError(f"class folder {folder} holds no images", f"Allowed are {', '.join(sorted(SUFFIXES))}.")
 
 
 def _list_folder(root: Path) -> tuple[Listing, Callable[[str], bytes]]:
-    try:
+    with _refusing_faults(root):
         listing = {
-            (split.name, label.name): [
-                f"{split.name}/{label.name}/{picture.name}" for picture in _pictures(label, root)
-            ]
+            (split.name, name): [f"{split.name}/{path}" for path in paths]
             for split in _folders(root, root)
             if split.name in SPLITS
-            for label in _folders(split.path, root)
+            for name, paths in _list_classes(split.path, root)
         }
+    return listing, lambda path: _read_file(root / path)
+
+
+def _list_classes(folder: Path | str, root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield every class of a folder under the root with the paths of its pictures, relative to the folder."""
+    for label in _folders(folder, root):
+        yield label.name, [f"{label.name}/{picture.name}" for picture in _pictures(label, root)]
+
+
+@contextlib.contextmanager
+def _refusing_faults(root: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{error.filename or root} cannot be listed: {error.strerror}", "Check it.") from error
-    return listing, lambda path: _read_file(root / path)
 
 
 def _folders(folder: Path | str, root: Path) -> Iterator[os.DirEntry[str]]:

@@ -32,8 +32,8 @@ class TrainResult:
         steps: optimizer steps.
         seconds: time spent in training steps, over all its parts.
         images_per_second: training images per second.
-        metrics: the last epoch's measures by kind of statistics.
-        best_top1: the best epoch's top-1, by the first kind.
+        metrics: the last epoch's measures on the test images, by kind of statistics.
+        best_top1: the best epoch's top-1, by the first kind, on the validation images where the recipe has some.
         best_epoch: which one that was, from 1.
     """
 
@@ -85,16 +85,24 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
     world, epochs = training.world, training.recipe.train.epochs
     watch = _Watch(world, records, should_stop)
     records.started(training)
+    splits = training.splits
+
+    def heed() -> None:
+        if world.size == 1:  # processes that measure on their own cannot agree on a moment to stop
+            watch(training)
+
     metrics: dict[str, Metrics] = {}
     for epoch in range(training.measured, epochs):
         for passes in training.epoch(epoch):
             step = training.take_step(epoch, passes)
             records.stepped(training, epoch, step)
             watch(training)
-        # Processes that measure on their own cannot agree on a moment to stop.
-        metrics = training.measure(lambda: watch(training) if world.size == 1 else None)
+        metrics = training.measure(splits.deciding, heed)
         records.epoch_ended(training, metrics)
-    metrics = metrics or training.measure(lambda: None)  # a finished run that is resumed
+    if splits.validation is not None:
+        metrics = training.measure(splits.test, heed)  # only now: nothing was chosen by them
+    elif not metrics:  # a finished run that is resumed
+        metrics = training.measure(splits.test, lambda: None)
     records.finished(training, metrics)
     world.barrier()
     return TrainResult(

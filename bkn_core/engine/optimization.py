@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bkn_core.norm.schedule import anneal_gain_
 from bkn_core.recipe import OptimConfig, Recipe
@@ -72,3 +73,10 @@ def set_step_(optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe
     if recipe.norm.kind == "bkn" and recipe.norm.gain_schedule == "anneal":
         anneal_gain_(model, step / steps)
     return rate
+
+
+def average_weights(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Return the moving average of a model's weights, if there is a decay; its statistics follow the model's own."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()  # type: ignore[no-untyped-call]

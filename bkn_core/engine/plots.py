@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from bkn_core.engine.files import replacing
@@ -9,6 +10,7 @@ from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import RecipeError
 
 _COLORS = {"population": "tab:blue", "batch": "tab:orange"}
+_IMAGES = {"": "test", "validation_": "validation"}  # what a run's epochs were measured on, one of them
 
 
 def plot_curves(folder: RunFolder) -> None:
@@ -26,10 +28,10 @@ def plot_curves(folder: RunFolder) -> None:
     figure = Figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
     axes = figure.subplots(1, 3 if has_gain else 2)
     _line(axes[0], steps, "loss", "training loss", color="tab:gray")
-    for kind, color in _COLORS.items():
+    for (kind, color), (prefix, images) in itertools.product(_COLORS.items(), _IMAGES.items()):
         style: dict[str, Any] = {"marker": "o", "color": color}
-        _line(axes[0], epochs, f"{kind}_loss", f"test loss, {kind} statistics", **style)
-        _line(axes[1], epochs, f"{kind}_top1", f"test, {kind} statistics", factor=100, **style)
+        _line(axes[0], epochs, f"{prefix}{kind}_loss", f"{images} loss, {kind} statistics", **style)
+        _line(axes[1], epochs, f"{prefix}{kind}_top1", f"{images}, {kind} statistics", factor=100, **style)
     axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
     axes[1].set(xlabel="step", ylabel="top-1 in %", title="Accuracy")
     if has_gain:

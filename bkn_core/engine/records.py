@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,7 @@ class Records:
                 parameters=count_parameters(training.model),
                 train_images=len(training.splits.train),
                 test_images=len(training.splits.test),
+                validation_images=len(training.splits.validation or ()),
                 priors=sum(layer.expects_prior for layer in layers),
                 norms=len(layers),
             )
@@ -78,25 +79,29 @@ class Records:
         self.on_event(Stepped(training.step, epoch + 1, step.images, shown, step.learning_rate))
 
     def epoch_ended(self, training: Training, metrics: dict[str, Metrics]) -> None:
-        """An epoch is done and measured: keep the best weights, save."""
+        """An epoch is done and measured on the images that epochs are compared on: keep the best weights, save."""
         train_loss = (training.epoch_loss / training.plan.images).item()
         is_best = training.end_epoch(next(iter(metrics.values())).top1)
         if self.folder is None:
             return
         epoch, speed = training.measured, training.images_per_second
         row: dict[str, Any] = {"kind": "epoch", "step": training.step, "epoch": epoch, "train_loss": train_loss}
+        is_test = training.splits.validation is None
         for kind, measured in metrics.items():
-            row |= {f"{kind}_{name}": value for name, value in measured.summary().items() if name != "images"}
+            name = kind if is_test else f"validation_{kind}"
+            row |= {f"{name}_{key}": value for key, value in measured.summary().items() if key != "images"}
         self.folder.record({**row, "images_per_second": speed})
-        self.results = {kind: measured.summary() for kind, measured in metrics.items()}
-        save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
+        if is_test:
+            self.results = {kind: measured.summary() for kind, measured in metrics.items()}
+            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
         if is_best:
             self._save_weights(training, self.folder.best)
         self.save(training)
         top1 = {kind: m.top1 for kind, m in metrics.items()}
         loss = {kind: m.loss for kind, m in metrics.items()}
         epochs = training.recipe.train.epochs
-        self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed))
+        images: Literal["test", "validation"] = "test" if is_test else "validation"
+        self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed, images))
 
     def save(self, training: Training) -> None:
         """Save the state of this step, then the weights alone."""
@@ -109,10 +114,12 @@ class Records:
         save_weights(path, training.evaluated, training.recipe, splits.classes, splits.preprocess)
 
     def finished(self, training: Training, metrics: dict[str, Metrics]) -> None:
-        """Write what a finished run has beside its checkpoints."""
+        """Write what a finished run, measured on the test images, has beside its checkpoints."""
         if self.folder is None:
             return
         self.results = {kind: measured.summary() for kind, measured in metrics.items()}
+        if training.splits.validation is not None:  # without, the last epoch wrote them
+            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
         self.folder.write_table()
         if training.recipe.log.plots:
             from bkn_core.engine.plots import plot_curves

@@ -145,7 +145,7 @@ def choose(labels: Tensor, count: int, *, proportional: bool = False) -> Tensor:
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
-    """Split a source that has no test part of its own into train and test; test is a fixed stratified choice."""
+    """Split a source into the images to train on and those held out, a fixed choice in proportion to the classes."""
     held_out = choose(source.labels, count, proportional=True)
     kept = torch.ones(len(source.labels), dtype=torch.bool)
     kept[held_out] = False

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bkn_core.accumulation import accumulation
 from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import check_recipe, deciding_keys, load_strictly_
-from bkn_core.engine.data import prefetch
+from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
 from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
-from bkn_core.engine.optimization import build_optimizer, set_step_
+from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
@@ -70,7 +69,7 @@ class Training:
             model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
             torch.manual_seed(recipe.train.seed + world.rank)
         self.model: nn.Module = model.to(world.device).to(memory_format=self.layout).train()
-        self.average = _average(self.model, recipe.train.ema)
+        self.average = average_weights(self.model, recipe.train.ema)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, recipe.optim, world.device)
         self.amp = mixed_precision(recipe.train.amp, world.device)
@@ -202,10 +201,11 @@ class Training:
             )
         return f"{text}; the step is skipped"
 
-    def measure(self, stop: Callable[[], None]) -> dict[str, Metrics]:
-        """Measure the model on the test images by the recipe's kinds of statistics.
+    def measure(self, images: ImageSet | LazyImageSet, stop: Callable[[], None]) -> dict[str, Metrics]:
+        """Measure the model on images by the recipe's kinds of statistics.
 
         Args:
+            images: the validation or the test images.
             stop: called before every batch; it may raise.
 
         Raises:
@@ -216,7 +216,7 @@ class Training:
         return {
             kind: measure_model(
                 self.evaluated,
-                self.splits.test,
+                images,
                 self.splits.preprocess,
                 kind=kind,
                 device=self.world.device,
@@ -293,10 +293,3 @@ class Training:
                 f"step {self.step}: the parameter {name} is not finite after the update",
                 "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
             )
-
-
-def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Return the moving average of a model's weights; its statistics follow the model's own."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()  # type: ignore[no-untyped-call]

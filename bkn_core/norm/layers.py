@@ -148,16 +148,12 @@ class BatchKalmanNorm(_BatchNorm):
     @property
     def present_innovation(self) -> Tensor | None:
         """The innovation of the forward that runs, or that is computed again and has moved it since."""
-        return self.innovation if (then := self._then) is None else then[0]
+        return self.innovations_then[0] if self.innovations_then and is_recomputation() else self.innovation
 
     @property
     def present_mean_innovation(self) -> Tensor | None:
         """The innovation of the mean, likewise."""
-        return self.mean_innovation if (then := self._then) is None else then[1]
-
-    @property
-    def _then(self) -> tuple[Tensor, Tensor] | None:
-        return self.innovations_then if is_recomputation() else None
+        return self.innovations_then[1] if self.innovations_then and is_recomputation() else self.mean_innovation
 
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply correction and innovations: µ' + (δ + mean innovation) sqrt(v' + ε), v' exp(ρ + innovation)."""

@@ -67,6 +67,26 @@ def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
     assert list(inside.iterdir()) == []
 
 
+def test_dry_run_counts_the_images_that_are_held_out(inside: Path) -> None:
+    result = call("train", *TINY, "data.validation=0.2", "--dry-run")
+    assert "train images: 64\nvalidation images: 287\ntest images: 32\n" in result.stdout
+
+
+def test_what_is_measured_on_validation_images_is_called_so(inside: Path) -> None:
+    result = call("train", *TINY, "data.validation=0.2")
+    assert "64 training, 287 validation and 32 test images" in result.stderr
+    assert "  validation top-1 " in result.stderr
+    assert "last epoch on the test images:" in result.stdout
+    assert "best epoch 1: validation top-1 " in result.stdout
+
+
+def test_the_json_of_a_run_with_validation_holds_the_test_figures(inside: Path) -> None:
+    result = json.loads(call("train", *TINY, "data.validation=0.2", "--json").stdout)["result"]
+    summary = json.loads((Path(result["run"]) / "summary.json").read_text())
+    assert result["images"] == 32
+    assert (result["top1"], result["best_top1"]) == (summary["results"]["population"]["top1"], summary["best"]["top1"])
+
+
 def test_dry_run_json_holds_recipe_and_layers(inside: Path) -> None:
     result = json.loads(call("train", *TINY, "--dry-run", "--json").stdout)["result"]
     assert result["recipe"]["train"]["epochs"] == 1

@@ -119,6 +119,20 @@ def test_the_curves_are_the_mean_over_seeds_between_the_least_and_the_most(
         assert np.allclose([heights.min(), heights.max()], [min(top1), max(top1)])
 
 
+def test_the_picture_draws_what_the_epochs_were_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))[1])
+    cell = make_run(tmp_path / "a", ["norm.kind=gn", "data.validation=0.1"])
+    records = tmp_path / "a" / "metrics.jsonl"
+    records.write_text(records.read_text().replace('"population_top1', '"validation_population_top1'))
+    publish(tmp_path, [cell])
+    (axis,) = drawn[0].axes
+    top1 = [100 * row["validation_population_top1"] for row in RunFolder(cell.run).records()]
+    assert np.allclose(axis.get_lines()[0].get_ydata(), top1)
+    assert axis.get_ylabel() == "validation top-1 in %"
+
+
 def test_an_epoch_that_a_crash_left_recorded_twice_or_not_at_all_does_not_stop_the_picture(tmp_path: Path) -> None:
     cells = [make_run(tmp_path / str(seed), ["norm.kind=gn", f"train.seed={seed}"]) for seed in range(2)]
     lines = (tmp_path / "0" / "metrics.jsonl").read_text().splitlines(keepends=True)

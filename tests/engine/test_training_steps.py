@@ -210,7 +210,7 @@ def test_an_update_that_overflows_is_noticed_before_anything_is_measured_or_save
     run = training("optim.lr=1e38", "optim.schedule=constant", "optim.warmup=0.0")
     run.model.get_parameter("head.weight").register_hook(lambda gradient: torch.full_like(gradient, 10))
     run.take_step(0, first_step(run))
-    for use in (lambda: run.measure(lambda: None), run.state):
+    for use in (lambda: run.measure(run.splits.test, lambda: None), run.state):
         with pytest.raises(DivergedError, match=r"step 1: the parameter \S+ is not finite after"):
             use()
 

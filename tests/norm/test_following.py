@@ -1,4 +1,4 @@
-"""The gradients of the innovations and the sensitivity that it is weighted by: the fused node against plain functions."""
+"""The gradients of the innovations, weighted by the sensitivity: the fused node against plain functions."""
 
 from __future__ import annotations
 
