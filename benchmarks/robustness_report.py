@@ -96,7 +96,7 @@ def _lists(places: dict[Row, dict[Row, list[Record]]]) -> list[str]:
                 difference = f"{population:.1f} by population, {single:.1f} by each image ({single - population:+.1f})"
                 apart.append((abs(single - population), f"{words}: {difference}"))
     lines = ["## What speaks against the method", ""]
-    for norm, found in behind.items():
+    for norm, found in ((norm, found) for norm, found in behind.items() if compared[norm] or norm == "bn"):
         lines += _list(f"BKN more than {BEHIND:g} point behind {REFERENCES[norm]}", found, compared[norm])
     lines += _list(f"population and single images more than {APART:g} apart", apart, ours)
     return [*lines, *_failures(places)]
