@@ -133,9 +133,10 @@ def test_local_errors_leave_out_what_is_inherited_from_the_layer_before() -> Non
 def test_a_wrong_innovation_is_measured_as_exactly_that_log_ratio() -> None:
     model, images = chain(correction=False), batches()
     wrong = torch.tensor([1.5, -0.5, 2.0, 0.0]).double()
-    innovation = layers(model)[1].innovation
-    assert innovation is not None
-    innovation.copy_(wrong)
+    layer = layers(model)[1]
+    assert layer.innovation is not None and layer.mean_innovation is not None
+    layer.innovation.copy_(wrong)
+    layer.mean_innovation.zero_()
     row = prior_quality(model, images)[1]
     assert row.refined is not None and row.analytic is not None
     torch.testing.assert_close(row.refined.log_variance_ratios, row.analytic.log_variance_ratios - wrong)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bkn_core.norm.layers import BatchKalmanNorm
+
 
 class BufferSnapshot:
     """The buffers of a model as they were before a step.
@@ -28,6 +30,15 @@ class BufferSnapshot:
         """Remember the buffers of this moment."""
         for buffers, copies in self.kept:
             torch._foreach_copy_(copies, buffers)
+
+    def forgotten(self, model: nn.Module) -> list[Tensor]:
+        """Return a number for each layer that should have counted a batch since, infinite where it has not: its
+        statistics were not finite, and it has not remembered them.
+        """
+        layers = (m for m in model.modules() if isinstance(m, BatchKalmanNorm) and m.training)
+        before = {id(b): c for buffers, copies in self.kept for b, c in zip(buffers, copies, strict=True)}
+        counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+        return [torch.where(count == before[id(count)], math.inf, 0.0) for count in counts]
 
     def restore(self) -> None:
         """Put the remembered values back, so that a bad step leaves moving statistics as they were."""
@@ -71,7 +82,7 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str:
     if bad:
         return f"gradient of {bad[-1]}"
     statistics = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
-    return f"statistic {statistics[0]}" if statistics else "gradient"
+    return f"statistic {statistics[0]}" if statistics else "gradient or statistic of a layer"
 
 
 def _bad(output: object) -> bool:

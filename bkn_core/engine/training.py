@@ -136,7 +136,9 @@ class Training:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
         skipped = ""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scaler.is_enabled() or all_finite(loss, gradients + self.snapshot.finite):
+        if self.scaler.is_enabled() or all_finite(
+            loss, gradients + self.snapshot.finite + self.snapshot.forgotten(self.model)
+        ):
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped = 0

@@ -4,8 +4,8 @@
     µ ← (1-α) µ + α mean_G(µ̂),   v likewise, with the unbiased S in v̂
 
 m, e_v and the speeds K stand in `uncertainty.py`. A number that is not finite moves nothing: neither the vector's entry
-that it belongs to nor the uncertainty of its layer. By the CPU kernels where they can take the tensors
-(`kernels/track.c`), else in PyTorch.
+that it belongs to nor the uncertainty of its layer nor its number of batches. By the CPU kernels where they can take
+the tensors (`kernels/track.c`), else in PyTorch.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def _rows(records: Sequence[Seen]) -> tuple[list[compiled_node.Known], list[floa
 def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[float], *, is_alone: bool) -> bool:
     """Whether the kernel could take these tensors, and has moved them."""
     fields, moved = array.array("q"), []
+    skipped = array.array("q", bytes(8 * len(rows)))
     for i, row in enumerate(rows):
         statistics, mean, variance, *vectors, _ = row
         assert statistics is not None
@@ -150,11 +151,11 @@ def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[floa
             return False
         stride = 0 if mean is None or mean.dim() == 1 else width
         fields.extend((groups, width, *map(native.address, row[:3]), stride, *map(native.address, vectors)))
-        fields.extend(map(native.bits_of, numbers[3 * i : 3 * i + 3]))
+        fields.extend((*map(native.bits_of, numbers[3 * i : 3 * i + 3]), skipped.buffer_info()[0] + 8 * i))
         moved += [t for j, t in enumerate(vectors) if t is not None and j != MOVED.index("newest_sensitivity")]
     native.run("bkn_track", [len(rows), torch.get_num_threads() if is_alone else 1, fields.buffer_info()[0]])
     torch.autograd.graph.increment_version(moved)
-    counts = those([row[-1] for row in rows])
+    counts = those([None if is_skipped else row[-1] for row, is_skipped in zip(rows, skipped, strict=True)])
     if counts:
         torch._foreach_add_(counts, 1)
     return True
@@ -235,11 +236,13 @@ def _spread(values: Tensor, layers: Sequence[BatchKalmanNorm]) -> Tensor:
 
 def _move_statistics(layers: Sequence[BatchKalmanNorm], statistics: Tensor, share: Tensor | None) -> None:
     counts = those([layer.num_batches_tracked for layer in layers])
-    torch._foreach_add_(counts, 1)
     means, variances = those([layer.running_mean for layer in layers]), those([layer.running_var for layer in layers])
     present = torch.stack((beside(means), beside(variances)))
     newest = average_over_groups(statistics[0::4], share).to(present.dtype)
-    newest = torch.where(newest.isfinite().all(0), newest, present)
+    is_sound = newest.isfinite().all(0)
+    for count, part in zip(counts, apart(is_sound, layers), strict=True):
+        count.add_(part.all())
+    newest = torch.where(is_sound, newest, present)
     for averages, values in zip((means, variances), newest, strict=True):
         parts = list(apart(values, layers))
         if layers[0].momentum is None:

@@ -48,6 +48,7 @@ typedef struct {
     float *gain;                       /* NULL where it is not computed */
     float *running_mean, *running_var; /* no moving statistics: NULL */
     double slowest, momentum, eps;     /* least speed of an innovation, weight of the newest statistics */
+    int64_t *skipped;                  /* set where a statistic was not finite */
 } Tracked;
 
 typedef struct {

@@ -122,8 +122,10 @@ static void move_statistics(const Tracked *t, int64_t c)
 {
     float mean = average(t->statistics + c, t->groups, t->channels);
     float variance = average(t->statistics + 4 * t->groups * t->channels + c, t->groups, t->channels);
-    if (!isfinite(mean) || !isfinite(variance))
+    if (!isfinite(mean) || !isfinite(variance)) {
+        *t->skipped = 1;
         return;
+    }
     t->running_mean[c] += (float)t->momentum * (mean - t->running_mean[c]);
     t->running_var[c] += (float)t->momentum * (variance - t->running_var[c]);
 }

@@ -43,7 +43,8 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
     Reader reader{tensors};
     std::vector<Tracked> rows;
     std::vector<Tensor> before, counts;
-    std::vector<int64_t> widths;
+    std::vector<int64_t> widths, skipped(forms.size());
+    std::vector<size_t> counted; /* the record of each count */
     for (size_t i = 0; i < forms.size(); i++) {
         const Tensor &seen = reader.next();
         if (!is_dense(seen) || seen.dim() != 3)
@@ -72,7 +73,8 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
             row.running_mean = reader.values(vector, true), row.running_var = reader.values(vector, true);
         }
         if (forms[i] & 4)
-            counts.push_back(reader.next());
+            counts.push_back(reader.next()), counted.push_back(i);
+        row.skipped = &skipped[i];
         row.slowest = numbers[3 * i], row.momentum = numbers[3 * i + 1], row.eps = numbers[3 * i + 2];
         rows.push_back(row);
     }
@@ -88,9 +90,9 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
     run_track(&all);
     for (const Tensor &t : reader.moved)
         note_change(t);
-    for (const Tensor &count : counts) {
-        ++*count.data_ptr<int64_t>();
-        note_change(count);
+    for (size_t i = 0; i < counts.size(); i++) {
+        *counts[i].data_ptr<int64_t>() += !skipped[counted[i]];
+        note_change(counts[i]);
     }
     return before;
 }
