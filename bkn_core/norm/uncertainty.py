@@ -11,7 +11,8 @@ V, hold the variance P of the prior's error and the part R / G of the noise R of
     G > 1:  R is the variance between the groups of the forward,  P = V - R / G
     G = 1:  residuals of one forward and the next share the error and not the noise:  P = mean_C(e e_before) + K V
 
-The first forward is believed, K = 1, which leaves an error of P = R / G.
+The first forward is believed, K = 1. It shows how far the prior was off before there was an innovation, so the gain
+begins high and falls with the forwards that follow.
 
 P and R are running means over some forwards, and
 
@@ -159,7 +160,7 @@ def error_and_noise(means: Tensor, groups: int, speed: Tensor, *, is_first: Tens
     """
     square, product, noise = means
     if groups > 1:
-        return torch.where(is_first.unsqueeze(-1), noise / groups, square - noise / groups), noise
+        return square - noise / groups, noise
     error = product + speed * square
     first = torch.full_like(error, FIRST_NOISE)
     is_known = ~is_first.unsqueeze(-1)

@@ -55,9 +55,8 @@ class Loops:
             self.last[:, c] = e
         error = squares - noises / len(groups) if len(groups) > 1 else products + speeds * squares
         noise = noises if len(groups) > 1 else squares - error
-        if self.forwards == 0:
-            noise = noise if len(groups) > 1 else np.full(2, FIRST_NOISE)
-            error = noise / len(groups)
+        if self.forwards == 0 and len(groups) == 1:
+            error = noise = np.full(2, FIRST_NOISE)
         weight = max(MEMORY, 1 / (self.forwards + 1))
         self.error, self.noise = self.error + weight * (error - self.error), self.noise + weight * (noise - self.noise)
         self.forwards += 1

@@ -97,10 +97,8 @@ static void move_uncertainty(const Tracked *t, const double *speeds, const Sums 
         if (t->groups == 1) {
             error = sums->product[i] / channels + speeds[i] * square;
             noise = square - error;
-        }
-        if (state[0] == 0) { /* the first forward has been believed */
-            noise = t->groups > 1 ? noise : FIRST_NOISE;
-            error = noise / groups;
+            if (state[0] == 0) /* there is nothing to compare with */
+                error = noise = FIRST_NOISE;
         }
         moved[1 + i] = state[1 + i] + (float)(weight * (error - state[1 + i]));
         moved[3 + i] = state[3 + i] + (float)(weight * (noise - state[3 + i]));
