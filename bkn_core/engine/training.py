@@ -136,9 +136,7 @@ class Training:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
         skipped = ""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scaler.is_enabled() or all_finite(
-            loss, gradients + self.snapshot.finite + self.snapshot.forgotten(self.model)
-        ):
+        if self.scaler.is_enabled() or all_finite(loss, gradients + self.snapshot.finite + self._forgotten(passes)):
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.skipped = 0
@@ -189,6 +187,10 @@ class Training:
         if isinstance(self.network, nn.parallel.DistributedDataParallel) and not is_last:
             return self.network.no_sync()
         return contextlib.nullcontext()
+
+    def _forgotten(self, passes: list[Pass]) -> list[Tensor]:
+        """Infinities where a layer has not remembered its statistics; a pass without images leaves no trace anyway."""
+        return self.snapshot.forgotten(self.model) if all(len(part.labels) for part in passes) else []
 
     def _refuse(self, epoch: int, passes: list[Pass]) -> str:
         """Undo a step that is not finite, and say why or raise."""
