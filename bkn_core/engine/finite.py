@@ -25,20 +25,24 @@ class BufferSnapshot:
         counters = [b for b in buffers if not b.is_floating_point()]
         # One copy for each kind: a list of mixed types would be copied one by one on a GPU.
         self.kept = [(kind, [b.clone() for b in kind]) for kind in (numbers, counters) if kind]
+        copies = {id(b): copy for kind, clones in self.kept for b, copy in zip(kind, clones, strict=True)}
+        layers = [m for m in model.modules() if isinstance(m, BatchKalmanNorm) and m.num_batches_tracked is not None]
+        self.counted = [(layer, layer.num_batches_tracked, copies[id(layer.num_batches_tracked)]) for layer in layers]
 
     def take(self) -> None:
         """Remember the buffers of this moment."""
         for buffers, copies in self.kept:
             torch._foreach_copy_(copies, buffers)
 
-    def forgotten(self, model: nn.Module) -> list[Tensor]:
-        """Return a number for each layer that should have counted a batch since, infinite where it has not: its
-        statistics were not finite, and it has not remembered them.
+    def forgotten(self) -> list[Tensor]:
+        """Return a number for each layer that ran since, infinite where it has not counted its batch: its statistics
+        were not finite, and it has not remembered them. Compiled layers do not say that they ran.
         """
-        layers = (m for m in model.modules() if isinstance(m, BatchKalmanNorm) and m.training)
-        before = {id(b): c for buffers, copies in self.kept for b, c in zip(buffers, copies, strict=True)}
-        counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-        return [torch.where(count == before[id(count)], math.inf, 0.0) for count in counts]
+        ran = [(now, before) for layer, now, before in self.counted if layer.__dict__.pop("was_tracked", False)]
+        if not ran:
+            return []
+        now, before = (torch.stack(counts) for counts in zip(*ran, strict=True))
+        return [torch.where(now == before, math.inf, 0.0)]
 
     def restore(self) -> None:
         """Put the remembered values back, so that a bad step leaves moving statistics as they were."""

@@ -190,7 +190,7 @@ class Training:
 
     def _forgotten(self, passes: list[Pass]) -> list[Tensor]:
         """Infinities where a layer has not remembered its statistics; a pass without images leaves no trace anyway."""
-        return self.snapshot.forgotten(self.model) if all(len(part.labels) for part in passes) else []
+        return self.snapshot.forgotten() if all(len(part.labels) for part in passes) else []
 
     def _refuse(self, epoch: int, passes: list[Pass]) -> str:
         """Undo a step that is not finite, and say why or raise."""

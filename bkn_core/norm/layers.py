@@ -257,7 +257,7 @@ class BatchKalmanNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the relay of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "relay": None, "on_posterior": None, "innovations_then": None}
+        return {**state, "relay": None, "on_posterior": None, "innovations_then": None, "was_tracked": False}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take what an earlier version saved: it had no innovation of the mean and no uncertainty."""

@@ -52,6 +52,9 @@ def track(records: Sequence[Seen]) -> None:
     """Move what layers remember towards what they saw."""
     if not records:
         return
+    if not torch.compiler.is_compiling():
+        for record in records:
+            record.layer.__dict__["was_tracked"] = True  # for whoever wants to know which layers ran
     rows = _rows(records) if native.are_usable() else None
     is_alone = len(records) == 1 or len({id(record.layer) for record in records}) == len(records)
     before = None if rows is None else compiled_node.track(*rows, is_alone=is_alone)
@@ -72,13 +75,13 @@ def joined(records: Sequence[Seen]) -> list[Seen]:
     parts: dict[tuple[int, int], list[Seen]] = {}
     for record in records:
         parts.setdefault((id(record.layer), id(record.prior)), []).append(record)
+    if any(isinstance(record.images, Tensor) for record in records):  # of groups that span processes
+        return list(records)
     return [_joined(alike_ones) if len(alike_ones) > 1 else alike_ones[0] for alike_ones in parts.values()]
 
 
 def _joined(records: Sequence[Seen]) -> Seen:
     layer, prior, _, images, _ = records[0]
-    if any(isinstance(record.images, Tensor) for record in records):
-        return records[-1]
     if prior is not None and prior.mean.dim() > 1:
         prior = Gaussian(prior.mean.repeat(len(records), 1), prior.variance.repeat(len(records), 1))
     statistics = torch.cat([record.statistics for record in records], 1)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkn_core.engine.batches import epoch_order, normalize
+from bkn_core.engine.finite import BufferSnapshot
 from bkn_core.engine.training import Training
 from bkn_core.errors import DivergedError, InputError
+from bkn_core.norm.layers import BatchKalmanNorm
 
 
 def steps_of(run: Training, epoch: int = 0) -> list[list[int]]:
@@ -204,6 +206,13 @@ def test_moving_statistics_that_overflow_are_noticed_and_undone(words: list[str]
     with pytest.raises(DivergedError, match="step 1"):
         run.take_step(0, first_step(run))
     assert_same_bits(facts(run)["model"], before["model"])
+
+
+def test_a_layer_that_no_image_reaches_is_no_divergence() -> None:
+    run = training()
+    run.model.aside = BatchKalmanNorm(3)
+    run.snapshot = BufferSnapshot(run.model)
+    assert run.take_step(0, first_step(run)).skipped == ""
 
 
 def test_an_update_that_overflows_is_noticed_before_anything_is_measured_or_saved() -> None:

@@ -128,7 +128,8 @@ class Row : public torch::CustomClassHolder {
     }
 
 public:
-    /* `given` is what the program reads. `lines` is (lines, fields) with the addresses of the tensors; `places` are (n, 4), see `_Structure` in `native_program.py`. `sizes` are the size
+    /* `given` is what the program reads. `lines` is (lines, fields) with the addresses of the tensors; `places` are
+       (n, 4), see `_Structure` in `native_program.py`. `sizes` are the size
        of the arena and of the row. */
     Row(std::vector<Tensor> given, Tensor lines, Tensor places, int64_t accumulates, std::vector<int64_t> sizes)
         : tensors(std::move(given)), lines(std::move(lines)), places(std::move(places)), accumulates(accumulates)
