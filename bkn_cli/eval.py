@@ -79,6 +79,8 @@ def evaluate(
         if result.priors is not None:
             reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")
             reporter.table(_priors(result.priors))
+            if any(row.gain for row in result.priors.rows):
+                reporter.table(_gains(result.priors))
             files |= {name: str(path) for name, path in result.priors.files.items()}
             reporter.say(f"in numbers and drawn: {files['priors']}, {files['priors_plot']}")
             details["priors"] = result.priors.summary()
@@ -101,6 +103,26 @@ def _priors(report: Any) -> Table:
     table.add_column("prior, or why there is none", ratio=1, no_wrap=True, overflow="ellipsis")
     for row in report.rows:
         table.add_row(row.name, *_numbers(row), row.prior if row.refined else f"none: {row.reason}")
+    return table
+
+
+def _gains(report: Any) -> Table:
+    """Lay out what the layers knew of their priors' errors when training ended, one line a layer."""
+    from rich.table import Table
+
+    table = Table(
+        caption="P: variance of the prior's error. R: of an observation's noise. q = P / (P + R), each of mean and "
+        "variance, when training ended; used: the gain that the layer blends by, schedule included.",
+        caption_justify="left",
+    )
+    table.add_column("layer", no_wrap=True)
+    for name in ("P", "R", "q", "used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        if row.gain is not None:
+            pairs = [", ".join(f"{value:.3f}" for value in pair) for pair in (row.gain.error, row.gain.noise)]
+            implied = ", ".join(f"{value:.2f}" for value in row.gain.implied)
+            table.add_row(row.name, *pairs, implied, f"{row.gain.used:.2f}")
     return table
 
 

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.convert import find_messenger
 from bkn_core.errors import ConversionError, StatisticsError
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
+from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.uncertainty import Uncertainty
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.messenger import Messenger, layer_of, norm_of, normalized_message
 
@@ -54,6 +56,30 @@ class PriorError:
 
 
 @dataclasses.dataclass(frozen=True)
+class GainQuality:
+    """What a layer knew, when its training ended, of its prior's error P and of an observation's noise R.
+
+        q = P / (P + R)
+
+    Args:
+        error: P of mean and variance, relative to the observed variance and its square (`norm/uncertainty.py`).
+        noise: R of mean and variance, likewise.
+        implied: q of mean and variance.
+        used: the gain that the layer blends by, its schedule included.
+    """
+
+    error: tuple[float, float]
+    noise: tuple[float, float]
+    implied: tuple[float, float]
+    used: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers as JSON holds them."""
+        numbers = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class PriorQuality:
     """The prior of one normalization layer beside what the layer saw.
 
@@ -66,6 +92,7 @@ class PriorQuality:
         analytic: the error of the prior without them.
         local: the error that remains of the analytic one when the measured moments of the preceding layers take the
             place of their messages: that of the closed form alone, without what it inherits.
+        gain: how uncertain prior and observation were in training, and the gain; None where the layer keeps no record.
     """
 
     name: str
@@ -75,11 +102,13 @@ class PriorQuality:
     refined: PriorError | None
     analytic: PriorError | None
     local: PriorError | None
+    gain: GainQuality | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return names and numbers, without the channels."""
         errors = {kind: getattr(self, kind) for kind in ERRORS}
         known = {field: getattr(self, field) for field in ("name", "channels", "prior", "reason")}
+        known["gain"] = None if self.gain is None else self.gain.summary()
         return known | {kind: None if error is None else error.summary() for kind, error in errors.items()}
 
 
@@ -121,9 +150,20 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
         prior = wiring.words(wiring.priors[name]) if name in wiring.priors else None
         unseen = "" if name in errors else "the images do not reach it"
         reason = unseen if prior else wiring.reasons.get(name, "it was not converted")
-        compared = errors.get(name, (None, None, None))
-        rows.append(PriorQuality(name, norms[name].num_features, prior, reason, *compared))
+        refined, analytic, local = errors.get(name, (None, None, None))
+        gain, channels = gain_quality(norms[name]), norms[name].num_features
+        rows.append(PriorQuality(name, channels, prior, reason, refined, analytic, local, gain))
     return rows
+
+
+def gain_quality(layer: nn.Module) -> GainQuality | None:
+    """Return P, R and the gains of a layer, None where it keeps no record of them or has not been trained."""
+    state = getattr(layer, "uncertainty", None)
+    if not isinstance(layer, BatchKalmanNorm) or state is None or not state[0]:
+        return None
+    known = Uncertainty.of(state.cpu().double())
+    error, noise, implied = (tuple(values.tolist()) for values in (known.error, known.noise, known.gains))
+    return GainQuality(error, noise, implied, float(layer.gain))
 
 
 def _errors(

@@ -263,3 +263,18 @@ def test_no_image_is_refused(images: Any) -> None:
 def test_a_model_that_was_not_converted_is_refused() -> None:
     with pytest.raises(bkn.BknError, match="not converted"):
         prior_quality(Residual(), batches()[0].float())
+
+
+def test_the_gain_is_that_of_the_remembered_uncertainties() -> None:
+    model = converted(statistics_batch_size=1)
+    assert all(row.gain is None for row in prior_quality(model, batches()))  # nothing has been trained yet
+    layer = model.get_submodule("bn1")
+    assert isinstance(layer, BatchKalmanNorm) and layer.uncertainty is not None
+    layer.uncertainty.copy_(torch.tensor([40, 0.03, -0.01, 0.09, 0.2]))
+    layer.fixed_gain.fill_(0.25)
+    layer.gain_factor.fill_(0.5)
+    found = {row.name: row for row in prior_quality(model, batches())}["bn1"]
+    assert found.gain is not None
+    assert found.gain.error == pytest.approx((0.03, -0.01)) and found.gain.noise == pytest.approx((0.09, 0.2))
+    assert found.gain.implied == pytest.approx((0.25, 0)) and found.gain.used == pytest.approx(0.125)
+    assert found.summary()["gain"]["implied"] == list(found.gain.implied)

@@ -36,6 +36,9 @@ def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_
         line = next(line for line in table.splitlines() if f" {row['name']} " in line)
         assert f"{row['refined']['log_variance_ratio']:+.2f} ± {row['refined']['spread']:.2f}" in line
         assert f"{row['refined']['mean_error']:.3f}" in line
+        gains = [line for line in table.splitlines() if f" {row['name']} " in line][1]  # of the second table
+        assert ", ".join(f"{value:.2f}" for value in row["gain"]["implied"]) in gains
+        assert ", ".join(f"{value:.3f}" for value in row["gain"]["error"]) in gains
     assert all(Path(document["artifacts"][name]).is_file() for name in ("priors", "priors_plot"))
 
 
