@@ -169,7 +169,9 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     """
     own = deciding_keys(recipe)
     # A key that came after the state was saved is null there: what it adds was not asked for.
-    changed = [f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved[name].get(key)]
+    changed = [
+        f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved.get(name, {}).get(key)
+    ]
     if changed:
         raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
 

@@ -77,7 +77,7 @@ def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) ->
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for key, text in texts:
         total.update(f"{key}|{text}|".encode())
     return total.hexdigest()
@@ -85,4 +85,11 @@ def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) ->
 
 def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give every name a contiguous tensor of its own: safetensors stores no shared memory."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        found = tensor.detach().cpu().contiguous()
+        place = found.untyped_storage().data_ptr()
+        own[name] = found.clone() if place in seen else found
+        seen.add(place)
+    return own

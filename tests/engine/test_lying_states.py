@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_runs import STEPS, assert_same_bits, stop_at, tiny, training
 from torch import Tensor
 
-from bkn_core.engine.checkpoint import load_state, save_state
+from bkn_core.engine.checkpoint import Weights, load_state, save_state
 from bkn_core.engine.loop import train
 from bkn_core.errors import InputError, InterruptedRun
 
@@ -141,6 +142,7 @@ LIES = {
     "a moment of another type": replace("optimizer/state/1/momentum_buffer", torch.zeros(32, 32, 3, 3).double()),
     "a moment of another optimizer": replace("optimizer/state/1/exp_avg", torch.zeros(32, 32, 3, 3)),
     "moments of a stranger": replace("optimizer/state/99", {"momentum_buffer": torch.zeros(3)}),
+    "a recipe without a section": lambda state: state["recipe"].pop("optim"),
     "more losses than steps": replace("losses", torch.zeros(100)),
     "no generator": replace("random", torch.zeros(5056, dtype=torch.uint8)),
     "a generator of one byte": replace("random", torch.zeros(1, dtype=torch.uint8)),
@@ -174,3 +176,20 @@ def test_a_lying_state_in_a_run_folder_ends_its_resumption(tmp_path: Path) -> No
     save_state(path, load_state(path) | {"step": STEPS + 1})
     with pytest.raises(InputError, match=f"step: {STEPS + 1} is above {STEPS}"):
         train(tiny(), resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "lie", "words"),
+    [
+        ("head.bias", torch.full((10,), math.nan), "not finite"),
+        ("head.weight", torch.zeros(10, 128, dtype=torch.int8), "type torch.int8"),
+        ("features.1.running_var", -torch.ones(32), "values outside 0.0 to inf"),
+        ("features.1.num_batches_tracked", torch.tensor(-1), "values outside 0"),
+    ],
+)
+def test_weights_that_lie_are_not_measured(name: str, lie: Tensor, words: str) -> None:
+    run = run_of("sgd").training
+    weights = Weights(run.model.state_dict(), run.recipe, run.splits.classes, run.splits.preprocess, "")
+    weights.model()
+    with pytest.raises(InputError, match=rf"the recipe's model: {name} has .*{words}"):
+        dataclasses.replace(weights, tensors={**weights.tensors, name: lie}).model()
