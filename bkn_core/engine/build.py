@@ -57,14 +57,14 @@ def build_model(
     return convert(network, example, **_norm_options(recipe, preprocess, images, example))
 
 
-def build_outline(recipe: Recipe, preprocess: Preprocess, classes: int) -> nn.Module:
+def build_outline(recipe: Recipe, preprocess: Preprocess, classes: tuple[str, ...]) -> nn.Module:
     """Build the recipe's network before its conversion, without memory for its tensors.
 
     Raises:
         RecipeError: it cannot be built.
     """
     with torch.device("meta"):
-        return _network(recipe, preprocess, classes, pretrained=False)
+        return _network(recipe, preprocess, len(classes), pretrained=False)
 
 
 def _network(recipe: Recipe, preprocess: Preprocess, classes: int, *, pretrained: bool) -> nn.Module:

@@ -64,7 +64,7 @@ class Weights:
             InputError: names, types, shapes or values do not fit the recipe's model.
         """
         held = sum(tensor.nbytes for tensor in self.tensors.values())
-        needed = sum(p.nbytes for p in build_outline(self.recipe, self.preprocess, len(self.classes)).parameters())
+        needed = sum(p.nbytes for p in build_outline(self.recipe, self.preprocess, self.classes).parameters())
         if needed > 2 * held + _LEAST_LIMIT:
             raise InputError(f"the checkpoint holds {held} bytes, its recipe's model has {needed}", "Was one changed?")
         model = build_model(self.recipe, self.preprocess, len(self.classes))
@@ -98,17 +98,21 @@ def load_weights(path: Path) -> Weights:
     with opened(path, "Give a run folder or a checkpoint that `bkn train` wrote.") as (file, metadata):
         if metadata.get("schema") != _SCHEMA or not all(key in metadata for key in _KEYS):
             raise InputError(f"{path} was not written by `bkn train`", "Give a checkpoint that `bkn train` wrote.")
-        try:
-            recipe = parse_recipe(metadata["recipe"], "its recipe")
-            preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
-            classes = _NAMES.validate_json(metadata["classes"])
-            if path.stat().st_size > _LEAST_LIMIT:
-                check_size(path, largest_file(build_outline(recipe, preprocess, len(classes))))
-        except (BknError, ValueError, TypeError, RecursionError) as error:
-            what = error.message if isinstance(error, BknError) else error
-            raise InputError(f"{path} cannot be loaded: {what}", "Is it damaged, or of another version?") from error
+        if path.stat().st_size > _LEAST_LIMIT:  # a small one is read, and its digest checked, before it is believed
+            check_size(path, largest_file(build_outline(*_description(path, metadata))))
         tensors = read_tensors(path, file, metadata)
+    recipe, preprocess, classes = _description(path, metadata)
     return Weights(tensors, recipe, classes, preprocess, metadata["digest"])
+
+
+def _description(path: Path, metadata: dict[str, str]) -> tuple[Recipe, Preprocess, tuple[str, ...]]:
+    try:
+        recipe = parse_recipe(metadata["recipe"], "its recipe")
+        preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
+        return recipe, preprocess, _NAMES.validate_json(metadata["classes"])
+    except (BknError, ValueError, TypeError, RecursionError) as error:
+        what = error.message if isinstance(error, BknError) else error
+        raise InputError(f"{path} cannot be loaded: {what}", "Is it of another version?") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
