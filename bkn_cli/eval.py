@@ -72,9 +72,10 @@ def evaluate(
         for text in result.warnings:
             reporter.warn(text)
         reporter.text(f"{result.target} ({result.provider}):")
+        reporter.text(f"test images: {result.data}")
         reporter.table(metrics_table(result.metrics))
         reporter.say(f"every image's prediction: {result.predictions}")
-        details: dict[str, Any] = {"target": str(result.target), "provider": result.provider}
+        details: dict[str, Any] = {"target": str(result.target), "provider": result.provider, "data": result.data}
         files = {"predictions": str(result.predictions)}
         if result.priors is not None:
             reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from bkn_core.engine.batches import normalize
@@ -19,6 +21,7 @@ from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, s
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
+from bkn_core.engine.trust import may_choose
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.export.sessions import open_session
 from bkn_core.recipe import DataConfig, EvalConfig, load_recipe
@@ -33,6 +36,7 @@ class EvaluationResult:
         metrics: by kind of statistics.
         predictions: the file with every image's label, prediction and loss.
         provider: "PyTorch" or the ONNX Runtime provider, with the device.
+        data: whose test images were read, such as `npz in photos.npz`.
         warnings: what the user should know.
         priors: how well the layers' priors predict what they see, where that was asked for.
     """
@@ -41,6 +45,7 @@ class EvaluationResult:
     metrics: dict[str, Metrics]
     predictions: Path
     provider: str
+    data: str
     warnings: tuple[str, ...] = ()
     priors: PriorReport | None = None
 
@@ -61,7 +66,8 @@ def evaluate(
         stats: "population", "batch" (each image by itself) or "both"; default the recipe's, for a file its own.
         batch_size: images per forward pass.
         device: auto, cpu, cuda, cuda:N or mps.
-        overrides: `data.*=VALUE` words for other test images than the recipe's.
+        overrides: `data.*=VALUE` words for other test images than the recipe's; only they lead out of the working
+            folder, or download.
         priors: also compare each layer's prior with what it sees of these images, in priors.json and a picture.
 
     Raises:
@@ -90,7 +96,7 @@ def _evaluate_weights(
     recipe = weights.recipe
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
-    data = _data(recipe.data.model_dump(), overrides)
+    data = _data(path, recipe.data, overrides)
     images = _test_images(data, weights.preprocess, weights.classes)
     model = weights.model().to(chosen)
     size = batch_size or recipe.eval.batch_size
@@ -108,7 +114,7 @@ def _evaluate_weights(
         report = report_priors(
             model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
         )
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", priors=report)
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), priors=report)
 
 
 def _prior_files(target: Path) -> dict[str, Path]:
@@ -129,10 +135,11 @@ def _evaluate_file(
         )
     source = model.metadata.source
     trained = find_run(str(source.get("weights_sha256")))
-    known = dict(source.get("data", {})) if trained is None else load_weights(trained).recipe.data.model_dump()
-    if not known and not overrides:
+    known = _claimed(path, source.get("data")) if trained is None else load_weights(trained).recipe.data
+    if known is None and not overrides:
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
-    images = _test_images(_data(known, overrides), model.preprocess, model.classes)
+    data = _data(path, known or DataConfig(), overrides)
+    images = _test_images(data, model.preprocess, model.classes)
     defaults = EvalConfig()
 
     def predict(batch: Tensor) -> Tensor:
@@ -143,20 +150,42 @@ def _evaluate_file(
     file = path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
     warnings = (model.fell_back,) if model.fell_back else ()
-    return EvaluationResult(path, metrics, file, model.provider, warnings)
+    return EvaluationResult(path, metrics, file, model.provider, _named(data), warnings)
 
 
-def _data(known: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
+def _claimed(path: Path, values: Any) -> DataConfig | None:
+    """Read what an exported file says of its data."""
+    if not values:
+        return None
+    try:
+        return DataConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path} names data that cannot be: {values!r:.200}", "Export the file again.") from error
+
+
+def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig:
     """Return the data to measure on: what is known of the training's, changed by `data.*=VALUE` words.
 
     Raises:
         RecipeError: another key, or a value that does not fit.
+        InputError: the data lie outside the working folder, and no word says so.
     """
     others = [word for word in overrides if not word.startswith("data.")]
     if others:
         raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
-    words = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
-    return load_recipe(None, [*words, *overrides]).data
+    own = {**known.model_dump(), "download": False}  # what is measured does not choose to download
+    words = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
+    data = load_recipe(None, [*words, *overrides]).data
+    if not may_choose(data) and not any(word.partition("=")[0].strip() == "data.root" for word in overrides):
+        raise InputError(
+            f"{path} names the data {data.root!r}, outside the working folder, which a file may not choose",
+            f"If these are the data that you mean, name them yourself: data.root={shlex.quote(data.root)}",
+        )
+    return data
+
+
+def _named(data: DataConfig) -> str:
+    return data.name if data.name == "digits" else f"{data.name} in {data.root}"
 
 
 def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str]) -> ImageSet | LazyImageSet:

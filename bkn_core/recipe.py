@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from bkn_core import recipe_file
+from bkn_core.errors import RecipeError
 from bkn_core.recipe_file import Entries, Entry, Key, meant, printable, shipped_recipes, shown
 from bkn_core.recipe_sections import (
     BatchConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "dump_recipe",
     "load_recipe",
+    "parse_recipe",
     "shipped_recipes",
 ]
 
@@ -86,6 +88,26 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     entries = {("name",): Entry(name, printable(str(path)))} | reader.file(path)
     for word in overrides:
         entries = reader.override(entries, word)
+    return _faultless(entries, reader)
+
+
+def parse_recipe(text: str, label: str) -> Recipe:
+    """Read a recipe that a file carries as text: plain values alone, and no parents.
+
+    Args:
+        text: what `dump_recipe` gave.
+        label: what errors call it.
+
+    Raises:
+        RecipeError: every fault there is, each with its line, key, value and what is allowed.
+    """
+    if len(text) > recipe_file.LARGEST_FILE:
+        raise RecipeError(f"{label} has more than {recipe_file.LARGEST_FILE} characters; a recipe has a few thousand")
+    reader = recipe_file.RecipeReader(_SECTIONS)
+    return _faultless(reader.text(text, label), reader)
+
+
+def _faultless(entries: Entries, reader: recipe_file.RecipeReader) -> Recipe:
     recipe = _checked(entries, reader.faults)
     if reader.faults:
         raise recipe_file.recipe_error(reader.faults)

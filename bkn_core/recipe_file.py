@@ -17,8 +17,7 @@ LARGEST_FILE = 1_000_000
 MOST_EVENTS = 10_000
 DEEPEST_NESTING = 10
 LONGEST_CHAIN = 8
-REFUSED: Final = object()
-"""Stands for a value that has been reported already."""
+REFUSED: Final = object()  # stands for a value that has been reported already
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 # The numbers of YAML 1.2: unlike by PyYAML's own rule, 1e-3 is one, and 1_000 and 1:30 are not.
@@ -190,7 +189,7 @@ class RecipeReader:
         child: Path | None = path
         told = ""
         while child is not None:
-            layer = self._layer(_read(child, told), printable(str(child)))
+            layer = self.text(_read(child, told), printable(str(child)))
             chain.append(child)
             if layers:
                 layer.pop(("name",), None)
@@ -220,7 +219,8 @@ class RecipeReader:
             value = {**(old if isinstance(old, dict) else {}), parts[2]: value}
         return entries | {parts[:2]: Entry(value, place)}
 
-    def _layer(self, text: str, label: str) -> Entries:
+    def text(self, text: str, label: str) -> Entries:
+        """The entries of a text alone; a RecipeError where it is no YAML mapping."""
         tree = _Composer(text, lambda line: f"{label}:{line + 1}", self.faults).document()
         if isinstance(tree, dict):
             return self._flat(tree)

@@ -52,16 +52,29 @@ def build_model(
     Raises:
         RecipeError, ConversionError: the recipe's model or normalization cannot be built.
     """
-    channels = 1 if preprocess.color == "L" else 3
-    network = build_network(
+    network = _network(recipe, preprocess, classes, pretrained=recipe.model.pretrained and images is not None)
+    example = example_images(len(preprocess.mean), preprocess.image_size)
+    return convert(network, example, **_norm_options(recipe, preprocess, images, example))
+
+
+def build_outline(recipe: Recipe, preprocess: Preprocess, classes: tuple[str, ...]) -> nn.Module:
+    """Build the recipe's network before its conversion, without memory for its tensors.
+
+    Raises:
+        RecipeError: it cannot be built.
+    """
+    with torch.device("meta"):
+        return _network(recipe, preprocess, len(classes), pretrained=False)
+
+
+def _network(recipe: Recipe, preprocess: Preprocess, classes: int, *, pretrained: bool) -> nn.Module:
+    return build_network(
         recipe.model.name,
         classes=classes,
-        channels=channels,
-        pretrained=recipe.model.pretrained and images is not None,
+        channels=len(preprocess.mean),
+        pretrained=pretrained,
         arguments=dict(recipe.model.args),
     )
-    example = example_images(channels, preprocess.image_size)
-    return convert(network, example, **_norm_options(recipe, preprocess, images, example))
 
 
 def _norm_options(

@@ -1,30 +1,40 @@
-"""Checkpoints: weights as safetensors that describe themselves, and the whole state of a run as plain tensors.
+"""Checkpoints: weights that describe themselves, and the whole state of a run, both as safetensors.
 
-Each file carries a digest of all that it holds, so a damaged one is refused instead of giving a silently wrong model.
+Nothing in them can run code, and no file is read that is larger than its model can need.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
-import warnings
-from collections.abc import Iterable, Iterator
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from bkn_core.engine.build import build_model
-from bkn_core.engine.files import write_with
+from bkn_core.engine.build import build_model, build_outline
 from bkn_core.engine.preprocess import Preprocess
-from bkn_core.errors import InputError
-from bkn_core.recipe import Recipe, dump_recipe
+from bkn_core.engine.tensor_files import check_size, opened, read_tensors, write_tensors
+from bkn_core.errors import BknError, InputError
+from bkn_core.recipe import Recipe, dump_recipe, parse_recipe
 
 _SCHEMA = "bkn.weights/1"
+_REFERENCE = "$tensor"
+_NAMES = TypeAdapter(tuple[str, ...])
+_LEAST_LIMIT = 2**26  # bytes that are read without asking what they are for
+# What the values of a tensor can be, by the last part of its name; any finite ones where it is not here.
+_RANGES = {
+    "running_var": (0.0, math.inf),
+    "exp_avg_sq": (0.0, math.inf),
+    "num_batches_tracked": (0, 2**62),
+    "n_averaged": (0, 2**62),
+    "step": (0, 2**24),
+    "fixed_gain": (0.0, 1.0),
+    "gain_factor": (0.0, 1.0),
+}
+_ANY = (-math.inf, math.inf)
 _KEYS = ("schema", "recipe", "classes", "preprocess", "digest")
 # What a resumed run may have otherwise.
 _FREE: Any = {
@@ -51,8 +61,12 @@ class Weights:
         """Build the model and load the tensors, all of them.
 
         Raises:
-            InputError: names or shapes do not fit the recipe's model.
+            InputError: names, types, shapes or values do not fit the recipe's model.
         """
+        held = sum(tensor.nbytes for tensor in self.tensors.values())
+        needed = sum(p.nbytes for p in build_outline(self.recipe, self.preprocess, self.classes).parameters())
+        if needed > 2 * held + _LEAST_LIMIT:
+            raise InputError(f"the checkpoint holds {held} bytes, its recipe's model has {needed}", "Was one changed?")
         model = build_model(self.recipe, self.preprocess, len(self.classes))
         load_strictly_(model, self.tensors)
         return model.eval()
@@ -66,18 +80,13 @@ def save_weights(
     Raises:
         OutputError: the file could not be written; an older one is untouched.
     """
-    from safetensors.torch import save
-
-    tensors = _own_tensors(model.state_dict())
     metadata = {
         "schema": _SCHEMA,
         "recipe": dump_recipe(recipe),
         "classes": json.dumps(list(classes)),
         "preprocess": json.dumps(preprocess.to_dict()),
     }
-    metadata["digest"] = digest(tensors, sorted(metadata.items()))
-    content = save(tensors, metadata)  # written by us: a full disk is then an OSError and not one of a library's own
-    write_with(path, lambda file: file.write(content))
+    write_tensors(path, model.state_dict(), metadata)
 
 
 def load_weights(path: Path) -> Weights:
@@ -86,28 +95,24 @@ def load_weights(path: Path) -> Weights:
     Raises:
         InputError: the file is missing, damaged or not one of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"{path} is not a file", "Give a run folder or a checkpoint that `bkn train` wrote.")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}", "Use another checkpoint.") from error
-    if metadata.get("schema") != _SCHEMA or not all(key in metadata for key in _KEYS):
-        raise InputError(f"{path} was not written by `bkn train`", "Give a checkpoint that `bkn train` wrote.")
-    described = sorted((k, v) for k, v in metadata.items() if k != "digest")
-    if digest(tensors, described) != metadata["digest"]:
-        raise InputError(f"{path} is damaged: its content does not have the digest it was saved with", "Use another.")
-    try:
-        recipe = Recipe.model_validate(yaml.safe_load(metadata["recipe"]))
-        preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
-        classes = tuple(str(name) for name in json.loads(metadata["classes"]))
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path} has a description of another version: {error}", "Train again.") from error
+    with opened(path, "Give a run folder or a checkpoint that `bkn train` wrote.") as (file, metadata):
+        if metadata.get("schema") != _SCHEMA or not all(key in metadata for key in _KEYS):
+            raise InputError(f"{path} was not written by `bkn train`", "Give a checkpoint that `bkn train` wrote.")
+        if path.stat().st_size > _LEAST_LIMIT:  # a small one is read, and its digest checked, before it is believed
+            check_size(path, largest_file(build_outline(*_description(path, metadata))))
+        tensors = read_tensors(path, file, metadata)
+    recipe, preprocess, classes = _description(path, metadata)
     return Weights(tensors, recipe, classes, preprocess, metadata["digest"])
+
+
+def _description(path: Path, metadata: dict[str, str]) -> tuple[Recipe, Preprocess, tuple[str, ...]]:
+    try:
+        recipe = parse_recipe(metadata["recipe"], "its recipe")
+        preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
+        return recipe, preprocess, _NAMES.validate_json(metadata["classes"])
+    except (BknError, ValueError, TypeError, RecursionError) as error:
+        what = error.message if isinstance(error, BknError) else error
+        raise InputError(f"{path} cannot be loaded: {what}", "Is it of another version?") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -116,28 +121,40 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: the file could not be written; an older one is untouched.
     """
-    content = io.BytesIO()
-    torch.save({**state, "digest": _state_digest(state)}, content)
-    write_with(path, lambda file: file.write(content.getbuffer()))
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps(_without_tensors("", state, tensors))
+    write_tensors(path, tensors, {"state": values})
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; nothing in it can run code.
+def load_state(path: Path, largest: int | None = None) -> dict[str, Any]:
+    """Read what `save_state` wrote, with texts for all keys and lists for tuples.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have, see `largest_file`.
 
     Raises:
         InputError: the file is missing, damaged or not one of ours.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not there", "Resume a run that has saved a checkpoint.")
+    with opened(path, "Resume a run that this version has saved.") as (file, metadata):
+        if "state" not in metadata:
+            raise InputError(f"{path} is damaged or of another version", "Resume from another run.")
+        if largest is not None:
+            check_size(path, largest)
+        tensors = read_tensors(path, file, metadata)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if state.pop("digest") != _state_digest(state):
-            raise ValueError("its content does not have the digest it was saved with")
-    except Exception as error:  # a damaged zip or pickle leads torch.load, and what it returned, to any of them
+        state: dict[str, Any] = _with_tensors(json.loads(metadata["state"]), tensors)
+        if tensors or not isinstance(state, dict):
+            raise ValueError("its tensors are not those that it names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}", "Resume from another run.") from error
     return state
+
+
+def largest_file(model: nn.Module) -> int:
+    """Return the bytes that no checkpoint of a model exceeds: the model, its average and two moments, and as much."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    return _LEAST_LIMIT + 8 * sum(tensor.nbytes for tensor in tensors.values())
 
 
 def deciding_keys(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -156,61 +173,63 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     """
     own = deciding_keys(recipe)
     # A key that came after the state was saved is null there: what it adds was not asked for.
-    changed = [f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved[name].get(key)]
+    changed = [
+        f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved.get(name, {}).get(key)
+    ]
     if changed:
         raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
 
 
 def load_strictly_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load tensors into a model, in place, refusing any that is missing, unknown or of another shape.
+    """Load tensors into a model, in place, refusing any that its own could not have become.
 
     Raises:
         InputError: listing all faults.
     """
-    own = model.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in tensors]
-    faults += [f"{name} is unknown" for name in tensors if name not in own]
-    for name, tensor in tensors.items():
-        if name in own and tensor.shape != own[name].shape:
-            faults.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
-    if faults:
+    if faults := tensor_faults(model.state_dict(), tensors):
         raise InputError(f"the checkpoint does not fit the recipe's model: {'; '.join(faults)}", "Was one changed?")
     model.load_state_dict(tensors)
 
 
-def digest(tensors: dict[str, Tensor], texts: Iterable[tuple[str, str]] = ()) -> str:
-    """Return a SHA-256 over names, types, shapes and bytes, in the order of names."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for key, text in texts:
-        total.update(f"{key}|{text}|".encode())
-    return total.hexdigest()
+def tensor_faults(own: dict[str, Tensor], saved: dict[str, Tensor]) -> list[str]:
+    """Say which of the saved tensors are missing, unknown, or such as their own counterpart could not have become."""
+    faults = [f"{name} is missing" for name in own if name not in saved]
+    faults += [f"{name} is unknown" for name in saved if name not in own]
+    both = [(name, _fault(name, own[name], saved[name])) for name in own if name in saved]
+    return faults + [f"{name} {text}" for name, text in both if text]
 
 
-def _state_digest(state: dict[str, Any]) -> str:
-    leaves = list(_leaves("", state))
-    tensors = {path: value for path, value in leaves if isinstance(value, Tensor)}
-    for path, tensor in tensors.items():
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path} claims {tensor.nbytes} bytes and has {tensor.untyped_storage().nbytes()}")
-    return digest(tensors, [(path, repr(value)) for path, value in leaves if not isinstance(value, Tensor)])
+def _fault(name: str, own: Tensor, saved: Tensor) -> str:
+    if saved.shape != own.shape:
+        return f"has the shape {tuple(saved.shape)}, not {tuple(own.shape)}"
+    if saved.dtype != own.dtype:
+        return f"has the type {saved.dtype}, not {own.dtype}"
+    if not saved.isfinite().all() and own.isfinite().all():
+        return "has values that are not finite"
+    lowest, highest = _RANGES.get(name.rpartition(".")[2], _ANY)
+    outside = (lowest, highest) != _ANY and bool(((saved < lowest) | (saved > highest)).any())
+    return f"has values outside {lowest} to {highest}" if outside else ""
 
 
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every tensor, number and text with its path, and for every container its type and length."""
-    if not isinstance(value, (dict, list, tuple)):
-        yield path, value
-        return
-    yield path, f"{type(value).__name__} of {len(value)}"
-    for key in sorted(value, key=str) if isinstance(value, dict) else range(len(value)):
-        yield from _leaves(f"{path}.{key!r}", value[key])
+def _without_tensors(path: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value with a reference in the place of every tensor, which is put among the tensors."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {_REFERENCE: path}
+    if isinstance(value, dict):
+        return {str(key): _without_tensors(f"{path}/{key}", item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(f"{path}/{i}", item, tensors) for i, item in enumerate(value)]
+    return value
 
 
-def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every name a contiguous tensor of its own: safetensors stores no shared memory."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value with every tensor in its place; each is taken out of the tensors, so it has one place."""
+    if isinstance(value, dict):
+        if value.keys() == {_REFERENCE}:
+            return tensors.pop(value[_REFERENCE])
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    return [_with_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def weights_path(target: Path) -> Path:
@@ -232,14 +251,12 @@ def weights_path(target: Path) -> Path:
 
 def find_run(digest: str, root: Path = Path("runs")) -> Path | None:
     """Return the weights file under `runs/` that has a digest, if there is one."""
-    from safetensors import SafetensorError, safe_open
-
     for path in root.glob("**/checkpoints/*.safetensors"):
         try:
-            with safe_open(str(path), "pt") as file:
-                if (file.metadata() or {}).get("digest") == digest:
+            with opened(path, "") as (_, metadata):
+                if metadata.get("digest") == digest:
                     return path
-        except (SafetensorError, OSError):
+        except InputError:
             continue
     return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bkn_core.engine.checkpoint import load_state
+from bkn_core.engine.checkpoint import largest_file, load_state
 from bkn_core.engine.distributed import World, join_world
 from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import Event
@@ -74,7 +74,7 @@ def train(
             RunFolder.refuse_taken(out)
         training = Training(recipe, world)  # before the folder is made: what cannot begin leaves none behind
         if known is not None and known.state.exists():
-            training.restore(load_state(known.state))
+            training.restore(load_state(known.state, largest_file(training.model)))
         folder = (known or RunFolder.create(recipe, out)) if world.is_main else None
         records = Records(folder, on_event, training)
         with records.ending():

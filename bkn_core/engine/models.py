@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from bkn_core.errors import BknError, InputError, RecipeError
 
-_RESIDUAL = re.compile(r"cifar_(preact_)?resnet(\d+)")
+_RESIDUAL = re.compile(r"cifar_(preact_)?resnet(\d{1,9})")
+_DEEPEST = 1202  # of arXiv 1512.03385
 
 
 class Block(nn.Module):
@@ -154,11 +155,11 @@ def build_network(
 
 
 def _residual(name: str, depth: int, preactivation: bool, **rest: Any) -> nn.Module:
-    if depth < 8 or (depth - 2) % 6:
-        nearest = max(8, 6 * round((depth - 2) / 6) + 2)
+    if not 8 <= depth <= _DEEPEST or (depth - 2) % 6:
+        nearest = min(max(8, 6 * round((depth - 2) / 6) + 2), _DEEPEST)
         raise RecipeError(
             f"model.name is {name!r}: a depth of {depth}",
-            f"The depth is 6 n + 2 with n >= 1: 8, 14, 20, 32 ... (did you mean {nearest}?).",
+            f"The depth is 6 n + 2: 8, 14, 20, 32 ... up to {_DEEPEST} (did you mean {nearest}?).",
         )
     return CifarResNet(depth, preactivation=preactivation, **rest)
 

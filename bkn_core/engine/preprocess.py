@@ -18,6 +18,8 @@ DECIMALS = 4
 # A channel that varies by less than one grey level counts as varying by one.
 SMALLEST_STD = round(1 / SCALE, DECIMALS)
 CHUNK = 4096
+LARGEST_IMAGE = 2**24
+SMALLEST, LARGEST = 1e-6, 1e6  # of numbers that pictures are divided by, or moved
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,22 @@ def _faults(values: Mapping[str, Any]) -> dict[str, str]:
     channels = CHANNELS[values["color"]]
     size, mean, std = values["image_size"], values["mean"], values["std"]
     tests = {
-        "image_size": (_numbers(size, 2) and all(isinstance(n, int) and n > 0 for n in size), "[height, width]"),
+        "image_size": (_is_size(size), f"[height, width] of at most {LARGEST_IMAGE} pixels"),
         "interpolation": (values["interpolation"] == "bilinear", "'bilinear'"),
         "antialias": (values["antialias"] is True, "true"),
-        "scale": (_numbers([values["scale"]], 1) and values["scale"] > 0, "a number above 0"),
+        "scale": (_numbers([values["scale"]], 1) and values["scale"] >= SMALLEST, f"a number of at least {SMALLEST}"),
         "mean": (_numbers(mean, channels), f"{channels} numbers"),
-        "std": (_numbers(std, channels) and min(std) > 0, f"{channels} numbers above 0"),
+        "std": (_numbers(std, channels) and min(std) >= SMALLEST, f"{channels} numbers of at least {SMALLEST}"),
     }
     return {key: allowed for key, (passed, allowed) in tests.items() if not passed}
+
+
+def _is_size(value: object) -> bool:
+    numbers = _numbers(value, 2) and all(type(number) is int and number > 0 for number in value)  # type: ignore[attr-defined]
+    return numbers and math.prod(value) <= LARGEST_IMAGE  # type: ignore[call-overload]
 
 
 def _numbers(values: object, count: int) -> bool:
     if not isinstance(values, (list, tuple)) or len(values) != count:
         return False
-    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    return all(type(value) in (int, float) and abs(value) <= LARGEST for value in values)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bkn_core.engine.files import finite, write_json, write_text
+from bkn_core.engine.rows import read_rows
 from bkn_core.errors import InputError, OutputError
 from bkn_core.norm import native
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
@@ -161,15 +162,12 @@ class RunFolder:
             raise OutputError(f"{self.path / name} could not be written: {error}", "Free some space.") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, leaving out a last line that a crash cut short."""
-        path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        """Read metrics.jsonl, leaving out a last line that a crash cut short.
+
+        Raises:
+            InputError: another line is damaged.
+        """
+        return read_rows(self.path / "metrics.jsonl")
 
     def forget_after(self, step: int, epoch: int) -> None:
         """Drop the records of later steps and epochs than are saved: a resumed run writes them again."""

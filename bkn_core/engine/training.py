@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from bkn_core.accumulation import accumulation
 from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
 from bkn_core.engine.build import build_model, load_splits
-from bkn_core.engine.checkpoint import check_recipe, deciding_keys, load_strictly_
+from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
 from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
 from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
+from bkn_core.engine.state import checked_state
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
@@ -272,15 +273,15 @@ class Training:
         """Take up where a saved state left off.
 
         Raises:
-            InputError: the state is not one of this recipe.
+            InputError: the state is not one of this recipe; nothing was changed.
         """
-        device = self.world.device
-        check_recipe(state["recipe"], self.recipe)
+        device, state = self.world.device, checked_state(state, self)
         load_strictly_(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             load_strictly_(self.average, state["average"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         for counter in ("step", "measured", "skipped", "seconds", "images", "best"):
             setattr(self, counter, state[counter])
         self.losses = list(state["losses"].to(device).unbind())

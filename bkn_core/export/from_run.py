@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
 from bkn_core.engine.models import example_images
+from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.run_folder import newest_run
+from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, RecipeError
 from bkn_core.export.onnx_file import ExportResult, export_model
+from bkn_core.recipe import DataConfig
 
 _IMAGES = 64  # real test images that the file and the model must agree on
 
@@ -32,7 +36,8 @@ def export_onnx(
 
     Args:
         output: the file to write.
-        run: a run folder or checkpoint; default the newest finished run.
+        run: a run folder or checkpoint; default the newest finished run. Its data are compared on where they are in the
+            working folder, else noise alone.
         stats: "population" folds the moving statistics, "batch" normalizes each image by itself and the priors.
         fold: "affine" leaves a Mul and an Add per layer, "conv" merges them into the convolution before.
         precision: "fp32", or "fp16" with float32 input and output.
@@ -51,10 +56,7 @@ def export_onnx(
     preprocess, recipe = weights.preprocess, weights.recipe
     data = recipe.data
     try:
-        found = load_test_images(data.name, root=data.root, preprocess=preprocess, test_images=data.test_images)
-        images = normalize(
-            found.batch(torch.linspace(0, len(found) - 1, min(_IMAGES, len(found))).long())[0], preprocess
-        )
+        images = _images(data, preprocess) if may_choose(data) else None
     except BknError:
         images = None  # the data need not be where the model is deployed from: noise is compared then
     # A file that is handed on must not carry a path of the machine where it was made.
@@ -76,3 +78,9 @@ def export_onnx(
         benchmark=benchmark,
         device=device,
     )
+
+
+def _images(data: DataConfig, preprocess: Preprocess) -> Tensor:
+    found = load_test_images(data.name, root=data.root, preprocess=preprocess, test_images=data.test_images)
+    chosen = torch.linspace(0, len(found) - 1, min(_IMAGES, len(found))).long()
+    return normalize(found.batch(chosen)[0], preprocess)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -14,8 +17,12 @@ from torch import Tensor, nn
 from bkn_core.errors import ConversionError
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+DIGEST = "bkn.sha256"
 LARGEST = 2**31 - 2**24  # protobuf ends at 2 GB; the rest of the graph needs some of it
 _NOISY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_SIGNATURE = re.compile(
+    DIGEST.replace(".", r"\.").encode() + b'\x12\x42"([0-9a-f]{64})"'
+)  # a protobuf field of 66 bytes
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 
 
@@ -118,6 +125,34 @@ def to_bytes(proto: Any) -> bytes:
     """Return the bytes of a file with embedded weights."""
     data: bytes = proto.SerializeToString(deterministic=True)
     return data
+
+
+def signed(proto: Any) -> bytes:
+    """Return the bytes of a file whose metadata `bkn.sha256` is the digest of them all, its own digits read as 0."""
+    kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key != DIGEST}
+    set_metadata(proto, kept | {DIGEST: json.dumps("0" * 64)})
+    data = to_bytes(proto)
+    start, end = _digits(data)
+    return data[:start] + _digest(data, start, end).encode() + data[end:]
+
+
+def is_signed(data: bytes) -> bool:
+    """Whether the bytes of a file are, bit for bit, those that were signed."""
+    start, end = _digits(data)
+    return start < end and data[start:end] == _digest(data, start, end).encode()
+
+
+def _digits(data: bytes) -> tuple[int, int]:
+    """Return where the digits of a file's digest begin and end; nothing where it has none, or two."""
+    found = [match.span(1) for match in re.finditer(_SIGNATURE, data)]
+    return found[0] if len(found) == 1 else (0, 0)
+
+
+def _digest(data: bytes, start: int, end: int) -> str:
+    view, total = memoryview(data), hashlib.sha256()
+    for part in (view[:start], b"0" * (end - start), view[end:]):
+        total.update(part)
+    return total.hexdigest()
 
 
 def _check_batch(model: nn.Module, proto: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bkn_core.errors import InputError
-from bkn_core.export.graph import BATCH, INPUT, OUTPUT
+from bkn_core.export.graph import BATCH, DIGEST, INPUT, OUTPUT, is_signed
 
 _LARGEST_FILE = 2**31 - 1
 _LARGEST_VALUE = 2**28  # numbers in one tensor, images counted as one: 1 GiB of float32
@@ -21,11 +21,14 @@ def read_model(path: Path) -> Any:
     """Return the `onnx.ModelProto` of a file, refused unless it is whole, plain and of moderate size.
 
     Raises:
-        InputError: it is missing, damaged, refers to other files, holds control flow or foreign operators, or claims
-            tensors that it does not hold or nobody could.
+        InputError: it is missing, damaged or changed since its export, refers to other files, holds control flow or
+            foreign operators, or claims tensors that it does not hold or nobody could.
     """
-    proto = _parsed(path, _bytes(path))
+    data = _bytes(path)
+    proto = _parsed(path, data)
     try:
+        if not is_signed(data):
+            raise InputError(f"it is damaged or was changed since its export: it does not have its digest {DIGEST}")
         _check_parts(proto)
         _check_ends(proto.graph)
         _check_intermediate(proto)

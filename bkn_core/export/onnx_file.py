@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bkn_core.engine.files import replacing
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import CheckFailedError, InputError, OutputError
-from bkn_core.export.graph import set_metadata, to_bytes
+from bkn_core.export.graph import set_metadata, signed
 from bkn_core.export.latency import measure_latency
 from bkn_core.export.metadata import FileMetadata, norm_kind
 from bkn_core.export.parity import TOLERANCES, check_parity
@@ -127,7 +127,7 @@ def export_model(
     }
     checked = dataclasses.asdict(parity)
     set_metadata(proto, FileMetadata(tuple(map(str, classes)), preprocess, norm, source, checked).texts())
-    graph = to_bytes(proto)
+    graph = signed(proto)
     latency = measure_latency(graph, example, device) if benchmark else None
     _write(path, graph)
     return ExportResult(

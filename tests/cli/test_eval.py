@@ -56,6 +56,7 @@ def test_the_newest_finished_run_is_the_default(run: Path, inside: Path) -> None
     result = call("eval")
     assert result.exit_code == 0
     assert "runs/new (PyTorch on" in result.stdout
+    assert "test images: digits\n" in result.stdout
     assert "runs/new/evaluation.npz" in result.stderr
 
 

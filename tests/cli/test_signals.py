@@ -16,14 +16,14 @@ from calls import TINY, call
 
 import bkn_core
 from bkn_cli.progress import TrainingProgress
+from bkn_core.engine.checkpoint import load_state
 
 PROGRAM = "from bkn_cli.app import app; app()"
 LONG = (*TINY[1:], "train.epochs=100000")
 
 
 def state(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(run / "checkpoints" / "last.state.pt", weights_only=True)
-    return found
+    return load_state(run / "checkpoints" / "last.state.pt")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -48,7 +48,10 @@ def state() -> dict[str, Any]:
         "scalar": torch.tensor(0.3),
         "model": tensors,
         "average": {},
-        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "optimizer": {
+            "state": {"0": {"momentum_buffer": torch.randn(4)}},
+            "param_groups": [{"lr": 0.1, "params": [0]}],
+        },
         "scaler": {},
     }
 

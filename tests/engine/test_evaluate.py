@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny_runs import stop_at, tiny
 
 import bkn_core as bkn
 from bkn_core.engine.batches import normalize
-from bkn_core.engine.checkpoint import load_weights, weights_path
+from bkn_core.engine.checkpoint import load_weights, save_weights, weights_path
 from bkn_core.engine.data import load_test_images
 from bkn_core.engine.run_folder import RunFolder, newest_run
 from bkn_core.errors import BknError, DeviceError, InputError, InterruptedRun, RecipeError
@@ -109,13 +110,62 @@ def test_images_of_other_classes_are_refused(run: Path, tmp_path: Path, classes:
 
 
 @pytest.mark.parametrize("name", ["ähre", "a b", "🐟 fish", "it's: [1]", '"quoted"', "#7"])
-def test_data_in_a_folder_of_any_name_is_found_again(tmp_path: Path, name: str) -> None:
+def test_data_in_a_folder_of_any_name_is_found_again(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_images(tmp_path / f"{name}.npz", list("01"), images=10)
     words = ["data.name=npz", "train.epochs=1", "data.train_images=4", "data.test_images=4"]
     recipe = tiny(*words)
     data = recipe.data.model_copy(update={"root": str(tmp_path / f"{name}.npz")})
     bkn.train(recipe.model_copy(update={"data": data}), out=tmp_path / "run")
     assert bkn.evaluate(tmp_path / "run", device="cpu").metrics["population"].images == 4
+
+
+def rewritten(run: Path, **data: object) -> Path:
+    """A checkpoint of the run's weights whose recipe names other data."""
+    path = run / "checkpoints" / "last.safetensors"
+    weights = load_weights(path)
+    known = weights.recipe.data.model_copy(update=data)
+    recipe = weights.recipe.model_copy(update={"data": known})
+    save_weights(path, weights.model(), recipe, weights.classes, weights.preprocess)
+    return path
+
+
+@pytest.mark.parametrize("root", ["{}/other.npz", "../other.npz", "inside/../../other.npz", "~/other.npz", "~nobody/x"])
+def test_a_file_does_not_choose_data_outside_the_working_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    write_images(tmp_path / "other.npz", list("0123456789"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(run)
+    (run / "inside").mkdir()
+    root = root.format(tmp_path)
+    path = rewritten(run, name="npz", root=root, test_images=None, train_images=None)
+    for target in (path, run):
+        with pytest.raises(InputError, match="outside the working folder") as caught:
+            bkn.evaluate(target, device="cpu")
+        assert f"data.root={shlex.quote(root)}" in caught.value.hint
+    if "nobody" not in root:
+        assert bkn.evaluate(path, device="cpu", overrides=[f"data.root={root}"]).data == f"npz in {root}"
+
+
+def test_a_file_may_name_data_behind_a_link_in_the_working_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "other.npz", list("0123456789"))
+    (run / "data.npz").symlink_to(tmp_path / "other.npz")
+    monkeypatch.chdir(run)
+    path = rewritten(run, name="npz", root="data.npz", test_images=None, train_images=None)
+    assert bkn.evaluate(path, device="cpu").data == "npz in data.npz"
+
+
+def test_a_file_does_not_choose_to_download(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    path = rewritten(run, name="MNIST", root="new", download=True)
+    with pytest.raises(InputError, match="new"):
+        bkn.evaluate(path, device="cpu")
+    assert not (run / "new").exists()
 
 
 @pytest.mark.parametrize(

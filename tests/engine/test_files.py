@@ -57,7 +57,7 @@ def write_picture(path: Path, value: int) -> None:
     """Draws plots/curves.png; `path` is that file."""
     folder = RunFolder(path.parent.parent)
     folder.path.mkdir(exist_ok=True)
-    folder.record({"kind": "epoch", "step": value, "population_top1": 0.5, "population_loss": 1.0})
+    folder.record({"kind": "epoch", "step": value, "epoch": 1, "population_top1": 0.5, "population_loss": 1.0})
     plot_curves(folder)
 
 
@@ -248,7 +248,7 @@ def test_what_was_written_reads_back(tmp_path: Path) -> None:
 
 def test_a_line_that_cannot_be_appended_names_its_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.record({"kind": "step", "step": 1})
+    folder.record({"kind": "step", "step": 1, "epoch": 1})
     for append, name in ((folder.log, "train.log"), (lambda text: folder.record({"text": text}), "metrics.jsonl")):
         with file_size_limit(100), pytest.raises(OutputError, match=f"{name} could not be written.*File too large"):
             append("x" * 1000)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from tiny_runs import tiny
 from torch import nn
 
-from bkn_core.engine.checkpoint import digest, load_state, load_weights, save_weights
+from bkn_core.engine.checkpoint import largest_file, load_state, load_weights, save_weights
 from bkn_core.engine.preprocess import Preprocess
-from bkn_core.errors import InputError
+from bkn_core.engine.tensor_files import digest
+from bkn_core.errors import BknError, InputError
 
 
 @pytest.fixture
@@ -140,29 +142,106 @@ def test_a_pickle_payload_is_refused_and_not_executed(
     assert touched.exists(), "the payload would have worked"
 
 
-def recursive() -> dict[str, Any]:
-    value: dict[str, Any] = {"step": 1}
-    value["self"] = value
-    return value
+def described(state: Any, **tensors: torch.Tensor) -> bytes:
+    """A state file with a digest that fits."""
+    texts = {"state": json.dumps(state)}
+    return save(tensors, texts | {"digest": digest(tensors, sorted(texts.items()))})
 
 
-HOSTILE: dict[str, Callable[[], Any]] = {
-    "claims 35 TB": lambda: {"step": torch.zeros(1).expand(2**43)},
-    "claims what fits": lambda: {"step": torch.zeros(1).expand(2)},
-    "contains itself": recursive,
-    "sparse": lambda: {"step": torch.eye(3).to_sparse()},
-    "quantized": lambda: {"step": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)},
-    "without data": lambda: {"step": torch.zeros(2, device="meta")},
-    "a list": lambda: [1, 2],
-    "a tensor": lambda: torch.ones(3),
-    "nothing": lambda: None,
-    "unsigned": lambda: {"step": 1},
+HOSTILE: dict[str, bytes] = {
+    "a tensor twice": described({"a": {"$tensor": "x"}, "b": {"$tensor": "x"}}, x=torch.ones(3)),
+    "a tensor that is not there": described({"a": {"$tensor": "y"}}, x=torch.ones(3)),
+    "a tensor without a place": described({"a": 1}, x=torch.ones(3)),
+    "a reference to nothing": described({"a": {"$tensor": ["x"]}}, x=torch.ones(3)),
+    "a list": described([1, 2]),
+    "a tensor": described({"$tensor": "x"}, x=torch.ones(3)),
+    "nothing": described(None),
+    "unsigned": save({"x": torch.ones(3)}, {"state": "{}"}),
+    "without a state": save({"x": torch.ones(3)}),
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_state_is_refused(tmp_path: Path, name: str) -> None:
-    torch.save(HOSTILE[name](), tmp_path / "last.state.pt")
+    (tmp_path / "last.state.pt").write_bytes(HOSTILE[name])
     with pytest.raises(InputError, match=r"last\.state\.pt is damaged"):
         load_state(tmp_path / "last.state.pt")
+
+
+def test_a_state_nested_beyond_reason_is_refused(tmp_path: Path) -> None:
+    texts = {"state": "[" * 100_000 + "]" * 100_000}
+    (tmp_path / "last.state.pt").write_bytes(save({}, texts | {"digest": digest({}, sorted(texts.items()))}))
+    with pytest.raises(InputError, match=r"last\.state\.pt is damaged"):
+        load_state(tmp_path / "last.state.pt")
+
+
+def test_a_state_of_the_time_of_pickles_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    torch.save({"step": 1}, tmp_path / "last.state.pt")
+    with pytest.raises(InputError, match="this version has saved"):
+        load_state(tmp_path / "last.state.pt")
+
+
+def hollow(path: Path, header: dict[str, Any], size: int) -> None:
+    """A file whose tensor is a hole in the disk."""
+    header = header | {"hole": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    path.write_bytes(join_safetensors(header, b""))
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + size)
+
+
+def test_a_file_larger_than_its_model_is_refused_before_it_is_read(weights_file: Path) -> None:
+    header, _ = split_safetensors(weights_file.read_bytes())
+    hollow(weights_file, {"__metadata__": header["__metadata__"]}, 2**33)
+    with pytest.raises(InputError, match=r"has \d+ bytes; a model of its recipe has at most"):
+        load_weights(weights_file)
+    hollow(weights_file, {"__metadata__": {"state": "{}", "digest": "0"}}, 2**33)
+    with pytest.raises(InputError, match=r"has \d+ bytes; a model of its recipe has at most"):
+        load_state(weights_file, largest_file(nn.Linear(3, 3)))
+
+
+def test_a_recipe_of_a_model_larger_than_the_file_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    recipe = tiny("model.name=vgg11", "data.image_size=32")
+    save_weights(
+        tmp_path / "w.safetensors",
+        nn.Linear(3, 3),
+        recipe,
+        ("a", "b"),
+        Preprocess("RGB", (32, 32), (0.5,) * 3, (0.5,) * 3),
+    )
+    with pytest.raises(InputError, match="the checkpoint holds 48 bytes, its recipe's model has 51"):
+        load_weights(tmp_path / "w.safetensors").model()
+
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("recipe", ALIASES, "alias"),
+        ("recipe", "extends: other.yaml", "extends is not a key"),
+        ("recipe", "name: " + "x" * 2_000_000, "more than 1000000 characters"),
+        ("recipe", "model: {name: cifar_resnet600002}", "a depth of 600002"),
+        ("recipe", "model: {name: cifar_resnet" + "9" * 5000 + "}", "model.name is"),
+        ("preprocess", {"image_size": [100_000, 100_000]}, "image_size"),
+        ("preprocess", {"image_size": [True, True]}, "image_size"),
+        ("preprocess", {"scale": 10**400}, "preprocess.scale"),
+        ("preprocess", {"scale": 1e-320}, "preprocess.scale"),
+        ("preprocess", {"mean": [10**400]}, "preprocess.mean"),
+        ("preprocess", {"std": [1e-320]}, "preprocess.std"),
+        ("classes", "[1, 2]", "cannot be loaded"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_description_of_what_nobody_could_build_is_refused(
+    weights_file: Path, key: str, text: str | dict[str, Any], words: str
+) -> None:
+    weights, (header, data) = load_weights(weights_file), split_safetensors(weights_file.read_bytes())
+    metadata = {key: text for key, text in header["__metadata__"].items() if key != "digest"}
+    metadata[key] = text if isinstance(text, str) else json.dumps(json.loads(metadata[key]) | text)
+    header["__metadata__"] = metadata | {"digest": digest(weights.tensors, sorted(metadata.items()))}
+    weights_file.write_bytes(join_safetensors(header, data))
+    with pytest.raises(BknError, match=words):
+        load_weights(weights_file).model()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bkn_core.errors import InputError
+from bkn_core.export.graph import signed
 from bkn_core.export.sessions import open_session
 
 
@@ -29,9 +32,34 @@ def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(path: Path, proto: Any, words: str) -> None:
-    path.write_bytes(proto.SerializeToString())
+    path.write_bytes(signed(proto))
     with pytest.raises(InputError, match=words):
         open_session(path, "cpu")
+
+
+def test_a_flipped_bit_anywhere_is_refused(small: Path, tmp_path: Path) -> None:
+    whole, draw = small.read_bytes(), random.Random(0)
+    path = tmp_path / "model.onnx"
+    for bit in draw.sample(range(8 * len(whole)), 100):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(changed))
+        with pytest.raises(InputError, match=r"model\.onnx is"):
+            open_session(path, "cpu")
+
+
+def test_a_weight_that_was_changed_by_another_program_is_refused(small: Path, tmp_path: Path) -> None:
+    proto = onnx.load(small)
+    proto.graph.initializer[0].raw_data = bytes(len(proto.graph.initializer[0].raw_data))
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"changed since its export: it does not have its digest bkn\.sha256"):
+        open_session(tmp_path / "model.onnx", "cpu")
+
+
+def test_the_digest_is_that_of_the_file_with_zeros_in_its_place(small: Path) -> None:
+    data = small.read_bytes()
+    digest = next(json.loads(entry.value) for entry in onnx.load(small).metadata_props if entry.key == "bkn.sha256")
+    assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
 def external(location: str) -> Any:

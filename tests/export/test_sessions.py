@@ -31,7 +31,7 @@ def test_metadata_comes_back_as_it_was_given(small: Path) -> None:
 
 def test_metadata_has_the_contracts_keys_as_json(small: Path) -> None:
     entries = {entry.key: json.loads(entry.value) for entry in onnx.load(small).metadata_props}
-    keys = {"bkn.schema", "bkn.version", "task", "classes", "preprocess", "norm", "source", "parity"}
+    keys = {"bkn.schema", "bkn.sha256", "bkn.version", "task", "classes", "preprocess", "norm", "source", "parity"}
     assert set(entries) == keys
     assert entries["task"] == "classify"
     parity = entries["parity"]
