@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
@@ -13,7 +14,7 @@ from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
 from bkn_core.engine.models import build_network, example_images, is_builtin
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
-from bkn_core.recipe import Recipe
+from bkn_core.recipe import NormConfig, Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
 _PRIOR_BATCH = 250
@@ -60,8 +61,17 @@ def build_model(
         pretrained=recipe.model.pretrained and images is not None,
         arguments=dict(recipe.model.args),
     )
+    _set_constants_(network, recipe.norm)
     example = example_images(channels, preprocess.image_size)
     return convert(network, example, **_norm_options(recipe, preprocess, images, example))
+
+
+def _set_constants_(network: nn.Module, norm: NormConfig) -> None:
+    """Give the network's normalization layers, which conversion takes them from, the recipe's ε and momentum."""
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eps = layer.eps if norm.eps is None else norm.eps
+            layer.momentum = layer.momentum if norm.momentum is None else norm.momentum
 
 
 def _norm_options(

@@ -201,7 +201,9 @@ def _pretrained_state(name: str) -> dict[str, Tensor]:
 def _load_matching(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load, in place, every tensor whose shape agrees: all but the head where the classes differ."""
     own = network.state_dict()
-    network.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
+    for name in [name for name in state if name not in own or own[name].shape != state[name].shape]:
+        del state[name]  # a copy would lack the version of the network that goes with it
+    network.load_state_dict(state, strict=False)
 
 
 def _timm(name: str, pretrained: bool, classes: int, channels: int, arguments: dict[str, Any]) -> nn.Module:

@@ -191,3 +191,19 @@ def test_a_model_without_images_has_room_for_what_was_measured_with_them() -> No
 def test_every_kind_of_norm_builds_and_answers(kind: str) -> None:
     model = build_model(tiny(f"norm.kind={kind}"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10)
     assert model(torch.randn(4, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bkn", "bn", "brn", "gn", "ln", "in", "fixed"])
+def test_epsilon_and_momentum_are_the_recipes_in_every_kind_of_norm(kind: str) -> None:
+    model = build_model(
+        tiny(f"norm.kind={kind}", "norm.eps=0.25", "norm.momentum=0.5"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10
+    )
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    assert len(norms) == 6 and all(norm.eps == 0.25 for norm in norms)
+    assert all(getattr(norm, "momentum", 0.5) == 0.5 for norm in norms)
+
+
+def test_epsilon_and_momentum_of_null_are_the_networks_own() -> None:
+    recipe = tiny("model.name=mobilenet_v3_small")
+    model = build_model(recipe, Preprocess("RGB", (32, 32), (0.0,) * 3, (1.0,) * 3), 10)
+    assert {(norm.eps, norm.momentum) for norm in layers(model, BatchKalmanNorm)} == {(1e-3, 1e-2)}
