@@ -234,7 +234,7 @@ def find_run(digest: str, root: Path = Path("runs")) -> Path | None:
     """Return the weights file under `runs/` that has a digest, if there is one."""
     from safetensors import SafetensorError, safe_open
 
-    for path in root.glob("**/checkpoints/*.safetensors"):
+    for path in filter(Path.is_file, root.glob("**/checkpoints/*.safetensors")):
         try:
             with safe_open(str(path), "pt") as file:
                 if (file.metadata() or {}).get("digest") == digest:

@@ -137,8 +137,8 @@ class RunFolder:
         """
         path = self.path / "summary.json"
         try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            value = json.loads(_text(path))
+        except ValueError as error:
             raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
         if not isinstance(value, dict):
             raise InputError(f"{path} holds no summary", "Give a folder that `bkn train` made.")
@@ -161,10 +161,14 @@ class RunFolder:
             raise OutputError(f"{self.path / name} could not be written: {error}", "Free some space.") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, leaving out a last line that a crash cut short."""
+        """Read metrics.jsonl, leaving out a last line that a crash cut short.
+
+        Raises:
+            InputError: it is there and cannot be read.
+        """
         path = self.path / "metrics.jsonl"
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in _text(path).splitlines() if path.exists() else []:
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -197,22 +201,32 @@ def newest_run(root: Path = Path("runs")) -> Path:
     finished = []
     for summary in root.glob("**/summary.json"):
         try:
-            if json.loads(summary.read_text()).get("status") == "finished":
+            if json.loads(_text(summary)).get("status") == "finished":
                 finished.append((summary.stat().st_mtime, summary.parent))
-        except (OSError, ValueError, AttributeError):
+        except (InputError, OSError, ValueError, AttributeError):
             continue
     if not finished:
         raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")
     return max(finished)[1]
 
 
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")  # a pipe would be waited for
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
+
+
 def _fresh(path: Path) -> Path:
     """Make a folder that was not there, with a number behind its name where that is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
-            candidate.mkdir(parents=True)
+            candidate.mkdir()
             return candidate
         except FileExistsError:
             number += 1
