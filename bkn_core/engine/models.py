@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkn_core.errors import BknError, InputError, RecipeError
+from bkn_core.norm.replacement import copied
 
-_RESIDUAL = re.compile(r"cifar_(preact_)?resnet(\d+)")
+_RESIDUAL = re.compile(r"cifar_(preact_)?resnet([0-9]{1,4})")
+_DEEPEST = 1202  # of the paper
 
 
 class Block(nn.Module):
@@ -149,16 +152,46 @@ def build_network(
         return _torchvision(name, pretrained, classes, arguments)
     except BknError:
         raise
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model.args {arguments} do not fit model.name {name!r}: {error}") from error
+    except Exception as error:  # arguments such as a divisor of 0 lead a library's builder to any of them
+        raise RecipeError(f"model.args {arguments} do not fit model.name {name!r}: {_said(error)}") from error
+
+
+def check_network(network: nn.Module, name: str, example: Tensor, classes: int) -> None:
+    """Run a copy of a network once as in training, so that what it cannot take is refused before anything begins.
+
+    Raises:
+        RecipeError: it fails, or gives something else than logits.
+    """
+    given = f"images of {example.shape[2]} x {example.shape[3]}"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits = copied(network).train()(example)
+    except BknError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"model.name {name!r} cannot take {given}: {_said(error)}",
+            "Give data.image_size a value that it can take, or another model.",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(example), classes):
+        what = f"the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise RecipeError(
+            f"model.name {name!r} makes of {given} {what}, not one logit for each of {classes} classes",
+            "Choose a classifier, without auxiliary heads.",
+        )
+
+
+def _said(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _residual(name: str, depth: int, preactivation: bool, **rest: Any) -> nn.Module:
-    if depth < 8 or (depth - 2) % 6:
-        nearest = max(8, 6 * round((depth - 2) / 6) + 2)
+    if not 8 <= depth <= _DEEPEST or (depth - 2) % 6:
+        nearest = min(max(8, 6 * round((depth - 2) / 6) + 2), _DEEPEST)
         raise RecipeError(
             f"model.name is {name!r}: a depth of {depth}",
-            f"The depth is 6 n + 2 with n >= 1: 8, 14, 20, 32 ... (did you mean {nearest}?).",
+            f"The depth is 6 n + 2 with n >= 1: 8, 14, 20, 32 ... {_DEEPEST} (did you mean {nearest}?).",
         )
     return CifarResNet(depth, preactivation=preactivation, **rest)
 

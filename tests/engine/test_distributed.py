@@ -131,6 +131,39 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; it is a number from 1 to 65536"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "MASTER_PORT is ''"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "no MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"}, "RANK is ''; it is a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1", "RANK": "2"}, "RANK is '2'"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=named), join_world("cpu"):
+        pass
+
+
+def test_processes_that_do_not_find_each_other_are_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda _: (_ for _ in ()).throw(RuntimeError("late")))
+    with pytest.raises(DeviceError, match="the 2 processes do not find each other: late"), join_world("cpu"):
+        pass
+
+
 @pytest.mark.slow
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     """Weights, average, optimizer, moving statistics and records, where every pass has images for both.
