@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bkn_core.engine.files import replacing
@@ -19,12 +21,20 @@ _IMAGES = {"": "test", "validation_": "validation"}  # what a run's epochs were 
 
 def new_figure(**options: Any) -> Figure:
     """Return an empty figure to draw into a file, whatever MPLBACKEND says of screens."""
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:  # it names no backend of matplotlib, which then refuses to be imported
-        os.environ.pop("MPLBACKEND", None)
-        from matplotlib.figure import Figure
+    if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+        _import_with(os.environ.pop("MPLBACKEND"))
+    from matplotlib.figure import Figure
+
     return Figure(**options)
+
+
+def _import_with(backend: str) -> None:
+    """Import matplotlib, which with a backend that it does not know refuses even to be imported."""
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 
 
 def plot_curves(folder: RunFolder) -> None:

@@ -83,7 +83,7 @@ drawn = given(
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @drawn
 @example(words=["data.image_size=30000"], environment={})
 @example(words=["data.image_size=[30000, 1]"], environment={})
