@@ -25,7 +25,7 @@ OWN_NAMES = ("digits", "imagefolder", "npz")
 # A split that takes more bytes than this when decoded is decoded batch by batch.
 MEMORY_LIMIT = 2**32
 # The images of one forward take no more than this as numbers.
-FORWARD_LIMIT = 2**33
+FORWARD_LIMIT = 2**32
 # The images that mean and std are taken from where a split is not held decoded.
 STATISTICS_IMAGES, STATISTICS_BYTES = 10_000, 2**31
 

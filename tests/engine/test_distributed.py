@@ -214,6 +214,11 @@ def test_after_a_step_all_processes_have_the_same_statistics(kind: str) -> None:
     assert any(name.endswith("running_var") for name in one)
     for name, buffer in one.items():
         assert torch.equal(buffer, other[name]), name
+    joint = Training(tiny(*WORDS, f"norm.kind={kind}", "batch.per_device=16"), CPU)
+    joint.take_step(0, next(joint.epoch(0)))
+    for name, expected in joint.model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(one[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_pass_without_images_of_its_own_leaves_no_trace_in_a_process() -> None:
