@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkn_cli.options import Device, Json, Verbose, split_words
+from bkn_cli.options import Device, Json, Verbose, path, split_words
 from bkn_cli.reporting import reporting
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of all runs and the report; the same command again goes on there."),
+        typer.Option(
+            parser=path, metavar="DIR", help="Folder of all runs and the report; the same command again goes on there."
+        ),
     ] = None,
     device: Device = None,
     as_json: Json = False,

@@ -8,16 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bkn_cli.options import NO_VALUE, Json, Verbose
+from bkn_cli.options import NO_VALUE, Json, Verbose, path
 from bkn_cli.render import Reporter
 from bkn_cli.reporting import reporting
 
 
 def export(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT.onnx", help="The file to write.")],
+    output: Annotated[Path, typer.Argument(parser=path, metavar="OUTPUT.onnx", help="The file to write.")],
     run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A run folder or checkpoint; default the newest finished run under runs/."),
+        typer.Option(
+            parser=path, metavar="DIR", help="A run folder or checkpoint; default the newest finished run under runs/."
+        ),
     ] = None,
     stats: Annotated[
         Literal["population", "batch"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,9 +31,29 @@ Words = Annotated[
 ]
 
 
+def path(text: str) -> Path:
+    """Read a path; that of an unset shell variable is empty and would stand for the working folder."""
+    if (fault := _fault(text)) is not None:
+        raise typer.BadParameter(f"the path {fault}")
+    return Path(text)
+
+
+def _fault(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{ascii(text)[1:-1]} holds a byte that is no UTF-8 text"
+    return None if text else "is empty"
+
+
 def split_words(words: list[str] | None) -> tuple[list[str], list[str]]:
     """Part names (recipes, runs) from KEY=VALUE words."""
+    from bkn_core.errors import RecipeError
+
     found = words or []
+    for word in found:
+        if (fault := _fault(word)) is not None:
+            raise RecipeError(f"a word of the command {fault}")
     return [w for w in found if not _is_override(w)], [w for w in found if _is_override(w)]
 
 

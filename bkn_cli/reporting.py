@@ -50,7 +50,7 @@ def _quiet_output(as_json: bool) -> contextlib.AbstractContextManager[object]:
 
 
 def _explain(reporter: Reporter, error: Exception) -> NoReturn:
-    from bkn_core.errors import BknError, InterruptedRun
+    from bkn_core.errors import BknError, DeviceError, InterruptedRun
 
     if isinstance(error, InterruptedRun):
         reporter.fail(error.code, exit_code(reporter.signal), error.message, error.hint)
@@ -58,12 +58,21 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         reporter.fail(error.code, error.exit_code, error.message, error.hint)
     if reporter.should_stop():  # some libraries make another error of an interruption
         _explain_stop(reporter)
+    if _is_memory(error):
+        hint = "Lower batch.per_device, eval.batch_size or data.image_size, or take a smaller model."
+        reporter.fail("memory", DeviceError.exit_code, f"out of memory: {(str(error).splitlines() or [''])[0]}", hint)
     if isinstance(error, OSError):  # of the files that the library writes it makes errors of its own
         reporter.fail("output", UNEXPECTED, f"the output cannot be written: {error}", "")
     if reporter.verbose:
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}"
     reporter.fail("unexpected", UNEXPECTED, what, "This is a fault of bkn; --verbose shows the traceback.")
+
+
+def _is_memory(error: Exception) -> bool:
+    # PyTorch's allocator for the CPU has no class for it.
+    words = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _explain_stop(reporter: Reporter) -> NoReturn:

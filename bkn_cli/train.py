@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, split_words
+from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, path, split_words
 from bkn_cli.render import Reporter, metrics_result, metrics_table
 from bkn_cli.reporting import reporting
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def train(
     words: Words = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN.")
+        Path | None,
+        typer.Option(parser=path, metavar="DIR", help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Continue the interrupted run of this folder.")
+        Path | None, typer.Option(parser=path, metavar="DIR", help="Continue the interrupted run of this folder.")
     ] = None,
     device: Device = None,
     nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one GPU each.")] = 1,
@@ -83,10 +84,11 @@ def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, devi
 def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | None) -> None:
     import bkn_core
     from bkn_cli.progress import TrainingProgress
+    from bkn_core.engine.distributed import process_place
 
     with TrainingProgress(reporter) as progress:
         result = bkn_core.train(recipe, out=out, resume=resume, on_event=progress, should_stop=reporter.should_stop)
-    if os.environ.get("RANK", "0") != "0":
+    if process_place()[1] != 0:
         return
     held_out = recipe.data.validation is not None
     reporter.text(f"{result.run}, last epoch{' on the test images' if held_out else ''}:")

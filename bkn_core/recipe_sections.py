@@ -16,8 +16,12 @@ Flag = Annotated[bool, Field(description="true or false")]
 FlagOrAuto = Annotated[Literal["auto"] | bool, Field(description="auto, true or false")]
 Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 PositiveOrNone = Annotated[Positive | None, Field(description="a finite number above 0, or null for none")]
+PositiveOrOwn = Annotated[Positive | None, Field(description="a finite number above 0, or null for the network's own")]
 NonNegative = Annotated[float, Field(ge=0, description="a finite number of at least 0")]
-Fraction = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+FractionOrOwn = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | None,
+    Field(description="a number from 0 to 1, or null for the network's own"),
+]
 BelowOne = Annotated[float, Field(ge=0, lt=1, description="a number of at least 0 and below 1")]
 InsideOne = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[InsideOne | None, Field(description="a number above 0 and below 1, or null for none")]
@@ -51,7 +55,7 @@ class ModelConfig(Section):
 
 
 class NormConfig(Section):
-    """The kind of norm layer and the filter inside it."""
+    """The kind of norm layer and the filter inside it; null leaves the network its own `eps` and `momentum`."""
 
     kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"] = "bkn"
     transition: Literal["learned", "network"] = "network"
@@ -63,8 +67,8 @@ class NormConfig(Section):
     correction: Flag = False
     innovation: Flag = True
     input_prior: Flag = True
-    eps: Positive = 1e-5
-    momentum: Fraction = 0.1
+    eps: PositiveOrOwn = None
+    momentum: FractionOrOwn = None
 
     @model_validator(mode="after")
     def _learned_gain_is_below_one(self) -> Self:

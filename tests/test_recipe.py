@@ -35,7 +35,7 @@ def faults(source: str | Path | None, *overrides: str) -> str:
 SPECIFIED = """
 model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
-       gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: 1.0e-5, momentum: 0.1}
+       gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: null, momentum: null}
 batch: {gradient: 128, statistics: 2, per_device: 128}
 data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, validation: null,
        augment: none, download: false}
@@ -136,7 +136,7 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
         "command line 'oops': this is not KEY=VALUE; write for example norm.kind=bn",
         "command line 'log.every=[': not valid YAML: expected the node content, but found '<stream end>'",
         f"{path}:4: norm.kind is 'bnk'; choose one of bkn, bn, brn, gn, ln, in, fixed, none (did you mean 'bkn'?)",
-        f"{path}:5: norm.eps is nan; give a finite number above 0",
+        f"{path}:5: norm.eps is nan; give a finite number above 0, or null for the network's own",
         f"{path}:3: norm.knid is not a key (did you mean 'kind'?)",
         f"{path}:6: batch.gradient is -1; give an integer of at least 1",
         f"{base}:2: train.epochs is 1.5; give an integer of at least 1",

@@ -9,6 +9,7 @@ from typing import Any
 from bkn_core.compare.cells import Cell
 from bkn_core.compare.summary import Row
 from bkn_core.engine.files import replacing
+from bkn_core.engine.plots import new_figure
 from bkn_core.engine.run_folder import RunFolder
 
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker of each statistics batch size
@@ -21,10 +22,8 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
     Raises:
         OutputError: the file could not be written.
     """
-    from matplotlib.figure import Figure
-
     modes = [mode for mode in _TITLES if any(mode in row.top1 for row in rows)] or ["population"]
-    figure = Figure(figsize=(4.6 * len(modes) + 2.2, 4.2), layout="constrained")
+    figure = new_figure(figsize=(4.6 * len(modes) + 2.2, 4.2), layout="constrained")
     axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     looks = _looks(rows)
     for axis, mode in zip(axes, modes, strict=True):

@@ -183,6 +183,8 @@ def _predictions(run: Path, mode: str) -> tuple[NDArray[Any], Correct]:
     """Return the labels of the test images and which of them a run gets right."""
     path = run / "predictions.npz"
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("there is no such file")
         with open(path, "rb") as file, np.load(file) as arrays:
             labels = arrays["labels"]
             # As in the run's own measure, an image without a finite loss is a mistake.

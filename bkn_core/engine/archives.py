@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import zipfile
 import zlib
@@ -12,6 +13,9 @@ from bkn_core.errors import InputError
 # Bzip2 and LZMA entries are refused: Python cannot bound what a small one of them unpacks to.
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 ENCRYPTED = 0x1
+# What pictures and labels unpack to lies far below this; a bomb of zeros reaches 1000.
+LARGEST_RATIO = 200
+HARMLESS = 2**26
 ARCHIVE_FAULTS = (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
@@ -21,6 +25,8 @@ def open_archive(path: Path) -> zipfile.ZipFile:
     Raises:
         InputError: The file is no zip or damaged, or an entry points outside it, is a link or cannot be read safely.
     """
+    if not os.path.isfile(path):  # a pipe would be waited for, a device read for ever
+        raise InputError(f"{path} is no zip file: it is not a regular file", "Give the path of a folder or a file.")
     try:
         archive = zipfile.ZipFile(path)
     except ARCHIVE_FAULTS as error:
@@ -62,4 +68,6 @@ def _fault(entry: zipfile.ZipInfo) -> str:
         return "is encrypted"
     if entry.compress_type not in METHODS:
         return f"is compressed with method {entry.compress_type}; only stored and deflated entries are read"
+    if entry.file_size > max(HARMLESS, LARGEST_RATIO * entry.compress_size):
+        return f"claims {entry.file_size} bytes, from {entry.compress_size} in the file"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tokenize
 import zipfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from bkn_core.errors import InputError
 DIGITS_TEST_IMAGES = 360
 DIGITS_MAXIMUM = 16
 ARRAY_LIMIT = 2**32
+HEADER_LIMIT = 2**16
+SPLITS = ("train", "test")
 # NumPy reads the header of an array as Python text.
 ARRAY_FAULTS = (*ARCHIVE_FAULTS, OverflowError, SyntaxError, TypeError, tokenize.TokenError)
 LAYOUT = (
@@ -42,21 +45,16 @@ def open_npz(path: Path) -> tuple[ArraySource, ArraySource]:
     Raises:
         InputError: The file or an array is missing, damaged, of a wrong type or shape, or a label is out of range.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"data.root {path} is not a .npz file", LAYOUT)
     with open_archive(path) as archive:
-        labels = {split: _labels(archive, f"{split}_labels") for split in ("train", "test")}
+        images = {split: _images(archive, f"{split}_images") for split in SPLITS}
+        labels = {split: _labels(archive, f"{split}_labels", len(images[split])) for split in SPLITS}
         classes = _classes(archive, labels["train"])
         sources = []
-        for split in ("train", "test"):
+        for split in SPLITS:
             _check_range(labels[split], len(classes), f"{path}: {split}_labels")
-            images = _images(archive, f"{split}_images")
-            if len(images) != len(labels[split]):
-                raise InputError(
-                    f"{path}: {split}_images has {len(images)} images but {split}_labels {len(labels[split])} labels",
-                    LAYOUT,
-                )
-            sources.append(ArraySource(images, torch.from_numpy(labels[split]), classes))
+            sources.append(ArraySource(images[split], torch.from_numpy(labels[split]), classes))
     return sources[0], sources[1]
 
 
@@ -73,12 +71,16 @@ def _images(archive: zipfile.ZipFile, name: str) -> torch.Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:3], -1)).permute(0, 3, 1, 2)
 
 
-def _labels(archive: zipfile.ZipFile, name: str) -> npt.NDArray[np.int64]:
-    array = _read(archive, name)
+def _labels(archive: zipfile.ZipFile, name: str, images: int) -> npt.NDArray[np.int64]:
+    array = _read(archive, name, HEADER_LIMIT + images * 8)
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise InputError(
             f"{archive.filename}: {name} is {array.dtype} {array.shape}; allowed is a row of integers", LAYOUT
         )
+    if len(array) != images:
+        split = name.removesuffix("_labels")
+        has = f"{split}_images has {images} images but {name} {len(array)} labels"
+        raise InputError(f"{archive.filename}: {has}", LAYOUT)
     return array.astype(np.int64)
 
 
@@ -100,15 +102,15 @@ def _check_range(labels: npt.NDArray[np.int64], classes: int, name: str) -> None
         )
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[np.generic]:
+def _read(archive: zipfile.ZipFile, name: str, limit: int = ARRAY_LIMIT) -> npt.NDArray[np.generic]:
     try:
         entry = archive.getinfo(f"{name}.npy")
     except KeyError:
         raise InputError(f"{archive.filename} has no array {name}", LAYOUT) from None
-    if entry.file_size > ARRAY_LIMIT:
+    if entry.file_size > limit:
         raise InputError(
-            f"{archive.filename}: {name} claims {entry.file_size} bytes; at most {ARRAY_LIMIT} are read",
-            "Keep larger data as an image folder.",
+            f"{archive.filename}: {name} claims {entry.file_size} bytes; at most {limit} are read",
+            "Keep larger data as an image folder; one label belongs to each image.",
         )
     try:
         with archive.open(entry) as file:

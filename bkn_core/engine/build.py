@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
-from bkn_core.engine.models import build_network, example_images, is_builtin
+from bkn_core.engine.models import build_network, check_network, example_images, is_builtin
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
-from bkn_core.recipe import Recipe
+from bkn_core.recipe import NormConfig, Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
-_PRIOR_BATCH = 250
+_PRIOR_BATCH, _PRIOR_BYTES = 250, 2**28  # and those of one forward, and what these may take
 
 
 def load_splits(recipe: Recipe) -> DataSplits:
@@ -35,6 +38,7 @@ def load_splits(recipe: Recipe) -> DataSplits:
         validation=data.validation,
         color=None if is_builtin(recipe.model.name) else "RGB",
         download=data.download,
+        together=max(recipe.batch.per_device, recipe.eval.batch_size),
     )
 
 
@@ -53,7 +57,9 @@ def build_model(
         RecipeError, ConversionError: the recipe's model or normalization cannot be built.
     """
     network = _network(recipe, preprocess, classes, pretrained=recipe.model.pretrained and images is not None)
+    _set_constants_(network, recipe.norm)
     example = example_images(len(preprocess.mean), preprocess.image_size)
+    check_network(network, recipe.model.name, example, classes)
     return convert(network, example, **_norm_options(recipe, preprocess, images, example))
 
 
@@ -75,6 +81,14 @@ def _network(recipe: Recipe, preprocess: Preprocess, classes: int, *, pretrained
         pretrained=pretrained,
         arguments=dict(recipe.model.args),
     )
+
+
+def _set_constants_(network: nn.Module, norm: NormConfig) -> None:
+    """Give the network's normalization layers, which conversion takes them from, the recipe's ε and momentum."""
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eps = layer.eps if norm.eps is None else norm.eps
+            layer.momentum = layer.momentum if norm.momentum is None else norm.momentum
 
 
 def _norm_options(
@@ -99,6 +113,8 @@ def _norm_options(
     }
 
 
-def _prior_batches(images: ImageSet | LazyImageSet, preprocess: Preprocess) -> list[Tensor]:
+def _prior_batches(images: ImageSet | LazyImageSet, preprocess: Preprocess) -> Iterator[Tensor]:
     chosen = choose(images.labels, min(_PRIOR_IMAGES, len(images)))
-    return [normalize(images.batch(part)[0], preprocess) for part in torch.split(chosen, _PRIOR_BATCH)]
+    size = 4 * len(preprocess.mean) * math.prod(preprocess.image_size)
+    for part in torch.split(chosen, max(1, min(_PRIOR_BATCH, _PRIOR_BYTES // size))):
+        yield normalize(images.batch(part)[0], preprocess)

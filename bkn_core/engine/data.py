@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bkn_core.engine.arrays import open_digits, open_npz
 from bkn_core.engine.folders import open_image_folder, open_validation_folder
-from bkn_core.engine.pictures import CHANNELS, Color
+from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
 from bkn_core.engine.sources import Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
@@ -24,8 +24,10 @@ __all__ = ["DataSplits", "ImageSet", "LazyImageSet", "Preprocess", "load_data", 
 OWN_NAMES = ("digits", "imagefolder", "npz")
 # A split that takes more bytes than this when decoded is decoded batch by batch.
 MEMORY_LIMIT = 2**32
+# The images of one forward take no more than this as numbers.
+FORWARD_LIMIT = 2**32
 # The images that mean and std are taken from where a split is not held decoded.
-STATISTICS_IMAGES = 10_000
+STATISTICS_IMAGES, STATISTICS_BYTES = 10_000, 2**31
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def load_data(
     validation: float | str | None = None,
     color: Color | None = None,
     download: bool = False,
+    together: int = 1,
 ) -> DataSplits:
     """Load a data set; mean and std of its `preprocess` are those of the chosen training images.
 
@@ -117,12 +120,13 @@ def load_data(
             `imagefolder`, the path of a folder of CLASS/*.
         color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
         download: Let torchvision fetch what is missing.
+        together: The most images that a forward will hold.
 
     Raises:
-        RecipeError: There is no such data set, or it has fewer images than asked for.
+        RecipeError: There is no such data set, it has fewer images than asked for, or they are too large.
         InputError: A file is missing, damaged or not safe to read.
     """
-    root = Path(root).expanduser()
+    root = _home(root)
     train, test = _open(name, root, download=download)
     has, held_out = f"{name} has {{}} training images", None
     if isinstance(validation, str):
@@ -136,12 +140,10 @@ def load_data(
     if image_size is None:
         image_size = train.size()
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    most = max(len(source.labels) for source in (train, test, held_out) if source is not None)
+    _refuse_oversized(color, size, min(together, most))
     train_set = _image_set(train, color, size)
-    if isinstance(train_set, ImageSet):
-        sample = train_set.images
-    else:
-        sample = train_set.batch(choose(train.labels, min(STATISTICS_IMAGES, len(train_set)), proportional=True))[0]
-    preprocess = Preprocess(color, size, *channel_statistics(sample))
+    preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)))
     validation_set = None if held_out is None else _image_set(held_out, color, size)
     return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set)
 
@@ -154,7 +156,8 @@ def load_test_images(
     Raises:
         InputError, RecipeError: as `load_data`.
     """
-    _, test = _open(name, Path(root).expanduser(), download=download)
+    _refuse_oversized(preprocess.color, preprocess.image_size, 1)
+    _, test = _open(name, _home(root), download=download)
     test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
     return _image_set(test, preprocess.color, preprocess.image_size)
 
@@ -173,6 +176,26 @@ def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iter
             current = following
         if current is not None:
             yield current.result()
+
+
+def _home(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody/photos
+        raise InputError(f"the path {path} begins with a home folder that is not known", "Write it out.") from error
+
+
+def _refuse_oversized(color: Color, image_size: tuple[int, int], together: int) -> None:
+    height, width = image_size
+    what = f"images of {height} x {width} pixels"
+    if height * width > PIXEL_LIMIT:
+        raise RecipeError(f"{what} are too large; at most {PIXEL_LIMIT} pixels are taken", "Lower data.image_size.")
+    size = 4 * together * CHANNELS[color] * height * width
+    if size > FORWARD_LIMIT:
+        raise RecipeError(
+            f"{together} {what} in one forward take {size} bytes; at most {FORWARD_LIMIT} are taken",
+            "Lower data.image_size, or both batch.per_device and eval.batch_size.",
+        )
 
 
 def _open(name: str, root: Path, *, download: bool) -> tuple[Source, Source]:
@@ -196,7 +219,7 @@ def _open_validation(path: str, name: str, root: Path, classes: tuple[str, ...])
             f"data.validation is {path!r}, a folder, but data.name is {name}; only imagefolder takes one",
             "Give a share of the training images, such as 0.1.",
         )
-    return open_validation_folder(Path(path).expanduser(), root, classes)
+    return open_validation_folder(_home(path), root, classes)
 
 
 def _hold_out(train: Source, share: float, name: str) -> tuple[Source, Source]:
@@ -221,6 +244,14 @@ def _subset(source: Source, count: int | None, has: str, key: str) -> Source:
             f"{key} is {count}, but {has.format(available)}", f"Choose 1 to {available}, or null for all."
         )
     return source.take(choose(source.labels, count))
+
+
+def _statistics_images(images: ImageSet | LazyImageSet) -> Tensor:
+    if isinstance(images, ImageSet):
+        return images.images
+    height, width = images.image_size
+    count = min(STATISTICS_IMAGES, STATISTICS_BYTES // (CHANNELS[images.color] * height * width), len(images))
+    return images.batch(choose(images.labels, count, proportional=True))[0]
 
 
 def _image_set(source: Source, color: Color, image_size: tuple[int, int]) -> ImageSet | LazyImageSet:

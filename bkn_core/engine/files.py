@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from bkn_core.errors import OutputError
+from bkn_core.errors import InputError, OutputError
 
 
 @contextlib.contextmanager
@@ -73,3 +73,29 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file of a run.
+
+    Raises:
+        InputError: it cannot be read, or is no regular file (a pipe would be waited for).
+    """
+    try:
+        if not path.is_file():
+            raise OSError("it is not a regular file" if path.exists() else "it is not there")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of a run.
+
+    Raises:
+        InputError: as `read_bytes`, or it is no text.
+    """
+    try:
+        return read_bytes(path).decode()
+    except ValueError as error:
+        raise InputError(f"{path} is no text: {error}", "Give a folder that `bkn train` made.") from error

@@ -32,9 +32,9 @@ def open_image_folder(root: Path) -> tuple[PictureSource, PictureSource]:
     Raises:
         InputError: A split or a class is missing or empty, or something under the root is not safe to read.
     """
-    if not root.exists():
+    if not os.path.exists(root):
         raise InputError(f"data.root {root} does not exist", LAYOUT)
-    listing, read = _list_folder(root) if root.is_dir() else _list_archive(root)
+    listing, read = _list_folder(root) if os.path.isdir(root) else _list_archive(root)
     splits = {split for split, _ in listing}
     test = next((name for name in TEST_NAMES if name in splits), None)
     if TRAIN not in splits or test is None:
@@ -56,10 +56,10 @@ def open_validation_folder(folder: Path, root: Path, classes: tuple[str, ...]) -
         InputError: The folder is missing or the training or test folder itself, a class is missing, unknown or empty,
             or something under it is not safe to read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"data.validation {folder} is no folder", VALIDATION_LAYOUT)
     for split, purpose in ((TRAIN, "training"), (_test_folder(root), "test")):
-        if folder.resolve() == (root / split).resolve():
+        if os.path.realpath(folder) == os.path.realpath(root / split):
             raise InputError(
                 f"data.validation {folder} holds the {purpose} images themselves",
                 "Choices are made on images of their own: name another folder, or give a share such as 0.1.",
@@ -158,7 +158,8 @@ def _visible(folder: Path | str, root: Path) -> Iterator[os.DirEntry[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
+            # Unlike Path.resolve, realpath takes links that lead in a circle.
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
                 raise InputError(f"{entry.path} is a symbolic link out of {root}", "Put the files themselves there.")
             yield entry
 

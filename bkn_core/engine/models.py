@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkn_core.errors import BknError, InputError, RecipeError
+from bkn_core.norm.replacement import copied
 
-_RESIDUAL = re.compile(r"cifar_(preact_)?resnet(\d{1,9})")
+_RESIDUAL = re.compile(r"cifar_(preact_)?resnet([0-9]{1,9})")
 _DEEPEST = 1202  # of arXiv 1512.03385
 
 
@@ -150,8 +152,38 @@ def build_network(
         return _torchvision(name, pretrained, classes, arguments)
     except BknError:
         raise
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model.args {arguments} do not fit model.name {name!r}: {error}") from error
+    except Exception as error:  # arguments such as a divisor of 0 lead a library's builder to any of them
+        raise RecipeError(f"model.args {arguments} do not fit model.name {name!r}: {_said(error)}") from error
+
+
+def check_network(network: nn.Module, name: str, example: Tensor, classes: int) -> None:
+    """Run a copy of a network once as in training, so that what it cannot take is refused before anything begins.
+
+    Raises:
+        RecipeError: it fails, or gives something else than logits.
+    """
+    given = f"images of {example.shape[2]} x {example.shape[3]}"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits = copied(network).train()(example)
+    except BknError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"model.name {name!r} cannot take {given}: {_said(error)}",
+            "Give data.image_size a value that it can take, or another model.",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(example), classes):
+        what = f"the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise RecipeError(
+            f"model.name {name!r} makes of {given} {what}, not one logit for each of {classes} classes",
+            "Choose a classifier, without auxiliary heads.",
+        )
+
+
+def _said(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _residual(name: str, depth: int, preactivation: bool, **rest: Any) -> nn.Module:
@@ -159,7 +191,7 @@ def _residual(name: str, depth: int, preactivation: bool, **rest: Any) -> nn.Mod
         nearest = min(max(8, 6 * round((depth - 2) / 6) + 2), _DEEPEST)
         raise RecipeError(
             f"model.name is {name!r}: a depth of {depth}",
-            f"The depth is 6 n + 2: 8, 14, 20, 32 ... up to {_DEEPEST} (did you mean {nearest}?).",
+            f"The depth is 6 n + 2 with n >= 1: 8, 14, 20, 32 ... {_DEEPEST} (did you mean {nearest}?).",
         )
     return CifarResNet(depth, preactivation=preactivation, **rest)
 
@@ -202,7 +234,9 @@ def _pretrained_state(name: str) -> dict[str, Tensor]:
 def _load_matching(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load, in place, every tensor whose shape agrees: all but the head where the classes differ."""
     own = network.state_dict()
-    network.load_state_dict({k: v for k, v in state.items() if k in own and own[k].shape == v.shape}, strict=False)
+    for name in [name for name in state if name not in own or own[name].shape != state[name].shape]:
+        del state[name]  # a copy would lack the version of the network that goes with it
+    network.load_state_dict(state, strict=False)
 
 
 def _timm(name: str, pretrained: bool, classes: int, channels: int, arguments: dict[str, Any]) -> nn.Module:

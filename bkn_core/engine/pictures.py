@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from bkn_core.engine.png import has_all_rows
 from bkn_core.errors import InputError
 
 Color = Literal["RGB", "L"]
@@ -33,6 +35,7 @@ PICTURE_FAULTS = (
     IndexError,
     OverflowError,
     struct.error,
+    zlib.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
@@ -58,10 +61,13 @@ def decode(picture: Image.Image, color: Color, name: str) -> Tensor:
     """Decode a picture into uint8 (C, H, W).
 
     Raises:
-        InputError: The picture is truncated, damaged or of more than 16 bits a channel.
+        InputError: The picture is cut short, damaged or of more than 16 bits a channel.
     """
+    file = getattr(picture, "fp", None)  # gone when it has been read
     try:
         pixels = np.array(_to_eight_bits(picture).convert(color))
+        if isinstance(file, io.BytesIO) and _may_lack_rows(picture) and not has_all_rows(file.getvalue()):
+            raise EOFError("its image data ends before its last row")
     except PICTURE_FAULTS as error:
         raise _unreadable(name, error) from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
@@ -97,6 +103,13 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
         raise ValueError(f"mode {picture.mode} has more than 16 bits a channel")
     # Pillow warns when it drops a palette's transparency on the way to RGB, but not on the way to RGBA.
     return picture.convert("RGBA") if picture.mode == "P" and "transparency" in picture.info else picture
+
+
+def _may_lack_rows(picture: Image.Image) -> bool:
+    if picture.format != "PNG":
+        return False
+    last = picture.crop((0, picture.height - 1, picture.width, picture.height))
+    return bool(picture.info.get("interlace")) or not any(last.tobytes())
 
 
 def _unreadable(name: str, error: Exception) -> InputError:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from typing import Any
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 from bkn_core.engine.files import replacing
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import RecipeError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _COLORS = {"population": "tab:blue", "batch": "tab:orange"}
 _IMAGES = {"": "test", "validation_": "validation"}  # what a run's epochs were measured on, one of them
+
+
+def new_figure(**options: Any) -> Figure:
+    """Return an empty figure to draw into a file, whatever MPLBACKEND says of screens."""
+    if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+        _import_with(os.environ.pop("MPLBACKEND"))
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def _import_with(backend: str) -> None:
+    """Import matplotlib, which with a backend that it does not know refuses even to be imported."""
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 
 
 def plot_curves(folder: RunFolder) -> None:
@@ -19,13 +43,11 @@ def plot_curves(folder: RunFolder) -> None:
     Raises:
         OutputError: the file could not be written.
     """
-    from matplotlib.figure import Figure
-
     rows = folder.records()
     steps = [row for row in rows if row["kind"] == "step"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     has_gain = any(row.get("gain") is not None for row in steps)
-    figure = Figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
+    figure = new_figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
     axes = figure.subplots(1, 3 if has_gain else 2)
     _line(axes[0], steps, "loss", "training loss", color="tab:gray")
     for (kind, color), (prefix, images) in itertools.product(_COLORS.items(), _IMAGES.items()):

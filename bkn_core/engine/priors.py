@@ -15,6 +15,7 @@ from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import build_model
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import replacing, write_json
+from bkn_core.engine.plots import new_figure
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
@@ -103,9 +104,7 @@ def plot_prior_quality(rows: Sequence[PriorQuality], path: str | Path) -> None:
     Raises:
         OutputError: the file could not be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.9 + 0.34 * len(rows)), layout="constrained")
+    figure = new_figure(figsize=(11, 1.9 + 0.34 * len(rows)), layout="constrained")
     variance, mean = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for shift, (kind, look) in zip((0.22, 0, -0.22), _LOOKS.items(), strict=True):
         errors = {i + shift: getattr(row, kind) for i, row in enumerate(rows) if getattr(row, kind) is not None}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bkn_core.engine.files import read_bytes
 from bkn_core.errors import InputError
 
 
@@ -25,12 +26,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file is unreadable, or a line is no row.
     """
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}", "Check the run folder.") from error
+    *lines, _ = read_bytes(path).split(b"\n") if path.exists() else [b""]
     rows = []
     for number, line in enumerate(lines, 1):
         try:

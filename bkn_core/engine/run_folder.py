@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bkn_core.engine.files import finite, write_json, write_text
+from bkn_core.engine.files import finite, read_text, write_json, write_text
 from bkn_core.engine.rows import read_rows
 from bkn_core.errors import InputError, OutputError
 from bkn_core.norm import native
@@ -138,8 +138,8 @@ class RunFolder:
         """
         path = self.path / "summary.json"
         try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            value = json.loads(read_text(path))
+        except ValueError as error:
             raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
         if not isinstance(value, dict):
             raise InputError(f"{path} holds no summary", "Give a folder that `bkn train` made.")
@@ -195,9 +195,9 @@ def newest_run(root: Path = Path("runs")) -> Path:
     finished = []
     for summary in root.glob("**/summary.json"):
         try:
-            if json.loads(summary.read_text()).get("status") == "finished":
+            if json.loads(read_text(summary)).get("status") == "finished":
                 finished.append((summary.stat().st_mtime, summary.parent))
-        except (OSError, ValueError, AttributeError):
+        except (InputError, OSError, ValueError, AttributeError):
             continue
     if not finished:
         raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")
@@ -206,11 +206,12 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 def _fresh(path: Path) -> Path:
     """Make a folder that was not there, with a number behind its name where that is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
-            candidate.mkdir(parents=True)
+            candidate.mkdir()
             return candidate
         except FileExistsError:
             number += 1

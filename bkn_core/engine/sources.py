@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 from bkn_core.engine.pictures import CHANNELS, Color, decode, is_grey, recolor, resize
 
 ARRAY_CHUNK = 1024
-# Two threads hold at most twice this many whole photographs.
 PICTURE_CHUNK = 16
+# Decoded pictures that are resized together take no more than this, or are one: two threads hold twice that.
+STACK_BYTES = 2**24
 
 
 class Source(Protocol):
@@ -111,9 +112,8 @@ class PictureSource:
         def fill(chunk: Tensor, wanted: Tensor) -> None:
             pictures = (decode(self.open_picture(i), color, self.name(i)) for i in wanted.tolist())
             start = 0
-            # Neighbours of one size are resized together: a tenth of the time for small images.
-            for _, group in groupby(pictures, key=lambda pixels: pixels.shape):
-                resized = resize(torch.stack(list(group)), image_size)
+            for stack in _stacks(pictures):
+                resized = resize(stack, image_size)
                 chunk[start : start + len(resized)] = resized
                 start += len(resized)
 
@@ -122,6 +122,14 @@ class PictureSource:
             for _ in pool.map(fill, torch.split(images, PICTURE_CHUNK), torch.split(indices, PICTURE_CHUNK)):
                 pass
         return images
+
+
+def _stacks(pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Put neighbours of one size together: resizing small images takes a tenth of the time so."""
+    for shape, group in groupby(pictures, key=lambda pixels: pixels.shape):
+        together = max(1, STACK_BYTES // shape.numel())
+        while stack := list(islice(group, together)):
+            yield torch.stack(stack) if len(stack) > 1 else stack[0].unsqueeze(0)
 
 
 def choose(labels: Tensor, count: int, *, proportional: bool = False) -> Tensor:

@@ -28,8 +28,8 @@ from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
 
-# What all processes move alike: the priors of the next step and their gains depend on it.
-_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain")
+# What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.
+_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
 _RANDOM_STATE = threading.Lock()  # it is the process's: two runs in threads must not draw their weights at once
 
@@ -131,7 +131,7 @@ class Training:
         self.snapshot.take()
         images = sum(self.plan.joint_images(part.index) for part in passes)
         loss = self._backward(epoch, passes, images)
-        self.world.average_(self.shared)  # the priors of the next step scale with them
+        self.world.average_(self.shared)
         if self.recipe.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
@@ -217,7 +217,7 @@ class Training:
             DivergedError: the last update made a parameter infinite.
         """
         self._check_weights()
-        self.world.average_([b for b in nn.ModuleList([self.model, self.evaluated]).buffers() if b.is_floating_point()])
+        self.world.follow_(list(nn.ModuleList([self.model, self.evaluated]).buffers()))
         return {
             kind: measure_model(
                 self.evaluated,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,15 @@ Refuse = Callable[..., dict[str, Any]]
         (2, ("train", "model.name=resnet1", *TINY), "'resnet1'"),
         (2, ("train", "--resume", "x", "optim.lr=1"), "'optim.lr=1'"),
         (2, ("train", "--resume", "x", "--out", "y"), "'--out y'"),
+        (2, ("train", "--out", ""), "path is empty"),
+        (2, ("train", "--resume="), "path is empty"),
+        (2, ("train", ""), "is empty"),
+        (2, ("eval", ""), "is empty"),
+        (2, ("compare", "--out", ""), "path is empty"),
+        (2, ("export", ""), "path is empty"),
+        (2, ("export", "model.onnx", "--run", ""), "path is empty"),
+        (2, ("train", "--out", "b\udcff"), r"b\udcff holds a byte that is no UTF-8 text"),
+        (2, ("eval", "b\udcff"), r"b\udcff holds a byte that is no UTF-8 text"),
         (2, ("eval", "a", "b"), "'b'"),
         (2, ("compare", "--norms", "nosuch"), "nosuch"),
         (2, ("compare", "--statistics-batch-sizes", "2,x"), "'2,x'"),
@@ -44,6 +54,28 @@ Refuse = Callable[..., dict[str, Any]]
 )
 def test_the_culprit_is_named(refuse: Refuse, exit_code: int, words: tuple[str, ...], named: str) -> None:
     assert named in refuse(exit_code, *words)["message"]
+
+
+def test_a_link_in_the_place_of_the_runs_that_leads_nowhere_is_no_endless_search(refuse: Refuse) -> None:
+    Path("runs").symlink_to("nowhere")
+    assert "run folder cannot be made" in refuse(1, "train", *TINY)["message"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml"])
+def test_a_pipe_in_a_run_is_not_waited_for(refuse: Refuse, run: Path, name: str) -> None:
+    shutil.copytree(run, "runs/one")
+    Path("runs/one", name).unlink()
+    os.mkfifo(Path("runs/one", name))
+    words = {"metrics.jsonl": ("train", "--resume", "runs/one"), "summary.json": ("eval",)}
+    assert refuse(3, *words.get(name, ("compare", "runs/one", str(run))))["message"]
+
+
+def test_too_little_memory_is_the_machines_limit_and_no_fault_of_ours(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bkn_core, "evaluate", lambda *_, **__: torch.empty(2**60))
+    assert "out of memory: " in refuse(5, "eval")["message"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

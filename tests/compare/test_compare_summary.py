@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -126,5 +127,15 @@ def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     cells = [make_run(tmp_path / norm, [f"norm.kind={norm}"]) for norm in ("bn", "bkn")]
     path = tmp_path / "bkn" / "predictions.npz"
     path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"bkn.predictions\.npz cannot be read"):
+        compare_rows(summarize(cells), cells)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_predictions_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    cells = [make_run(tmp_path / norm, [f"norm.kind={norm}"]) for norm in ("bn", "bkn")]
+    path = tmp_path / "bkn" / "predictions.npz"
+    path.unlink()
+    os.mkfifo(path)
     with pytest.raises(InputError, match=r"bkn.predictions\.npz cannot be read"):
         compare_rows(summarize(cells), cells)

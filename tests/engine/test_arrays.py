@@ -95,6 +95,11 @@ def test_faulty_array_is_named(tmp_path: Path, changes: dict[str, np.ndarray | N
     refused(write(tmp_path / "a.npz", **changes), match)
 
 
+def test_labels_that_no_image_has_are_not_even_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", train_labels=np.zeros(2**20, np.int8))
+    refused(path, r"train_labels claims 10487\d\d bytes; at most 65632 are read")
+
+
 class Payload:
     """Unpickling it creates the file."""
 

@@ -4,6 +4,7 @@ import io
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,3 +227,36 @@ def test_cifar10_zip_loads_a_subset_as_pillow_reads_it() -> None:
             chosen.add(np.asarray(Image.open(io.BytesIO(encoded))).tobytes())
     frogs = splits.train.batch(torch.arange(6000, 7000))[0].permute(0, 2, 3, 1).contiguous()
     assert all(frog.numpy().tobytes() in chosen for frog in frogs)
+
+
+@pytest.mark.parametrize(
+    ("size", "together", "match"),
+    [
+        (30_000, 1, "images of 30000 x 30000 pixels are too large; at most 67108864"),
+        ((1, 2**27), 1, "images of 1 x 134217728 pixels are too large"),
+        (3000, 250, "250 images of 3000 x 3000 pixels in one forward take 9000000000 bytes; at most 4294967296"),
+    ],
+)
+def test_images_that_no_memory_holds_are_refused_before_one_is_decoded(size: Any, together: int, match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        load_data("digits", root="unused", image_size=size, together=together)
+
+
+def test_a_forward_holds_no_more_images_than_there_are() -> None:
+    splits = load_data("digits", root="unused", image_size=64, train_images=8, test_images=4, together=10**12)
+    assert splits.preprocess.image_size == (64, 64)
+
+
+def test_statistics_are_taken_from_fewer_images_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    measure = data.channel_statistics
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(data, "STATISTICS_BYTES", 10 * 64 + 63)
+    monkeypatch.setattr(data, "channel_statistics", lambda images: (seen.append(len(images)), measure(images))[1])
+    load_data("digits", root="unused", image_size=8)
+    assert seen == [10]
+
+
+def test_home_of_nobody_is_an_input_error() -> None:
+    with pytest.raises(InputError, match=r"~nosuchuser/x begins with a home folder that is not known"):
+        load_data("npz", root="~nosuchuser/x", image_size=8)

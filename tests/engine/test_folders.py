@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import time
 import zipfile
@@ -203,6 +204,31 @@ def test_zip_bomb_is_read_no_further_than_it_claims(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "data.zip", extra=(("train/cat/bomb.png", bytes(2**24)),))
     patch_directory(path, b"train/cat/bomb.png", 24, struct.pack("<I", 100))
     refused(path, r"train/cat/bomb.png")
+
+
+def test_entry_of_almost_nothing_but_zeros_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "data.zip", extra=(("train/cat/bomb.png", bytes(2**26 + 1)),))
+    refused(path, r"'train/cat/bomb.png' claims 67108865 bytes, from \d+ in the file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_root_that_is_neither_folder_nor_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for root in (tmp_path / "pipe", Path("/dev/zero")):
+        refused(root, "is no zip file: it is not a regular file")
+
+
+def test_root_whose_name_is_too_long_does_not_exist(tmp_path: Path) -> None:
+    refused(tmp_path / ("x" * 5000), "does not exist")
+
+
+@pytest.mark.parametrize("name", ["train/cat", "train/cat/loop.png", "train/loop"])
+def test_link_to_itself_is_named(tmp_path: Path, name: str) -> None:
+    root = write_folder(tmp_path / "data")
+    link = root / name
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(link.name)
+    refused(root, name)
 
 
 def test_damaged_zip_names_the_file(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from tiny_runs import tiny
 from torch import nn
 from torch.nn import functional as F
 
+from bkn_core.engine import build
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.models import (
     CifarResNet,
     build_network,
+    check_network,
     count_parameters,
     example_images,
     is_builtin,
@@ -98,6 +100,8 @@ def test_models_of_libraries_are_built_with_the_classes_asked_for(name: str) -> 
         ("cifar_resnet9", r"depth of 9\n.*did you mean 8"),
         ("cifar_resnet18", r"depth of 18\n.*did you mean 20"),
         ("cifar_resnet2", r"depth of 2\n.*did you mean 8"),
+        ("cifar_resnet1208", r"depth of 1208\n.*8, 14, 20, 32 ... 1202 .did you mean 1202"),
+        ("cifar_resnet99999999998", "model.name is 'cifar_resnet99999999998'"),
         ("cifar_resnet0", r"depth of 0\n.*did you mean 8"),
         ("", "Choose cifar_plain"),
         ("fcn_resnet50", "model.name is 'fcn_resnet50'"),
@@ -128,6 +132,59 @@ def test_arguments_that_do_not_fit_are_named(name: str) -> None:
         pytest.importorskip("timm")
     with pytest.raises(RecipeError, match=r"model\.args \{'nonsense': 3\} do not fit"):
         build_network(name, classes=10, arguments={"nonsense": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "match"),
+    [
+        (
+            "mobilenet_v2",
+            {"round_nearest": 0},
+            "do not fit model.name 'mobilenet_v2': integer division or modulo by zero",
+        ),
+        ("mobilenet_v2", {"width_mult": 1e9}, "do not fit model.name 'mobilenet_v2': "),
+    ],
+)
+def test_arguments_that_break_the_builder_are_named(name: str, arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        build_network(name, classes=10, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"name": "alexnet"}, r"'alexnet' cannot take images of 32 x 32: .*\n.*data.image_size"),
+        (
+            {"name": "googlenet", "arguments": {"aux_logits": True}},
+            "'googlenet' cannot take|makes of images .* not one",
+        ),
+    ],
+)
+def test_images_that_a_network_cannot_take_are_refused(words: dict[str, Any], match: str) -> None:
+    before = torch.get_rng_state()
+    network = build_network(**words, classes=5)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    torch.set_rng_state(before)
+    with pytest.raises(RecipeError, match=match):
+        check_network(network, words["name"], example_images(3, (32, 32)), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_network_without_logits_for_each_class_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"makes of images of 8 x 8 the shape \(2, 4\), not one logit for each of 5"):
+        check_network(build_network("cifar_plain", classes=4), "cifar_plain", example_images(3, (8, 8)), 5)
+
+
+def test_the_input_is_measured_in_as_small_parts_as_its_images_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny()
+    splits = load_splits(recipe)
+    expected = build_model(recipe, splits.preprocess, 10, images=splits.train).get_buffer("features.0.input_mean")
+    monkeypatch.setattr(build, "_PRIOR_BYTES", 5 * 4 * 64 + 255)
+    parts = [len(batch) for batch in build._prior_batches(splits.train, splits.preprocess)]
+    assert parts == [5] * 7 + [1]
+    found = build_model(recipe, splits.preprocess, 10, images=splits.train).get_buffer("features.0.input_mean")
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("argument", ["classes", "num_classes", "channels", "in_chans", "weights", "depth"])
@@ -191,3 +248,19 @@ def test_a_model_without_images_has_room_for_what_was_measured_with_them() -> No
 def test_every_kind_of_norm_builds_and_answers(kind: str) -> None:
     model = build_model(tiny(f"norm.kind={kind}"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10)
     assert model(torch.randn(4, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bkn", "bn", "brn", "gn", "ln", "in", "fixed"])
+def test_epsilon_and_momentum_are_the_recipes_in_every_kind_of_norm(kind: str) -> None:
+    model = build_model(
+        tiny(f"norm.kind={kind}", "norm.eps=0.25", "norm.momentum=0.5"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10
+    )
+    norms = [module for module in model.modules() if hasattr(module, "eps")]
+    assert len(norms) == 6 and all(norm.eps == 0.25 for norm in norms)
+    assert all(getattr(norm, "momentum", 0.5) == 0.5 for norm in norms)
+
+
+def test_epsilon_and_momentum_of_null_are_the_networks_own() -> None:
+    recipe = tiny("model.name=mobilenet_v3_small")
+    model = build_model(recipe, Preprocess("RGB", (32, 32), (0.0,) * 3, (1.0,) * 3), 10)
+    assert {(norm.eps, norm.momentum) for norm in layers(model, BatchKalmanNorm)} == {(1e-3, 1e-2)}

@@ -1,6 +1,9 @@
 """One picture from bytes to tensor."""
 
 import io
+import struct
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,6 +61,51 @@ def test_truncated_picture_is_refused_by_name(kind: str) -> None:
     for length in (0, 1, 10, len(whole) // 3, len(whole) * 2 // 3):
         with pytest.raises(InputError, match=r"cat/7.x cannot be decoded"):
             decode(open_picture(whole[:length], "cat/7.x"), "RGB", "cat/7.x")
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def with_image_data(png: bytes, change: Callable[[bytes], bytes], *, interlaced: bool = False) -> bytes:
+    """The same picture with the rows of its image data changed; a sound file in every other way."""
+    start, packed, head = 8, b"", b""
+    while start < len(png):
+        (length,), kind = struct.unpack_from(">I", png, start), png[start + 4 : start + 8]
+        content = png[start + 8 : start + 8 + length]
+        packed += content if kind == b"IDAT" else b""
+        if kind == b"IHDR" and interlaced:
+            content = content[:-1] + b"\x01"
+        head += chunk(kind, content) if kind not in (b"IDAT", b"IEND") else b""
+        start += length + 12
+    return png[:8] + head + chunk(b"IDAT", zlib.compress(change(zlib.decompress(packed)))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", [*WRITABLE["PNG"].split(), "I;16"])
+def test_png_whose_image_data_ends_after_some_rows_is_refused(mode: str) -> None:
+    greys = Image.fromarray(PIXELS[..., 0].astype(np.uint16) << 8)
+    whole = encode(greys if mode == "I;16" else Image.fromarray(PIXELS).convert(mode))
+    assert decode(open_picture(with_image_data(whole, lambda rows: rows), "a"), "RGB", "a").any()
+    with pytest.raises(InputError, match=r"cat/7.png cannot be decoded: its image data ends before its last row"):
+        decode(open_picture(with_image_data(whole, lambda rows: rows[: len(rows) // 12 * 10]), "b"), "RGB", "cat/7.png")
+
+
+@pytest.mark.parametrize("mode", WRITABLE["PNG"].split())
+def test_wholly_black_png_is_no_damaged_one(mode: str) -> None:
+    assert not decode(open_picture(encode(Image.new(mode, (10, 12))), "a"), "RGB", "a").any()
+
+
+def test_interlaced_png_lacks_its_last_pass() -> None:
+    greys = PIXELS[..., 0]
+    steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    passes = [greys[top::down, left::across] for top, left, down, across in steps]
+    rows = [b"".join(b"\0" + row.tobytes() for row in part) for part in passes]
+    whole = encode(Image.fromarray(greys))
+    sound = with_image_data(whole, lambda _: b"".join(rows), interlaced=True)
+    np.testing.assert_array_equal(as_pixels(decode(open_picture(sound, "a"), "L", "a")), greys)
+    cut = with_image_data(whole, lambda _: b"".join(rows[:-1]), interlaced=True)
+    with pytest.raises(InputError, match=r"its image data ends before its last row"):
+        decode(open_picture(cut, "a"), "L", "a")
 
 
 def test_other_formats_are_not_even_tried() -> None:

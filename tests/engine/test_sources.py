@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from bkn_core.engine import sources
 from bkn_core.engine.sources import ArraySource, PictureSource, choose, hold_out
 from bkn_core.errors import InputError
 
@@ -39,6 +40,20 @@ def test_pictures_read_together_equal_pictures_read_one_at_a_time(color: str) ->
         pixels = np.atleast_3d(np.asarray(open_drawn(index).convert(color)))
         expected = functional.resize(torch.tensor(pixels).permute(2, 0, 1), [8, 10], antialias=True)
         assert torch.equal(image, expected)
+
+
+def test_pictures_that_are_resized_together_are_few_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, resize = [], sources.resize
+    expected = picture_source().read(torch.arange(50), "RGB", (8, 10))
+
+    def watched(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        together.append(images.numel())
+        return resize(images, size)
+
+    monkeypatch.setattr(sources, "resize", watched)
+    monkeypatch.setattr(sources, "STACK_BYTES", 2 * 20 * 14 * 3)
+    assert torch.equal(picture_source().read(torch.arange(50), "RGB", (8, 10)), expected)
+    assert max(together) == 2 * 20 * 14 * 3
 
 
 def test_array_and_picture_sources_agree() -> None:
