@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from calls import TINY, call
 
 import bkn_core
+from bkn_core.norm import native
 
 Refuse = Callable[..., dict[str, Any]]
 
@@ -95,3 +97,12 @@ def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, m
     assert "ZeroDivisionError: oh" in short.stderr
     assert "Traceback" not in short.stderr
     assert "Traceback" in long.stderr
+
+
+def test_a_compiler_that_is_no_command_is_noted(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", 'gcc "')
+    native.library.cache_clear()
+    result = call("train", *TINY, "--dry-run", "--json")
+    native.library.cache_clear()
+    assert result.exit_code == 0
+    assert "CC is 'gcc \"'" in json.loads(result.stdout)["warnings"][0] and "CC is 'gcc \"'" in result.stderr
