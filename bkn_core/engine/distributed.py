@@ -100,7 +100,13 @@ def join_world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = choose_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend, file = "nccl" if chosen.type == "cuda" else "gloo", os.environ.get("BKN_RENDEZVOUS")
+    if file is None:
+        dist.init_process_group(backend)
+    else:
+        # A port, as of torchrun, would be open to the network.
+        store = dist.FileStore(file, size)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size)
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size())
     finally:
