@@ -21,7 +21,7 @@ from bkn_core.norm import native
 from bkn_core.norm.compiler import Building, Source
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-_LIMIT = 300.0  # seconds that the compiler may take, which takes half a minute of a core
+_LIMIT = 900.0  # seconds that the compiler may take, which takes half a minute of a core
 _LOG = logging.getLogger("bkn")
 
 Known = tuple[Tensor | None, ...]

@@ -116,7 +116,9 @@ class Building:
         begin, is_told = time.monotonic(), False
         while self.path() is None and not self.is_over:
             waited = time.monotonic() - begin
-            if waited > (2 * self.limit if seconds is None else seconds):
+            if seconds is None and waited > 2 * self.limit:
+                self._give_up("another process has not ended compiling them")
+            elif seconds is not None and waited > seconds:
                 break
             if waited > _PATIENCE and seconds is None and not is_told:
                 is_told = True

@@ -21,7 +21,7 @@ from bkn_core.norm.compiler import Building, Source
 from bkn_core.norm.nodes import is_eager
 
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
-_LIMIT = 60.0  # seconds that the compiler may take, which takes some
+_LIMIT = 120.0  # seconds that the compiler may take, which takes a few of a core
 _LOG = logging.getLogger("bkn")
 
 ToPrior = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of µ', v' and the gain
