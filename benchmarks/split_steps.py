@@ -2,9 +2,8 @@
 
     python benchmarks/split_steps.py [--steps 100] [--trials 10]
 
-Statistics groups are the same both times, so their normalization is too; each forward weighs its own share of the
-innovations' gradient (`bkn_core/norm/following.py`), which is what differs. Printed is |g - g'| / |g| of the gradient of
-all parameters, on `cifar_resnet8` and scikit-learn's digits, after some steps of training.
+Statistics groups are the same both times. Printed is |g - g'| / |g| of the gradient of all parameters, on
+`cifar_resnet8` and scikit-learn's digits, after some steps of training.
 """
 
 from __future__ import annotations

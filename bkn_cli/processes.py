@@ -1,4 +1,4 @@
-"""`--nproc`: the same command in several processes of this machine, which find each other as under torchrun."""
+"""`--nproc`: the same command in several processes of this machine, which find each other by a file of their user's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import typer
@@ -33,12 +34,14 @@ def run_processes(reporter: Reporter, count: int) -> None:
     The first one talks; another is heard only where it alone is the cause of a failure.
     """
     reporter.phase = "stepping"
-    port = _free_port()
-    workers = [_start(rank, count, port, reporter.as_json) for rank in range(count)]
-    try:
-        failed = _wait(reporter, workers)
-    finally:
-        _kill(workers)
+    with tempfile.TemporaryDirectory(prefix="bkn-") as folder:
+        file = str(Path(folder) / "rendezvous")
+        place = {**_loopback(), **os.environ, "WORLD_SIZE": str(count), "BKN_RENDEZVOUS": file}
+        workers = [_start(rank, place, reporter.as_json) for rank in range(count)]
+        try:
+            failed = _wait(reporter, workers)
+        finally:
+            _kill(workers)
     speaker = workers[0]
     if failed is not None and workers[0].process.returncode != failed.process.returncode:
         speaker = failed
@@ -52,12 +55,11 @@ def run_processes(reporter: Reporter, count: int) -> None:
     raise typer.Exit(code)
 
 
-def _start(rank: int, count: int, port: int, as_json: bool) -> Worker:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _start(rank: int, place: dict[str, str], as_json: bool) -> Worker:
     output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (they outlive this function)
     process = subprocess.Popen(
-        [sys.executable, "-m", "bkn_cli.app", *sys.argv[1:]],
-        env={**os.environ, **{name: str(value) for name, value in place.items()}},
+        [sys.executable, *sys.orig_argv[1:]],  # with `-m` instead, modules of the working folder would come first
+        env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         stdout=output if as_json or rank else None,
         stderr=errors if rank else None,
         process_group=0,  # a Ctrl-C of the terminal reaches this process alone, which hands it on once
@@ -94,8 +96,7 @@ def _repeat(words: IO[bytes], target: IO[str]) -> None:
     target.flush()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _loopback() -> dict[str, str]:
+    """Return what keeps the processes' exchange on this machine, where the user has not named an interface."""
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    return {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

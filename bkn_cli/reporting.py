@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ def reporting(verb: str, *, as_json: bool, verbose: bool = False) -> Iterator[Re
         if not verbose:
             warnings.simplefilter("ignore")
         try:
-            with _signals(reporter):
+            with _signals(reporter), _notes(reporter):
                 yield reporter
         except (typer.Exit, typer.Abort):
             raise
@@ -47,6 +48,27 @@ def exit_code(number: int | None) -> int:
 def _quiet_output(as_json: bool) -> contextlib.AbstractContextManager[object]:
     """Send what libraries print to standard error where standard output is for one JSON object."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+class _Notes(logging.Handler):
+    """What the library logs for the user to heed, in the command's voice."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.warn(record.getMessage())
+
+
+@contextlib.contextmanager
+def _notes(reporter: Reporter) -> Iterator[None]:
+    logger, notes = logging.getLogger("bkn"), _Notes(reporter)
+    logger.addHandler(notes)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
 
 
 def _explain(reporter: Reporter, error: Exception) -> NoReturn:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import bkn_core.export  # noqa: F401 (before a test imports ONNX Runtime, whose telemetry it switches off)
 from bkn_core.norm import compiled_node
 
 settings.register_profile("fixed", derandomize=True, deadline=None)

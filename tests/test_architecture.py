@@ -122,6 +122,11 @@ def test_nothing_heavy_is_imported_at_import_time(path: Path) -> None:
     assert not roots & HEAVY
 
 
+def test_onnx_runtime_is_imported_by_the_room_that_silences_it_only() -> None:
+    rooms = {path.parent for path in SOURCES if any(m.split(".")[0] == "onnxruntime" for m in imports(path))}
+    assert rooms == {ROOT / "bkn_core/export"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_sizes_stay_within_the_walls(path: Path) -> None:
     text = path.read_text()

@@ -103,9 +103,10 @@ def process_place() -> tuple[int, int, int]:
     size = _number("WORLD_SIZE", 1, 2**16, default="1")
     if size == 1:
         return 1, 0, 0
-    _number("MASTER_PORT", 0, 2**16 - 1)
-    if not os.environ.get("MASTER_ADDR"):
-        raise RecipeError("the environment has a WORLD_SIZE, but no MASTER_ADDR", _START)
+    if "BKN_RENDEZVOUS" not in os.environ:
+        _number("MASTER_PORT", 0, 2**16 - 1)
+        if not os.environ.get("MASTER_ADDR"):
+            raise RecipeError("the environment has a WORLD_SIZE, but no MASTER_ADDR", _START)
     return size, _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0, size - 1, default="0")
 
 
@@ -124,7 +125,7 @@ def join_world(device: str) -> Iterator[World]:
         RecipeError: the environment's words for this process make no sense.
         DeviceError: the device is not there, or the processes do not find each other.
     """
-    size, _, local = process_place()
+    size, rank, local = process_place()
     chosen = choose_device(device)
     if size == 1:
         yield World(chosen)
@@ -132,8 +133,13 @@ def join_world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = choose_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
+    backend, file = "nccl" if chosen.type == "cuda" else "gloo", os.environ.get("BKN_RENDEZVOUS")
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        if file is None:
+            dist.init_process_group(backend)
+        else:  # a port, as of torchrun, would be open to the network
+            store = dist.FileStore(file, size)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"the {size} processes do not find each other: {error}", _START) from error
     try:

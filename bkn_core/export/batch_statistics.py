@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
 from bkn_core.convert import find_messenger, fold
 from bkn_core.errors import ConversionError
-from bkn_core.norm.kalman import Gaussian, diagonal, guard, normalize, update
+from bkn_core.norm.kalman import Gaussian, diagonal, guard, normalize, root_above, update
 from bkn_core.norm.layers import GUARD_LIMIT, BatchKalmanNorm
 from bkn_core.wiring.messenger import Messenger
 
@@ -54,7 +55,7 @@ class ImageNorm(nn.Module):
         axes = tuple(range(2, x.dim()))
         mean = x.mean(axes, keepdim=True) if axes else x
         centred = x - mean
-        variance = (centred * centred).mean(axes, keepdim=True) * self.gain + floor if axes else floor
+        variance = _mean_square(centred, axes, keepdim=True) * self.gain + floor if axes else floor
         if self.gain == 1:
             return centred * (weight / variance.sqrt()) + bias
         difference = mean - prior_mean
@@ -147,8 +148,16 @@ def _image_moments(x: Tensor, *, covariance: bool) -> Gaussian:
     mean = flat.mean(2)
     centred = flat - mean.unsqueeze(2)
     if covariance:
-        return Gaussian(mean, centred @ centred.mT / flat.shape[2])
-    return Gaussian(mean, (centred * centred).mean(2))
+        scaled = centred / root_above(flat.shape[2])
+        return Gaussian(mean, scaled @ scaled.mT * (root_above(flat.shape[2]) ** 2 / flat.shape[2]))
+    return Gaussian(mean, _mean_square(centred, (2,)))
+
+
+def _mean_square(values: Tensor, axes: tuple[int, ...], *, keepdim: bool = False) -> Tensor:
+    """Return the mean of squares, which leaves the range of float32 only where the mean itself does."""
+    count = math.prod(values.shape[axis] for axis in axes)
+    scaled = values * (1 / root_above(count))
+    return (scaled * scaled).sum(axes, keepdim=keepdim) * (root_above(count) ** 2 / count)
 
 
 def _check_values(name: str, x: Tensor, *, has_prior: bool) -> None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bkn_core.norm import native
-from bkn_core.norm.compiler import Building, compiler, place
+from bkn_core.norm.compiler import Building, Source
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_LIMIT = 900.0  # seconds that the compiler may take, which takes half a minute of a core
 _LOG = logging.getLogger("bkn")
 
 Known = tuple[Tensor | None, ...]
@@ -50,15 +51,15 @@ class Operations(NamedTuple):
 @functools.cache
 def building() -> Building:
     """Return the library that is compiled, or was."""
-    source = Path(__file__).parent / "kernels" / "node.cpp"
-    root = Path(torch.__file__).parent
+    kernels, root = Path(__file__).parent / "kernels", Path(torch.__file__).parent
     folders = (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, *(f"-I{folder}" for folder in folders)]
+    made_for = f'-DBKN_TORCH="{torch.__version__}"'  # another PyTorch, another library
+    flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, made_for, *(f"-I{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    headers = [source.with_name(name) for name in ("calls.h", "row.h", "tracking.h")]
-    library = place("node", [source, *headers], [torch.__version__, *flags])
-    return Building(library, [*compiler("CXX", "c++", "g++", "clang++"), *flags, str(source), *links])
+    headers = [kernels / name for name in ("calls.h", "row.h", "tracking.h")]
+    source = Source("node", "CXX", ("c++", "g++", "clang++"), [kernels / "node.cpp"], headers, flags, links)
+    return Building(source, _LIMIT, niceness=10)
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def _loaded(path: Path) -> Operations | None:
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        _LOG.info("%s cannot be loaded: %s", path.name, error)
+        _LOG.warning("%s cannot be loaded, Python does its work more slowly: %s", path.name, error)
         return None
     names = ("forward", "backward", "track", "evaluate", "reverse")
     called = [getattr(kernels, f"bkn_{name}") for name in names]
@@ -82,9 +83,8 @@ def node() -> Operations | None:
     if native.library() is None:
         return None
     known = building()  # of which every layer asks
-    if not known.is_made and known.path() is None:
-        return None
-    return _loaded(known.library)
+    path = known.library if known.is_made else known.path()
+    return None if path is None else _loaded(path)
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:

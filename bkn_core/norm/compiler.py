@@ -1,8 +1,7 @@
-"""Compile the package's C and C++ with the compilers of the machine, once, into the user's cache directory."""
+"""Compile the package's C and C++ with the compilers of the machine, once, into the user's cache folder."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -10,99 +9,130 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from bkn_core.norm import builder
 
 _LOG = logging.getLogger("bkn")
-_ABANDONED = 600  # seconds after which nobody can still be compiling
-_SCRIPT = (
-    'library=$1 made=$2 marker=$3; shift 3; nice "$@" -o "$made" && mv "$made" "$library"; rm -f "$made" "$marker"'
-)
+_PATIENCE = 10.0  # seconds of waiting after which the user is told why
 
 
-def compiler(variable: str, *names: str) -> list[str]:
-    """Return the command that an environment variable names, else the first of the names that is installed."""
-    return shlex.split(os.environ.get(variable, "")) or [next(filter(shutil.which, names), names[-1])]
+class Source(NamedTuple):
+    """What is compiled, and how.
 
-
-def place(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    """Return where the library of these sources and flags is kept."""
-    text = b"".join(file.read_bytes() for file in sorted(sources))
-    digest = hashlib.sha256(text + repr((*flags, platform.machine())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bkn"
-    return folder / f"{name}-{digest}.so"
-
-
-def compile_now(library: Path, command: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """Compile a library if it is not there yet, and return it.
-
-    Raises:
-        OSError, subprocess.SubprocessError: where that fails.
+    Args:
+        name: what the library's name begins with.
+        variable: of the environment, that names the compiler.
+        compilers: of which the first that is installed is taken where the variable is not set.
+        files: to compile.
+        headers: that they include.
+        flags: before the files.
+        links: behind them.
     """
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as aside:  # several processes may compile at once
-            made = Path(aside) / library.name
-            command = [*command, "-o", str(made), *libraries]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            made.replace(library)
-    return library
+
+    name: str
+    variable: str
+    compilers: tuple[str, ...]
+    files: Sequence[Path]
+    headers: Sequence[Path] = ()
+    flags: Sequence[str] = ()
+    links: Sequence[str] = ()
+
+    def compiler(self) -> list[str]:
+        """Return the command of the compiler, empty where none is installed.
+
+        Raises:
+            ValueError: the variable is no command.
+        """
+        given = os.environ.get(self.variable, "")
+        try:
+            named = shlex.split(given)
+        except ValueError as error:
+            raise ValueError(f"{self.variable} is {given!r}: {str(error).lower()}; give a command") from error
+        return named or list(filter(shutil.which, self.compilers))[:1]
+
+    def library(self, compiler: Sequence[str]) -> Path:
+        """Return where the library of these sources, flags and compiler is kept.
+
+        Raises:
+            OSError: there is no folder for it.
+        """
+        text = b"".join(file.read_bytes() for file in sorted((*self.files, *self.headers)))
+        made_for = (*compiler, *self.flags, *self.links, platform.machine(), *platform.libc_ver())
+        digest = hashlib.sha256(text + repr(made_for).encode()).hexdigest()[:16]
+        return builder.private_folder() / f"{self.name}-{digest}.so"
 
 
 class Building:
     """A library that is compiled while the program goes on, and after its end; by one of several processes.
 
     Args:
-        library: where it is to be.
-        command: of the compiler, without its output.
+        source: of what.
+        limit: seconds that the compiler may take.
+        niceness: of the compiler.
     """
 
-    def __init__(self, library: Path, command: Sequence[str]) -> None:
-        self.library, self.is_made, self.is_over = library, library.exists(), False
+    def __init__(self, source: Source, limit: float, niceness: int = 0) -> None:
+        self.name, self.limit, self.is_made, self.is_over = source.name, limit, False, False
         self.process: subprocess.Popen[bytes] | None = None
-        marker = library.with_suffix(".building")
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            if not self.is_made and _claim(marker):
-                arguments = [str(library), f"{library}.{os.getpid()}", str(marker), *command]
-                quiet = subprocess.DEVNULL
-                self.process = subprocess.Popen(
-                    ["sh", "-c", _SCRIPT, "sh", *arguments],
-                    stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True,
-                )  # fmt: skip
-        except OSError as error:
-            _LOG.info("%s is not compiled: %s", library.name, error)
-            self.is_over = True
-            with contextlib.suppress(OSError):
-                marker.unlink(missing_ok=True)
+            compiler = source.compiler()
+            if not compiler:
+                _LOG.info("%s kernels are not compiled: no %s", source.name, " or ".join(source.compilers))
+                self.is_over = True
+                return
+            self.library = source.library(compiler)
+            self.is_made = builder.is_whole(self.library)
+            if self.is_made:
+                builder.touch(self.library)
+            elif not self._has_failed():
+                command = [*compiler, *source.flags, *map(str, source.files), *source.links]
+                self.process = self._begin([str(self.library), str(limit), str(niceness), *command])
+        except (OSError, ValueError) as error:
+            self._give_up(str(error))
+
+    @staticmethod
+    def _begin(arguments: list[str]) -> subprocess.Popen[bytes]:
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            [sys.executable, "-I", builder.__file__, *arguments],
+            stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True,
+        )  # fmt: skip
 
     def path(self) -> Path | None:
         """Return the library, None as long as it is not there."""
-        if self.is_made or self.is_over:
-            return self.library if self.is_made else None
-        is_over = self.process is not None and self.process.poll() is not None
-        self.is_made = self.library.exists()
-        if is_over and not self.is_made:
-            _LOG.info("%s could not be compiled", self.library.name)
-            self.is_over = True
+        if not self.is_made and not self.is_over and self.process is not None and self.process.poll() is not None:
+            self.is_made = builder.is_whole(self.library)
+            if not self.is_made and not self._has_failed():
+                self._give_up("its compilation was ended")
         return self.library if self.is_made else None
 
-    def wait(self, seconds: float) -> Path | None:
-        """Return the library when it is there, None if it does not come in time."""
-        end = time.monotonic() + seconds
-        while self.path() is None and not self.is_over and time.monotonic() < end:
-            time.sleep(0.1)
+    def wait(self, seconds: float | None = None) -> Path | None:
+        """Return the library when it is there, None if it does not come, by default within twice the limit."""
+        begin, is_told = time.monotonic(), False
+        while self.path() is None and not self.is_over:
+            waited = time.monotonic() - begin
+            if seconds is None and waited > 2 * self.limit:
+                self._give_up("another process has not ended compiling them")
+            elif seconds is not None and waited > seconds:
+                break
+            if waited > _PATIENCE and seconds is None and not is_told:
+                is_told = True
+                _LOG.warning("waiting for the compiler of the CPU kernels (once); BKN_NATIVE=0 goes without them")
+            time.sleep(0.05)
         return self.path()
 
+    def _has_failed(self) -> bool:
+        reason = builder.failure(self.library)
+        if reason is not None:
+            again = f"it is tried again an hour later, or without {self.library.with_suffix('.failed')}"
+            self._give_up(f"{reason} ({again})")
+        return reason is not None
 
-def _claim(marker: Path) -> bool:
-    """Whether it is this process that has to compile."""
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        if time.time() - marker.stat().st_mtime < _ABANDONED:
-            return False
-        marker.touch()
-    return True
+    def _give_up(self, reason: str) -> None:
+        self.is_over = True
+        _LOG.warning("%s kernels are not compiled, PyTorch does the work more slowly: %s", self.name, reason)

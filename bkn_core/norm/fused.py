@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import compiled_node, following, native, passes
 from bkn_core.norm.following import Sensitivity
-from bkn_core.norm.kalman import Gaussian, guard
+from bkn_core.norm.kalman import Gaussian, guard, limited
 from bkn_core.norm.nodes import is_eager, with_signature
 
-_LARGEST = 1e30
+_LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
 
 
 class FilterSettings(NamedTuple):
@@ -260,7 +260,7 @@ def _gradients(
         to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
         if sensitivity is not None:
-            spread = torch.addcmul(observed_variance, d, d).clamp_max(_LARGEST).mean(0) + settings.eps
+            spread = limited(torch.addcmul(observed_variance, d, d)).mul_(1 / groups).sum(0) + settings.eps
             deviation = spread.sqrt()
             seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
             running, push = (following.remember(sensitivity, seen, x.shape[0]).to(gv.dtype) / groups).unbind()
@@ -278,8 +278,7 @@ def _gradients(
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:
     """Return S - v' + factor d², finite where a square has overflowed: 0 · ∞ must not make a NaN of a gain of 0."""
-    spread = (difference * difference).clamp_max_(_LARGEST)
-    return torch.addcmul(observed.clamp_max(_LARGEST) - prior, spread, factor)
+    return torch.addcmul(limited(observed) - prior, limited(difference * difference), factor)
 
 
 def _to_prior(
@@ -288,7 +287,7 @@ def _to_prior(
     """Return the gradients of µ', v' and the gain."""
     gm, gv, d, surplus = terms
     # Infinities of both signs must not meet in the sum.
-    to_gain = torch.addcmul((gv * surplus).clamp_(-_LARGEST, _LARGEST), gm, d)
+    to_gain = torch.addcmul((gv * surplus).clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT), gm, d)
     if q.dim():  # groups whose prior was dropped do not depend on the gain
         to_gain = torch.where(q == gain, to_gain, torch.zeros_like(to_gain))
     to_mean, to_variance = (part.sum(0) for part in parts) if is_shared else parts

@@ -60,11 +60,27 @@ def moments(x: Tensor, statistics_batch_size: int | None = None, *, covariance: 
 def _equal_groups(flat: Tensor, size: int, covariance: bool) -> tuple[Tensor, Tensor]:
     images, channels, length = flat.shape
     values = flat.reshape(images // size, size, channels, length)
-    mean = values.mean((1, 3))
-    centred = values - mean[:, None, :, None]
-    if covariance:
-        return mean, torch.einsum("gsil,gsjl->gij", centred, centred) / (size * length)
-    return mean, centred.square().mean((1, 3))
+    mean, root = values.mean((1, 3)), root_above(size * length)
+    centred = (values - mean[:, None, :, None]) / root
+    squares = torch.einsum("gsil,gsjl->gij", centred, centred) if covariance else centred.square().sum((1, 3))
+    return mean, squares / (size * length / root**2)
+
+
+def root_above(count: int) -> int:
+    """Return the least power of 2 that is not below the root of a count.
+
+    The sum of `count` squares of values that were divided by it overflows no sooner than their mean, and but for that
+    it has the same bits, scaled.
+    """
+    root = 1
+    while root * root < count:
+        root *= 2
+    return root
+
+
+def limited(squares: Tensor) -> Tensor:
+    """Return squares of which the sum of two is still a number of their type."""
+    return squares.clamp_max(0.499 * torch.finfo(squares.dtype).max)
 
 
 def predict(previous: Gaussian, transition: Tensor, noise: Tensor) -> Gaussian:
@@ -241,7 +257,7 @@ def normalize(x: Tensor, posterior: Gaussian, weight: Tensor | None, bias: Tenso
     Shape:
         x (N, C, *spatial), posterior (N, C), weight and bias (C,) -> (N, C, *spatial) in the type of x.
     """
-    scale = (posterior.variance + eps).rsqrt()
+    scale = (posterior.variance + eps).sqrt().reciprocal()  # the cube in the gradient of rsqrt leaves float32 early
     scale = scale if weight is None else scale * weight
     shape = (*scale.shape, *([1] * (x.dim() - 2)))
     y = (x - posterior.mean.view(shape)) * scale.view(shape)

@@ -12,16 +12,16 @@ import functools
 import logging
 import os
 import struct
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bkn_core.norm.compiler import compile_now, compiler, place
+from bkn_core.norm.compiler import Building, Source
 from bkn_core.norm.nodes import is_eager
 
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
+_LIMIT = 120.0  # seconds that the compiler may take, which takes a few of a core
 _LOG = logging.getLogger("bkn")
 
 ToPrior = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of µ', v' and the gain
@@ -33,19 +33,16 @@ Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor |
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be had."""
-    if os.environ.get("BKN_NATIVE") == "0":
+    if os.environ.get("BKN_NATIVE") == "0" or os.name != "posix":
         return None
+    folder = Path(__file__).parent / "kernels"
+    files, headers = sorted(folder.glob("*.c")), sorted(folder.glob("*.h"))
+    path = Building(Source("native", "CC", ("cc", "gcc", "clang"), files, headers, _FLAGS, ["-lm"]), _LIMIT).wait()
     try:
-        return _loaded(_compiled(Path(__file__).parent / "kernels"))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _LOG.info("the CPU kernels are not used: %s", error)
+        return None if path is None else _loaded(path)
+    except (OSError, AttributeError) as error:
+        _LOG.warning("the CPU kernels cannot be loaded, PyTorch does the work more slowly: %s", error)
         return None
-
-
-def _compiled(folder: Path) -> Path:
-    sources = sorted(folder.glob("*.c"))
-    library = place("native", [*sources, *folder.glob("*.h")], _FLAGS)
-    return compile_now(library, [*compiler("CC", "cc", "gcc", "clang"), *_FLAGS, *map(str, sources)], ["-lm"])
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

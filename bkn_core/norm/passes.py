@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bkn_core.norm.kalman import root_above
+
 _ROW = 512  # values per row of the channels-last form: long enough to vectorize, short enough to stay in cache
 _SMALL = 1 << 17  # below this many values, laying coefficients out for long rows costs more than it saves
 
@@ -86,9 +88,9 @@ def observe(x: Rows) -> tuple[Tensor, Tensor, Tensor]:
     The buffer has the shape of the values and is free: whoever needs one more of that size takes it instead of asking
     for new memory, whose first touch costs more than the arithmetic.
     """
-    mean = x.total(x.values) / x.positions
-    buffer = x.values - x.expand(mean)
-    return mean, x.total(buffer.square_()) / x.positions, buffer
+    mean, scale = x.total(x.values) / x.positions, 1 / root_above(x.positions)
+    buffer = torch.add(x.expand(mean * -scale), x.values, alpha=scale)
+    return mean, x.total(buffer.square_()) / (x.positions * scale**2), buffer
 
 
 def affine(x: Rows, scale: Tensor, shift: Tensor, buffer: Tensor) -> Tensor:

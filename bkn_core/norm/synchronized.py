@@ -1,8 +1,8 @@
 """Statistics groups that span processes: what a layer that takes the place of `nn.SyncBatchNorm` observes.
 
-Each process sends the mean m_i, the centred sum of squares M_i and the count n_i of its values; all compute
+Each process sends the mean m_i, the variance S_i and the count n_i of its values; all compute
 
-    n = Σ n_i ;  x̄ = Σ n_i m_i / n ;  S = ( Σ M_i + n_i (m_i - x̄)² ) / n
+    n = Σ n_i ;  x̄ = Σ n_i m_i / n ;  S = Σ n_i / n ( S_i + (m_i - x̄)² )
 
 and the filter goes on from there in each process alike. Backward, the gradients of x̄ and S, which hold the sums G₁ and
 G₂ of `fused`, are added up over the processes:  dx = ( Σ g_x̄ + 2 (x - x̄) Σ g_S ) / n  beside what reaches x directly.
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from bkn_core.norm.covariance import normalize_by
 from bkn_core.norm.following import Processes, Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings
-from bkn_core.norm.kalman import Gaussian, Moments
+from bkn_core.norm.kalman import Gaussian, Moments, root_above
 
 
 def spans_processes(group: dist.ProcessGroup | None) -> bool:
@@ -84,22 +84,23 @@ class _JointMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, covariance: bool) -> tuple[Tensor, ...]:
         """Observe (n, C) here and everywhere."""
-        channels = x.shape[1]
-        mean = x.sum(0) / max(len(x), 1)
-        centred = x - mean
-        squares = centred.T @ centred if covariance else centred.square().sum(0)
-        own = torch.cat([x.new_tensor([len(x)]), mean, squares.flatten()])
+        channels, number, root = x.shape[1], max(len(x), 1), root_above(len(x))
+        mean = x.sum(0) / number
+        centred = (x - mean) / root
+        variance = (centred.T @ centred if covariance else centred.square().sum(0)) / (number / root**2)
+        own = torch.cat([x.new_tensor([len(x)]), mean, variance.flatten()])
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, own, group)
-        counts, means, sums = torch.split(torch.stack(parts), [1, channels, squares.numel()], dim=1)
+        counts, means, variances = torch.split(torch.stack(parts), [1, channels, variance.numel()], dim=1)
         count = counts.sum(0)
-        joint = (counts * means).sum(0) / count
+        shares = counts / count
+        joint = (shares * means).sum(0)
         apart = means - joint
-        between = (counts * apart).T @ apart if covariance else (counts * apart.square()).sum(0)
+        between = (shares * apart).T @ apart if covariance else (shares * apart.square()).sum(0)
         ctx.group = group
         ctx.save_for_backward(x, joint, count)
         ctx.mark_non_differentiable(count)
-        return joint, (sums.sum(0).view_as(between) + between) / count, count
+        return joint, (shares * variances).sum(0).view_as(between) + between, count
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from calls import TINY, call
 
 import bkn_core
+from bkn_core.norm import native
 
 Refuse = Callable[..., dict[str, Any]]
 
@@ -127,3 +129,12 @@ def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, m
     assert "ZeroDivisionError: oh" in short.stderr
     assert "Traceback" not in short.stderr
     assert "Traceback" in long.stderr
+
+
+def test_a_compiler_that_is_no_command_is_noted(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", 'gcc "')
+    native.library.cache_clear()
+    result = call("train", *TINY, "--dry-run", "--json")
+    native.library.cache_clear()
+    assert result.exit_code == 0
+    assert "CC is 'gcc \"'" in json.loads(result.stdout)["warnings"][0] and "CC is 'gcc \"'" in result.stderr

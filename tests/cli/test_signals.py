@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ def test_handlers_are_as_before_afterwards(run: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, *words]
+def start(*words: str, flags: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *flags, "-c", PROGRAM, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -138,3 +139,25 @@ def test_a_killed_process_ends_the_others_with_an_error(inside: Path) -> None:
     assert process.returncode == 1
     assert json.loads(output)["error"]["message"] == "process 1 was ended by signal 9"
     assert state(Path("run"))["step"] > 0
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses, in hexadecimal, on which a process waits for connections."""
+    links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    table = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return {row[1].split(":")[0] for row in table if row[3] == "0A" and f"socket:[{row[9]}]" in links}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no list of sockets")
+def test_processes_run_nothing_of_the_working_folder_and_listen_to_this_machine_only(inside: Path) -> None:
+    Path("typer.py").write_text("open('planted', 'w')")
+    process = start("train", *LONG, "--out", "run", "--nproc", "2", "--json", flags=["-P"])
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("epoch"))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    addresses = set().union(*(listening(int(child)) for child in children))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert addresses == {"0100007F"}
+    assert process.returncode == 130 and not Path("planted").exists()

@@ -15,6 +15,9 @@ from joint_batches import CASES, build, joint_batch, plain, trained
 from small_models import assert_same
 from torch import nn
 
+from bkn_core.norm.kalman import moments
+from bkn_core.norm.synchronized import joint_moments
+
 Found = dict[str, dict[str, Any]]
 
 
@@ -60,3 +63,12 @@ def test_alone_and_in_evaluation_a_synchronized_layer_is_like_any_other() -> Non
         x, _ = joint_batch()
         assert torch.equal(synchronized(x), other(x))
         assert torch.equal(synchronized.eval()(x), other.eval()(x))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("covariance", [False, True])
+def test_the_moments_of_large_values_are_those_of_float64(covariance: bool) -> None:
+    x = 1e18 * torch.randn(4, 3, 20, 20)
+    exact = moments(x.double(), covariance=covariance)
+    for found, wanted in zip(joint_moments(x, None, covariance=covariance), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))

@@ -51,6 +51,17 @@ def test_image_norm_is_the_papers_update(shape: tuple[int, ...], gain: float) ->
     np.testing.assert_allclose(found, filtered(x, mean, variance, layer, gain), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e15, 1e18, 5e18])
+def test_image_norm_of_large_values_is_the_papers_update(size: float) -> None:
+    x = np.random.default_rng(4).standard_normal((2, 5, 40, 30)) * size
+    mean, variance = np.full(5, size), np.ones(5)
+    layer = drawn_layer(0.1)
+    priors = Gaussian(torch.from_numpy(mean), torch.from_numpy(variance))
+    module, x = ImageNorm("norm", layer, priors), x.astype(np.float32).astype(np.float64)
+    found = module(torch.from_numpy(x).float()).numpy()
+    np.testing.assert_allclose(found, filtered(x, mean, variance, layer, 0.1), rtol=1e-5, atol=1e-5)
+
+
 def test_image_norm_without_a_prior_is_instance_normalization() -> None:
     layer = drawn_layer(0.3)
     x = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(5))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bkn_core.norm import compiled_node
-from bkn_core.norm.compiler import Building
 from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.fused import FilterSettings, kalman_normalize
 from bkn_core.norm.kalman import Gaussian
@@ -123,42 +120,6 @@ def test_an_activation_that_was_changed_is_noticed() -> None:
     value.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()  # type: ignore[no-untyped-call]
-
-
-def script(path: Path, body: str) -> list[str]:
-    """A compiler that runs `body` with its output in $2."""
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return [str(path)]
-
-
-def test_a_library_is_compiled_beside_the_program_by_one_process(tmp_path: Path) -> None:
-    command = script(tmp_path / "compiler", 'sleep 0.5; echo made > "$2"')
-    library = tmp_path / "cache" / "node-1.so"
-    first, second = Building(library, command), Building(library, command)
-    assert first.path() is None and first.process is not None and second.process is None
-    assert first.wait(20) == library and second.path() == library
-    assert Building(library, command).process is None
-    first.process.wait(20)
-    assert [file.name for file in library.parent.iterdir()] == [library.name]  # nothing else is left behind
-
-
-def test_a_compiler_that_fails_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    command = script(tmp_path / "compiler", 'echo half > "$2"; exit 1')
-    with caplog.at_level(logging.INFO, logger="bkn"):
-        failed = Building(tmp_path / "node-1.so", command)
-        assert failed.wait(20) is None and failed.path() is None
-    assert caplog.text.count("could not be compiled") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["compiler"]
-
-
-def test_a_compilation_that_was_killed_is_begun_again(tmp_path: Path) -> None:
-    library = tmp_path / "node-1.so"
-    marker = library.with_suffix(".building")
-    marker.touch()
-    hour_ago = time.time() - 3600
-    os.utime(marker, (hour_ago, hour_ago))
-    assert Building(library, script(tmp_path / "compiler", 'echo made > "$2"')).wait(20) == library
 
 
 def test_a_library_that_cannot_be_loaded_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

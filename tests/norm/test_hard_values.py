@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from bkn_core.norm.covariance import matrix_normalize
 from bkn_core.norm.fused import FilterSettings, kalman_normalize
 from bkn_core.norm.kalman import Gaussian
 
@@ -46,6 +48,43 @@ def test_hard_values_give_no_nan_gradients(name: str, gain: float | None) -> Non
     y, _, *_ = kalman_normalize(x, prior, q, weight, torch.zeros(3), FilterSettings(1e-5, size))
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     assert not any(g.isnan().any() for g in torch.autograd.grad(y, leaves, upstream))
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def normalized(x: Tensor, prior: Gaussian, q: float, eps: float) -> Tensor:
+    """y in float64 for groups of two images, by equation 7 of the paper."""
+    values = x.double().unflatten(0, (-1, 2))
+    mean, variance = values.mean((1, 3, 4)), values.var((1, 3, 4), unbiased=False)
+    d = mean - prior.mean.double()
+    spread = (1 - q) * prior.variance.double() + q * variance + q * (1 - q) * d.square() + eps
+    rows = ((prior.mean + q * d), spread.sqrt())
+    centre, deviation = (t[:, None, :, None, None] for t in rows)
+    return ((values - centre) / deviation).flatten(0, 1)
+
+
+@pytest.mark.parametrize("covariance", [False, True])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("gain", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("size", [1e15, 1e18, 5e18])
+def test_large_values_are_normalized_as_in_float64(
+    size: float, gain: float, layout: torch.memory_format, covariance: bool
+) -> None:
+    x = size * (torch.randn(4, 3, 90, 110) + torch.tensor([0, 1, 3])[:, None, None])  # two blocks of the kernels
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    prior = Gaussian(*(torch.tensor(values).requires_grad_() for values in ([0.0, 1.0, size], [1.0, 1.0, 4.0])))
+    q = torch.tensor(gain, requires_grad=True)
+    form = matrix_normalize if covariance else kalman_normalize
+    y, statistics, *_ = form(x, prior, q, None, None, FilterSettings(1e-5, 2))
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(y, (x, *prior, q), upstream)
+    wide = x.detach().double().requires_grad_()
+    exact = normalized(wide, Gaussian(*(t.detach() for t in prior)), gain, 1e-5)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    assert statistics.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    (wanted,) = torch.autograd.grad(exact, wide, upstream.double())
+    torch.testing.assert_close(gradients[0].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_values_far_from_zero_lose_no_more_than_the_rounding_of_an_affine_map() -> None:

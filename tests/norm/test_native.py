@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,19 +156,9 @@ def test_without_a_compiler_or_when_switched_off_pytorch_does_the_work(tmp_path:
     if native.library() is None:
         pytest.skip("no C compiler")
     assert run_python(ASK, tmp_path / "on") == "True"
-    assert len(list((tmp_path / "on" / "bkn").iterdir())) == 1  # nothing else is left behind
+    for library in (tmp_path / "on").glob("bkn/*.so"):
+        os.truncate(library, 5000)  # of which the loader would make a SIGBUS
+    assert run_python(ASK, tmp_path / "on") == "True"
     assert run_python(ASK, tmp_path / "off", BKN_NATIVE="0") == "False"
     assert run_python(ASK, tmp_path / "bad", CC="/nonexistent/compiler") == "False"
     assert not list((tmp_path / "bad").glob("bkn/*.so"))
-
-
-def test_a_library_that_cannot_be_loaded_is_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "true")  # a compiler that writes nothing
-    native.library.cache_clear()
-    with caplog.at_level(logging.INFO, logger="bkn"):
-        assert native.library() is None
-    assert "the CPU kernels are not used" in caplog.text
-    native.library.cache_clear()

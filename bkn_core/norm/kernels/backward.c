@@ -5,9 +5,11 @@
 
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
 
-static double limited(double value)
+static const double LARGEST_GRADIENT = 1e30; /* of the gain by one channel of one group: their sum stays finite */
+
+static double limited(double value, double limit)
 {
-    return value > LARGEST ? LARGEST : value < -LARGEST ? -LARGEST : value;
+    return value > limit ? limit : value < -limit ? -limit : value;
 }
 
 static float *coefficient(const Backward *b, int64_t g, int j, int64_t c)
@@ -41,10 +43,10 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, Totals 
     if (b->prior_mean) {
         double q = *b->gain, p = 1 - q, predicted = b->prior_variance[g * b->prior_stride + c];
         double d = seen - b->prior_mean[g * b->prior_stride + c], cross = 2 * p * q * gv * d;
-        double variance = limited(s[3 * plane + at]), square = limited(d * d);
+        double variance = limited(s[3 * plane + at], LARGEST), square = limited(d * d, LARGEST);
         totals->prior_mean += p * gm - cross;
         totals->prior_variance += p * gv;
-        totals->gain += limited(gm * d + gv * (variance - predicted + (p - q) * square));
+        totals->gain += limited(gm * d + gv * (variance - predicted + (p - q) * square), LARGEST_GRADIENT);
         totals->sensitivity += p * gv * predicted;
         totals->spread += variance + square;
         totals->predicted += predicted;

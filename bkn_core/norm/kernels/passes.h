@@ -6,10 +6,12 @@
 
 #pragma once
 
+#include <float.h>
+
 #include "parallel.h"
 
 enum { BLOCK = 8192, ROW = 256, LINES = 512, SAMPLE = 16 };
-static const float LARGEST = 1e30f; /* squares stay below, so that 0 * infinity makes no NaN */
+static const float LARGEST = 0.499f * FLT_MAX; /* squares stay below, so that neither two of them nor 0 times one make a NaN */
 
 typedef struct Moments {
     double count, mean, m2;
@@ -21,6 +23,19 @@ static inline void merge(Moments *into, double count, double mean, double m2)
     into->m2 += m2 + difference * difference * into->count * count / total;
     into->mean += difference * count / total;
     into->count = total;
+}
+
+/* Every `step`-th value, where the squares of a block have left the range of float32. */
+static void observe_widely(const float *x, int64_t count, int64_t step, Moments *moments)
+{
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < count; i++)
+        sum += x[i * step];
+    for (int64_t i = 0; i < count; i++) {
+        double d = x[i * step] - sum / (double)count;
+        squares += d * d;
+    }
+    merge(moments, (double)count, sum / (double)count, squares);
 }
 
 VECTORIZED static inline void observe_plane(const float *x, int64_t count, Moments *moments)
@@ -39,7 +54,10 @@ VECTORIZED static inline void observe_plane(const float *x, int64_t count, Momen
             rest += d;
             squares += d * d;
         }
-        merge(moments, (double)n, mean + (double)rest / n, squares - (double)rest * rest / n);
+        if (squares <= FLT_MAX)
+            merge(moments, (double)n, mean + (double)rest / n, squares - (double)rest * rest / n);
+        else
+            observe_widely(v, n, 1, moments);
     }
 }
 
@@ -203,6 +221,10 @@ static inline int observe_rows(const float *x, int64_t rows, int64_t channels, M
     for (int64_t c = 0; c < channels; c++) {
         double r = folded(sums, c, channels, width), s = folded(sums + width, c, channels, width);
         moments[c] = (Moments){(double)rows, centre[c] + r / rows, s - r * r / rows};
+        if (!isfinite(s)) {
+            moments[c] = (Moments){0, 0, 0};
+            observe_widely(x + c, rows, channels, moments + c);
+        }
     }
     free(sums);
     return 0;
