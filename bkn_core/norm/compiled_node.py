@@ -96,7 +96,7 @@ def normalize(
     x: Tensor,
     parameters: native.Parameters,
     sensitivity: tuple[Tensor | None, Tensor | None],
-    numbers: tuple[float, float],
+    eps: float,
     groups: int,
 ) -> list[Tensor] | None:
     """Return y and the statistics (6, G, C) of `fused.py`, None where the node cannot serve.
@@ -104,14 +104,14 @@ def normalize(
     Args:
         x: activations.
         parameters: µ', v', gain, γ, β.
-        sensitivity: h̄ and the newest one, (2, C) each, which the backward moves; None to follow no innovation.
-        numbers: ε, and by how much to move the sensitivity.
+        sensitivity: h̄ (2, C), and the sums (3, C) that the backward adds to; None to follow no innovation.
+        eps: ε.
         groups: of equal size.
     """
     operations = node()
     if operations is None or not are_plain((x, *parameters, *sensitivity)):
         return None
-    return operations.normalize(x, *parameters, *sensitivity, *numbers, groups) or None
+    return operations.normalize(x, *parameters, *sensitivity, eps, groups) or None
 
 
 def track(rows: Sequence[Known], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:

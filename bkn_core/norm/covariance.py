@@ -68,7 +68,7 @@ def normalize_by(
         weight_of_seen = gain
         if sensitivity is not None and prior.variance.dim() == prior.mean.dim():
             share = observed.count[:, None] / observed.count.sum()
-            prior = follow(prior, seen, share, settings.eps, sensitivity, len(x), processes)
+            prior = follow(prior, seen, share, settings.eps, sensitivity, processes)
         if not math.isinf(settings.guard_limit):
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)

@@ -5,18 +5,17 @@ number is a constant to the gradient: the network could shift its mean and grow 
 closed form of the prior does not know, which δ and ι take back some steps later, and the update was wasted. The numbers
 that they run after have a gradient:
 
-    δ → mean_G(x̄ - µ') / sqrt(N + ε) ,   ι → log( (N + ε) / (v' + ε) ) ,   N = mean_G( S + (x̄ - µ')² )
+    δ → m / d ,   ι → N / v' ,   m = mean_G(x̄ - µ'),   N = mean_G( S + (x̄ - µ')² ),   d² = v' + ε
 
 so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway, and
-likewise for δ. With few images h is noise that belongs to the very groups that ∇ι is computed from. So a layer
-remembers a running mean h̄ of both, its *sensitivity*, and n images use
+likewise for δ. The h of a forward is noise that belongs to the very images that ∇ι is computed from. So a layer
+remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
+the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
+or processes.
 
-    (1-α) h̄ + α h,   α = min(1, max(n / 128, 1/10))
-
-Backward passes move h̄, and the next forward takes it into use: passes without a forward between them use the same h̄,
-whatever their order.
+Backward passes gather h, and the next forward takes it into h̄.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
-measured with; another one, as mixed precision sets it now and then, is known after 128 images.
+measured with; another one, as mixed precision sets it now and then, is known after some steps.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bkn_core.norm.kalman import Gaussian, average_over_groups, log_innovation
+from bkn_core.norm.kalman import Gaussian, average_over_groups, limited
 
-IMAGES, PASSES = 128, 10  # that the running sensitivity looks back on, whichever is less
+WEIGHT = 0.1  # of the newest forward in the running sensitivity
+LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
 
 
 class Sensitivity(NamedTuple):
-    """The sensitivity h̄ of a layer: the one in use since the last forward, and the one that backward passes move.
+    """The sensitivity h̄ of a layer, and what backward passes have gathered since its last forward.
 
     Shape:
-        (2, C) each: to the innovation of the variance and to that of the mean.
+        used (2, C): to the innovation of the variance and to that of the mean; gathered (3, C): sums of both h over
+        passes, and the number of passes.
     """
 
     used: Tensor
-    newest: Tensor
+    gathered: Tensor
 
 
 class Processes(NamedTuple):
@@ -52,29 +53,35 @@ class Processes(NamedTuple):
     total: Callable[[Tensor], Tensor]
 
 
-def weight_of(images: int) -> float:
-    """Return by how much so many images move the newest sensitivity: α."""
-    return min(1.0, max(images / IMAGES, 1 / PASSES))
-
-
-def remember(sensitivity: Sensitivity, seen: Tensor, images: int | Tensor) -> Tensor:
-    """Move the newest sensitivity, in place, towards what one backward pass saw, and return what that pass uses.
-
-        h̄ ← (1-α) h̄ + α h
+def gather(gathered: Tensor, seen: Tensor) -> None:
+    """Add what one backward pass saw, in place.
 
     Args:
-        sensitivity: of the layer.
-        seen: h; a number that is not finite, as mixed precision meets them, is not remembered.
-        images: how many h sums over.
+        gathered: of `Sensitivity`.
+        seen: h; a channel in which it is not finite, as mixed precision meets them, is left out.
 
     Shape:
-        (2, C) each.
+        gathered (3, C), seen (2, C).
     """
-    used, newest = sensitivity
-    seen = seen.to(newest.dtype)
-    weight = (images / IMAGES).clamp(1 / PASSES, 1) if isinstance(images, Tensor) else weight_of(images)
-    newest.lerp_(torch.where(seen.isfinite(), seen, newest), weight)
-    return torch.lerp(used, torch.where(seen.isfinite(), seen, used), weight)
+    number = torch.ones_like(seen[:1])
+    terms = torch.cat((seen, number)).to(gathered.dtype)
+    gathered.add_(torch.where(terms.isfinite().all(0), terms, torch.zeros_like(terms)))
+
+
+def remembered(used: Tensor, gathered: Tensor) -> Tensor:
+    """Return the running sensitivity h̄ ← h̄ + w (h - h̄) after the passes that were gathered, of which h is the mean.
+
+    Shape:
+        used (2, C), gathered (3, C) -> (2, C).
+    """
+    number = gathered[2]
+    newest = gathered[:2] / torch.where(number > 0, number, torch.ones_like(number))
+    return torch.where(number > 0, torch.lerp(used, newest, WEIGHT), used)
+
+
+def scales(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
+    """Return what N and v' are divided by: v' + ε, or a tenth of N + ε where that is larger."""
+    return torch.maximum(predicted + eps, (spread + eps) / LARGEST_RATIO)
 
 
 def follow(
@@ -83,7 +90,6 @@ def follow(
     share: Tensor | None,
     eps: float,
     sensitivity: Sensitivity,
-    images: int,
     processes: Processes | None = None,
 ) -> Gaussian:
     """Return the same diagonal prior, with the gradient of its innovations beside its own.
@@ -94,18 +100,18 @@ def follow(
         share: the part of the images that each group holds; None where all are equal.
         eps: ε.
         sensitivity: of the layer.
-        images: in this forward.
         processes: where S is that of several processes.
 
     Shape:
         prior (C,) or (G, C), observed (G, C), share (G, 1), sensitivity (2, C).
     """
-    innovation = log_innovation(prior, observed, share, eps)
     difference = observed.mean - prior.mean
-    spread = average_over_groups(torch.addcmul(observed.variance, difference, difference), share)
-    deviation = (spread.detach() + eps).sqrt()
-    innovations = torch.stack((innovation, average_over_groups(difference, share) / deviation))
-    return Gaussian(*_Follow.apply(*prior, innovations, deviation, *sensitivity, images, processes))
+    spread = average_over_groups(limited(torch.addcmul(observed.variance, difference, difference)), share)
+    predicted = prior.variance if prior.variance.dim() == 1 else average_over_groups(prior.variance, share)
+    scale = scales(spread, predicted, eps).detach()
+    growth = (spread - predicted * ((spread + eps) / (predicted + eps)).detach()) / scale
+    innovations = torch.stack((growth, average_over_groups(difference, share) / scale.sqrt()))
+    return Gaussian(*_Follow.apply(*prior, innovations, scale.sqrt(), *sensitivity, processes))
 
 
 class _Follow(torch.autograd.Function):
@@ -116,14 +122,13 @@ class _Follow(torch.autograd.Function):
         variance: Tensor,
         innovations: Tensor,
         deviation: Tensor,
-        sensitivity: Tensor,
-        newest: Tensor,
-        images: int,
+        used: Tensor,
+        gathered: Tensor,
         processes: Processes | None,
     ) -> tuple[Tensor, Tensor]:
         """Return µ' and v'."""
         ctx.save_for_backward(variance, deviation)
-        ctx.sensitivity, ctx.images, ctx.processes = Sensitivity(sensitivity, newest), images, processes
+        ctx.sensitivity, ctx.processes = Sensitivity(used, gathered), processes
         return mean.clone(), variance.clone()
 
     @staticmethod
@@ -133,8 +138,8 @@ class _Follow(torch.autograd.Function):
         variance, deviation = ctx.saved_tensors
         parts = to_variance * variance, to_mean * deviation
         seen = torch.stack([part.reshape(-1, part.shape[-1]).sum(0) for part in parts])
-        images, number = ctx.images, 1
+        number = 1
         if ctx.processes is not None:  # the gradients of S of all processes are added up
-            seen, images, number = ctx.processes.total(seen), ctx.processes.images, ctx.processes.number
-        running = remember(ctx.sensitivity, seen, images) / number
-        return to_mean, to_variance, running.to(to_variance.dtype), None, None, None, None, None
+            seen, number = ctx.processes.total(seen), ctx.processes.number
+        gather(ctx.sensitivity.gathered, seen)
+        return to_mean, to_variance, (ctx.sensitivity.used / number).to(to_variance.dtype), None, None, None, None

@@ -109,8 +109,7 @@ def kalman_normalize(
         parameters, memory, groups = (mean, variance, gain, weight, bias), sensitivity or (None, None), images // size
         is_direct = is_eager()
         if is_direct and settings.guard_limit == math.inf:
-            numbers = settings.eps, following.weight_of(images)
-            made = compiled_node.normalize(x, parameters, memory, numbers, groups)
+            made = compiled_node.normalize(x, parameters, memory, settings.eps, groups)
             if made is not None:
                 return Filtered(*made)
         node = _Direct if is_direct else _KalmanNormalize
@@ -152,7 +151,7 @@ class _KalmanNormalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         sensitivity: Tensor | None,
-        newest: Tensor | None,
+        gathered: Tensor | None,
         settings: FilterSettings,
         groups: int,
     ) -> tuple[Tensor, Tensor]:
@@ -162,8 +161,8 @@ class _KalmanNormalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep the activation and O(G·C) numbers, no more than batch normalization keeps."""
-        x, prior_mean, prior_variance, gain, weight, bias, used, newest, ctx.settings, ctx.groups = inputs
-        ctx.sensitivity = None if used is None else Sensitivity(used, newest)
+        x, prior_mean, prior_variance, gain, weight, bias, used, gathered, ctx.settings, ctx.groups = inputs
+        ctx.sensitivity = None if used is None else Sensitivity(used, gathered)
         ctx.set_materialize_grads(False)
         ctx.has_bias, ctx.shape = bias is not None, None
         ctx.save_for_backward(x, prior_mean, prior_variance, gain, weight, output[1])
@@ -175,9 +174,8 @@ class _KalmanNormalize(torch.autograd.Function):
         saved = ctx.saved_tensors
         gradients = torch.zeros_like(saved[0]) if dy is None else dy, grad_statistics
         if ctx.shape is not None and is_eager():
-            images, settings = saved[0].shape[0], ctx.settings
-            numbers = following.weight_of(images), settings.eps
-            results = native.normalize_backward(gradients, saved, ctx.sensitivity or (None, None), numbers, ctx.shape)
+            memory, eps = ctx.sensitivity or (None, None), ctx.settings.eps
+            results = native.normalize_backward(gradients, saved, memory, eps, ctx.shape)
         else:
             results = _gradients(gradients, saved, ctx.sensitivity, ctx.settings, ctx.groups)
         dx, to_prior, to_weight, to_bias = results
@@ -260,14 +258,17 @@ def _gradients(
         to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
         if sensitivity is not None:
-            spread = limited(torch.addcmul(observed_variance, d, d)).mul_(1 / groups).sum(0) + settings.eps
-            deviation = spread.sqrt()
+            spread = limited(torch.addcmul(observed_variance, d, d)).mul_(1 / groups).sum(0)
+            predicted = prior_variance.reshape(-1, len(spread)).mean(0)
+            divisor = following.scales(spread, predicted, settings.eps)
+            deviation = divisor.sqrt()
             seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
-            running, push = (following.remember(sensitivity, seen, x.shape[0]).to(gv.dtype) / groups).unbind()
-            share = running / spread
+            following.gather(sensitivity.gathered, seen)
+            running, push = (sensitivity.used.to(gv.dtype) / groups).unbind()
+            share = running / divisor
             shift = torch.addcmul(push / deviation, share, d, value=2)
             gx, gs, to_mean = gx + shift, gs + share, to_mean - shift
-            to_variance = to_variance - running / (prior_variance.reshape(-1, len(running)).mean(0) + settings.eps)
+            to_variance = to_variance - share * (spread + settings.eps) / (predicted + settings.eps)
         surplus = _surplus(d, observed_variance, prior_variance, p - q)
         to_prior = _to_prior((to_mean, to_variance), (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
     count = view.positions

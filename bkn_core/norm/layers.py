@@ -76,7 +76,7 @@ class BatchKalmanNorm(_BatchNorm):
     residual: Tensor | None  # of the last forward, see `uncertainty.py`
     uncertainty: Tensor | None
     sensitivity: Tensor | None  # see `following.py`
-    newest_sensitivity: Tensor | None
+    gathered_sensitivity: Tensor | None
     innovations_then: tuple[Tensor, Tensor] | None = None  # both, before the last forward moved them
     synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
     process_group: ProcessGroup | None = None
@@ -126,8 +126,8 @@ class BatchKalmanNorm(_BatchNorm):
         self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
         for name in ("innovation", "mean_innovation"):
             self.register_buffer(name, zeros.clone() if innovation else None)
-        for name in ("sensitivity", "newest_sensitivity", "residual"):
-            self.register_buffer(name, zeros.repeat(2, 1) if innovation else None)
+        for name, rows in (("sensitivity", 2), ("gathered_sensitivity", 3), ("residual", 2)):
+            self.register_buffer(name, zeros.repeat(rows, 1) if innovation else None)
         self.register_buffer("uncertainty", zeros.new_zeros(FIELDS) if innovation else None)
         identity = None if previous_features is None else rectangular_identity(num_features, previous_features, start)
         self.transition = None if identity is None else nn.Parameter(identity)
@@ -208,13 +208,12 @@ class BatchKalmanNorm(_BatchNorm):
 
     def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
         own = self._buffers  # past `nn.Module.__getattr__`, which is slow
-        wide = self.gain_factor.dtype
-        weight, bias = _of_type(wide, self.weight), _of_type(wide, self.bias)
+        weight, bias = (_of_type(self.gain_factor.dtype, parameter) for parameter in (self.weight, self.bias))
         settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
-        used, newest, memory = own["sensitivity"], own["newest_sensitivity"], None
-        if prior is not None and used is not None and newest is not None:
+        used, gathered, memory = own["sensitivity"], own["gathered_sensitivity"], None
+        if prior is not None and used is not None and gathered is not None:
             is_tracked = self.training and self.statistics is None
-            memory = Sensitivity(used, newest if is_tracked else newest.clone())
+            memory = Sensitivity(used, gathered if is_tracked else gathered.clone())
         if self._spans_processes(size):
             form = self.process_group, self.covariance == "full"
             return joint_normalize(x, prior, (gain, weight, bias), settings, form, memory)
@@ -262,7 +261,8 @@ class BatchKalmanNorm(_BatchNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take what an earlier version saved: it had no innovation of the mean and no uncertainty."""
         if prefix + "innovation" in state_dict:
-            for name in ("mean_innovation", "residual", "uncertainty", "sensitivity", "newest_sensitivity"):
+            state_dict.pop(prefix + "newest_sensitivity", None)
+            for name in ("mean_innovation", "residual", "uncertainty", "sensitivity", "gathered_sensitivity"):
                 own, saved = self._buffers[name], state_dict.get(prefix + name)
                 if own is not None and (saved is None or saved.dim() < own.dim()):
                     absent = torch.zeros_like(own) if saved is None else torch.stack((saved, torch.zeros_like(saved)))

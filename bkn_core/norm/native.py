@@ -84,7 +84,7 @@ def shape_of(
     vector = dimensions[1:2]
     if gain.dim() or any(t is not None and t.shape != vector for t in (weight, bias)):
         return None
-    if any(t is not None and t.shape != (2, channels) for t in sensitivity):
+    if any(t is not None and t.shape != (rows, channels) for rows, t in zip((2, 3), sensitivity, strict=False)):
         return None
     if prior_mean is not None and prior_variance is not None:
         wide = prior_mean.shape
@@ -126,7 +126,7 @@ def normalize_backward(
     gradients: tuple[Tensor, Tensor | None],
     saved: tuple[Tensor | None, ...],
     sensitivity: tuple[Tensor | None, Tensor | None],
-    numbers: tuple[float, ...],
+    eps: float,
     shape: Shape,
 ) -> Gradients:
     """Return the gradients that `fused.py` asks for.
@@ -134,8 +134,8 @@ def normalize_backward(
     Args:
         gradients: of y and of the statistics.
         saved: x, µ', v', gain, γ, statistics.
-        sensitivity: h̄ and the newest one, which is moved; None to follow no innovation.
-        numbers: by how much to move it, ε.
+        sensitivity: h̄, and the sums that are added to; None to follow no innovation.
+        eps: ε.
         shape: of `shape_of`.
     """
     dy, to_statistics = gradients
@@ -152,7 +152,7 @@ def normalize_backward(
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
     slots = [*shape, *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
     slots += map(address, (gain, weight, statistics, to_statistics, dx, to_weight, to_bias, *prior, *sensitivity))
-    run("bkn_backward", [*slots, *map(bits_of, numbers), 0, 0, 0, 0])
+    run("bkn_backward", [*slots, bits_of(eps), 0, 0, 0, 0])
     return dx, prior, to_weight, to_bias
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.norm import compiled_node, native
+from bkn_core.norm.following import remembered
 from bkn_core.norm.fused import images_per_group
 from bkn_core.norm.kalman import Gaussian, average_over_groups, diagonal
 from bkn_core.norm.together import alike, apart, beside, those
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from bkn_core.norm.layers import BatchKalmanNorm
 
 LARGEST_INNOVATION = 60.0  # the exponent of a float32: no data reach it but beside a variance of 0
-MOVED = ("innovation", "mean_innovation", "sensitivity", "residual", "newest_sensitivity", "uncertainty")
+MOVED = ("innovation", "mean_innovation", "sensitivity", "residual", "gathered_sensitivity", "uncertainty")
 
 
 class Seen(NamedTuple):
@@ -143,7 +144,7 @@ def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[floa
         statistics, mean, variance, *vectors, _ = row
         assert statistics is not None
         groups, width = statistics.shape[1:]
-        shapes = ((width,), (width,), (2, width), (2, width), (2, width), (5,), (), (width,), (width,))
+        shapes = ((width,), (width,), (2, width), (2, width), (3, width), (5,), (), (width,), (width,))
         if any(t is not None and not (native.is_plain(t) and t.is_contiguous()) for t in row[:-1]):
             return False
         if any(t is not None and t.shape != shape for t, shape in zip(vectors, shapes, strict=True)):
@@ -155,7 +156,7 @@ def _track_by_kernel(rows: Sequence[compiled_node.Known], numbers: Sequence[floa
         stride = 0 if mean is None or mean.dim() == 1 else width
         fields.extend((groups, width, *map(native.address, row[:3]), stride, *map(native.address, vectors)))
         fields.extend((*map(native.bits_of, numbers[3 * i : 3 * i + 3]), skipped.buffer_info()[0] + 8 * i))
-        moved += [t for j, t in enumerate(vectors) if t is not None and j != MOVED.index("newest_sensitivity")]
+        moved += [t for t in vectors if t is not None]
     native.run("bkn_track", [len(rows), torch.get_num_threads() if is_alone else 1, fields.buffer_info()[0]])
     torch.autograd.graph.increment_version(moved)
     counts = those([None if is_skipped else row[-1] for row, is_skipped in zip(rows, skipped, strict=True)])
@@ -199,7 +200,7 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     priors = [diagonal(record.prior) for record in records if record.prior is not None]
     prior = Gaussian(beside([p.mean for p in priors]), beside([p.variance for p in priors]))
     eps, images = layers[0].eps, records[0].images
-    innovations, shifts, used, lasts, newest, states = (
+    innovations, shifts, used, lasts, gathered, states = (
         those([layer._buffers[name] for layer in layers]) for name in MOVED
     )
     known = Uncertainty.of(torch.stack(states))
@@ -223,7 +224,8 @@ def _move_innovations(records: Sequence[Seen], statistics: Tensor, share: Tensor
     last = torch.where(values.isfinite().all(0), values, last)
     for target, value in ((innovations, moved[0]), (shifts, moved[1]), (lasts, last)):
         torch._foreach_copy_(target, list(apart(value, layers)))
-    torch._foreach_copy_(used, newest)
+    torch._foreach_copy_(used, list(apart(remembered(beside(used), beside(gathered)), layers)))
+    torch._foreach_zero_(gathered)
     torch._foreach_copy_(states, list(known.state.unbind()))
     gains = known.gains.amax(-1)
     for i, layer in enumerate(layers):

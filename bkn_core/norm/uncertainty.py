@@ -19,9 +19,14 @@ P and R are running means over some forwards, and
     q = P⁺ / (P⁺ + R⁺)
 
 is the Kalman gain of a group, 0 where the prior is exact and 1 where an observation is. The layer blends by the larger
-of its two gains; its memory of the prior's error, the *mean innovation* in standard deviations and the *innovation* of
-the variance, moves by K = q, but never slower than a running mean over 10 gradient batches of 128 images or some dozens
-of forwards.
+of its two gains. Its memory of the prior's error, the *mean innovation* in standard deviations and the *innovation* of
+the variance, moves by
+
+    K = max( q P², 1 - 0.9^(n / 128), 1/100 )
+
+for n images: fast while the prior is off by about what it predicts, else as a running mean over 10 gradient batches of
+128 images or 100 forwards, whichever is less. Following faster is possible and worse: what a group shows is then in its
+own prior, with the noise that breaks batch normalization.
 
 Reference:
     R. K. Mehra, "On the identification of variances and adaptive Kalman filtering", IEEE TAC 15(2), 1970, for P and R
@@ -39,7 +44,7 @@ from bkn_core.norm.kalman import Gaussian, average_over_groups
 
 FIELDS = 5  # forwards, P of mean and variance, R of mean and variance
 MEMORY = 0.05  # the weight of the newest forward in P and R
-SLOWEST_STEP, SLOWEST_IMAGES = 0.03, 0.1  # the least K of a forward, and of 128 images
+SLOWEST_STEP, SLOWEST_IMAGES = 0.01, 0.1  # the least K of a forward, and of 128 images
 LARGEST_RATIO = 2980.958  # e⁸, of an observed to a predicted variance in one forward
 LARGEST_RESIDUAL = 1.0  # an outlier beyond it would be remembered too long
 FIRST_NOISE = 0.1  # of a forward of one group, before there is another to compare it with
@@ -76,12 +81,13 @@ class Uncertainty(NamedTuple):
         return torch.where(self.forwards.unsqueeze(-1) > 0, gain, torch.full_like(gain, FIRST_GAIN))
 
     def speeds(self, images: int | Tensor) -> Tensor:
-        """Return K of mean and variance (..., 2): the gains, or the slowest that a forward of so many images allows."""
+        """Return K of mean and variance (..., 2), for a forward of so many images."""
         by_images = 1 - (1 - SLOWEST_IMAGES) ** (images / IMAGES)
         by_age = 1 / self.forwards.clamp_min(1).unsqueeze(-1)
         slowest = by_age.clamp_min(SLOWEST_STEP)
         slowest = torch.maximum(slowest, by_images) if isinstance(by_images, Tensor) else slowest.clamp_min(by_images)
-        return torch.maximum(self.gains, slowest)
+        lost = torch.where(self.forwards.unsqueeze(-1) > 0, self.gains * self.error.clamp(0, 1).square(), 1)
+        return torch.maximum(lost, slowest)
 
     def after(self, error: Tensor, noise: Tensor) -> Uncertainty:
         """Return what is known after one more forward that showed P and R; what is not finite is not remembered."""

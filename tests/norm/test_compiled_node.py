@@ -42,7 +42,7 @@ def leaves(shape: tuple[int, ...], form: str, *, last: bool = False) -> Leaves:
     rows = (shape[0] // 2, shape[1]) if form == "own priors" else (shape[1],)
     prior = Gaussian(torch.randn(rows).requires_grad_(), (torch.rand(rows) + 0.5).requires_grad_())
     weight, bias = torch.randn(shape[1]).requires_grad_(), torch.randn(shape[1]).requires_grad_()
-    sensitivity = Sensitivity(torch.randn(2, shape[1]), torch.randn(2, shape[1]))
+    sensitivity = Sensitivity(torch.randn(2, shape[1]), torch.randn(3, shape[1]))
     gain = torch.tensor(0.3, requires_grad=True)
     affine = (None, None) if form == "not affine" else (weight, bias)
     has_prior, follows = form != "no prior", form not in ("no prior", "no innovation")
@@ -56,7 +56,7 @@ def results(given: Leaves, size: int) -> list[Tensor]:
     objective = (filtered.y * torch.randn(x.shape)).sum() + filtered.posterior.variance.sin().sum()
     wanted = [t for t in (x, *(prior or ()), gain if prior else None, weight, bias) if t is not None]
     found = [filtered.y, filtered.statistics, *torch.autograd.grad(objective, wanted)]
-    return found if sensitivity is None else [*found, sensitivity.newest]
+    return found if sensitivity is None else [*found, sensitivity.gathered]
 
 
 @pytest.mark.usefixtures("_threads")
@@ -82,7 +82,7 @@ def test_it_leaves_other_tensors_alone() -> None:
 
     def serves(x: Tensor, mean: Tensor, variance: Tensor, gain: Tensor, weight: Tensor, groups: int = 1) -> bool:
         parameters = (mean, variance, gain, weight, bias)
-        return compiled_node.normalize(x, parameters, sensitivity, (1e-5, 0.5), groups) is not None
+        return compiled_node.normalize(x, parameters, sensitivity, 1e-5, groups) is not None
 
     rest = (*prior, gain, weight)
     assert weight is not None and serves(x, *rest)  # type: ignore[arg-type]

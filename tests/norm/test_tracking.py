@@ -28,7 +28,7 @@ def layers(**options: object) -> list[BatchKalmanNorm2d]:
     for width in WIDTHS:
         given = {"innovation": True, "gain": "auto", **options}
         layer = BatchKalmanNorm2d(width, statistics_batch_size=2, **given)  # type: ignore[arg-type]
-        for name in ("innovation", "mean_innovation", "sensitivity", "newest_sensitivity", "residual"):
+        for name in ("innovation", "mean_innovation", "sensitivity", "gathered_sensitivity", "residual"):
             buffer = getattr(layer, name)
             buffer.copy_(drawn(*buffer.shape))
         layer.uncertainty.copy_(torch.tensor([7.0, 0.2, -0.1, 0.3, 0.4]))

@@ -34,7 +34,7 @@ class Loops:
         images, channels = x.shape[:2]
         groups = [x[i : i + size] for i in range(0, images, size)]
         slowest = max(SLOWEST_STEP, 1 - (1 - SLOWEST_IMAGES) ** (images / 128), 1 / max(self.forwards, 1))
-        speeds = np.maximum(self.gains() if self.forwards else np.zeros(2), slowest)
+        speeds = np.maximum(self.gains() * np.clip(self.error, 0, 1) ** 2, slowest)
         squares, products, noises = np.zeros(2), np.zeros(2), np.zeros(2)
         for c in range(channels):
             predicted = variance[c] * math.exp(self.ratio[c])
@@ -128,7 +128,7 @@ def test_no_runaway_after_the_weights_grow_tenfold(kind: str, depth: int, images
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
                     module.weight.mul_(scale)
-            for _ in range(50 + 5 * depth):
+            for _ in range(100 + 10 * depth):
                 y = model(pictures)
     assert y.isfinite().all()
     with torch.no_grad(), bkn.statistics(model, "batch", 1):
@@ -174,6 +174,8 @@ def test_a_state_of_an_earlier_version_is_read() -> None:
     for name in list(state):
         if name.endswith(("mean_innovation", "residual", "uncertainty")):
             del state[name]
+        elif name.endswith("gathered_sensitivity"):
+            state[name.replace("gathered", "newest")] = state.pop(name)[0]
         elif name.endswith("sensitivity"):
             state[name] = torch.full_like(state[name][0], 0.5)
     model.load_state_dict(state)

@@ -6,6 +6,7 @@
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
 
 static const double LARGEST_GRADIENT = 1e30; /* of the gain by one channel of one group: their sum stays finite */
+static const double LARGEST_RATIO = 10;      /* as in `following.py` */
 
 static double limited(double value, double limit)
 {
@@ -63,24 +64,26 @@ static void differentiate_group(const Backward *b, int64_t g, int64_t c, Totals 
     *coefficient(b, g, 3, c) = (float)(to_mean / count);
 }
 
-/* Move a running sensitivity towards what this pass saw, and return what the pass uses. */
-static double remember(double used, float *newest, double seen, double newness)
+/* Add what this pass saw to what the layer's passes have gathered. */
+static void remember(const Backward *b, int64_t c, double variance, double mean)
 {
-    if (!isfinite((float)seen))
-        return used;
-    *newest += (float)(newness * (seen - *newest));
-    return used + newness * (seen - used);
+    if (!isfinite((float)variance) || !isfinite((float)mean))
+        return;
+    b->gathered[c] += (float)variance;
+    b->gathered[b->channels + c] += (float)mean;
+    b->gathered[2 * b->channels + c] += 1;
 }
 
 /* What the gradient of the innovations adds to every group. */
 static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, spread = totals->spread / groups + b->eps, deviation = sqrt(spread);
-    int64_t d = b->channels + c; /* of the mean */
-    double running = remember(b->sensitivity[c], b->newest + c, totals->sensitivity, b->newness) / groups;
-    double push = remember(b->sensitivity[d], b->newest + d, totals->prior_mean * deviation, b->newness) / groups;
-    double share = running / spread, count = (double)(b->images * b->length);
-    double to_variance = running / (totals->predicted / groups + b->eps);
+    double groups = (double)b->groups, spread = totals->spread / groups + b->eps;
+    double predicted = totals->predicted / groups + b->eps;
+    double divisor = predicted > spread / LARGEST_RATIO ? predicted : spread / LARGEST_RATIO, deviation = sqrt(divisor);
+    remember(b, c, totals->sensitivity, totals->prior_mean * deviation);
+    double running = b->sensitivity[c] / groups, push = b->sensitivity[b->channels + c] / groups;
+    double share = running / divisor, count = (double)(b->images * b->length);
+    double to_variance = share * spread / predicted;
     for (int64_t g = 0; g < b->groups; g++) {
         double apart = *coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c];
         double shift = push / deviation + 2 * share * apart;
@@ -100,7 +103,7 @@ static void differentiate(const Backward *b, int64_t c)
     Totals totals = {0};
     for (int64_t g = 0; g < b->groups; g++)
         differentiate_group(b, g, c, &totals);
-    if (b->prior_mean && b->newest)
+    if (b->prior_mean && b->gathered)
         follow(b, c, &totals);
     if (b->to_weight)
         b->to_weight[c] = (float)totals.weight;

@@ -27,8 +27,8 @@ typedef struct {
     float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
     float *to_gain;
     const float *sensitivity;                                /* (2, C): of the variance, of the mean */
-    float *newest;                                           /* sensitivity; NULL to follow no innovation */
-    double newness, eps;                                     /* by how much to move it; see `following.py` */
+    float *gathered;                                         /* sums of it, NULL to follow no innovation */
+    double eps;
     /* of this call, not set by the caller: */
     int64_t parts;
     double *sums;        /* (G, parts, C, 2) */
@@ -43,7 +43,7 @@ typedef struct {
     const float *prior_mean, *prior_variance; /* no innovation: NULL */
     int64_t prior_stride;                     /* channels where each group has its own prior, else 0 */
     float *innovation, *mean_innovation, *sensitivity, *residual; /* (C,), (C,), (2, C), (2, C) */
-    const float *newest;
+    float *gathered;                   /* (3, C), see `following.py` */
     float *uncertainty;                /* (5,), see `uncertainty.py` */
     float *gain;                       /* NULL where it is not computed */
     float *running_mean, *running_var; /* no moving statistics: NULL */

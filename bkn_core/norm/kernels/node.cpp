@@ -63,7 +63,7 @@ int64_t stride_of(const Tensor &prior_mean)
 struct Normalize : torch::autograd::Function<Normalize> {
     static variable_list forward(AutogradContext *ctx, const Tensor &x, const Maybe &prior_mean,
                                  const Maybe &prior_variance, const Tensor &gain, const Maybe &weight,
-                                 const Maybe &bias, const Maybe &used, const Maybe &newest, double eps, double newness,
+                                 const Maybe &bias, const Maybe &used, const Maybe &gathered, double eps,
                                  int64_t groups)
     {
         Tensor y = at::empty_like(x), statistics = at::empty({6, groups, x.size(1)}, x.options());
@@ -77,9 +77,9 @@ struct Normalize : torch::autograd::Function<Normalize> {
         TORCH_CHECK(!run_forward(&f), "a normalization layer found no memory for its statistics");
         ctx->save_for_backward({x, mean, variance, gain, scale, statistics});
         ctx->set_materialize_grads(false);
-        ctx->saved_data["numbers"] = std::vector<double>{eps, newness, bias ? 1.0 : 0.0};
-        if (newest)
-            ctx->saved_data["used"] = *used, ctx->saved_data["newest"] = *newest;
+        ctx->saved_data["numbers"] = std::vector<double>{eps, bias ? 1.0 : 0.0};
+        if (gathered)
+            ctx->saved_data["used"] = *used, ctx->saved_data["gathered"] = *gathered;
         return {y, statistics};
     }
 
@@ -93,7 +93,7 @@ struct Normalize : torch::autograd::Function<Normalize> {
         }
         if (is_recorded)
             refuse_to_go_on(gradients, results);
-        results.resize(11); /* the rest of the arguments has no gradient */
+        results.resize(10); /* the rest of the arguments has no gradient */
         return results;
     }
 
@@ -125,14 +125,14 @@ struct Normalize : torch::autograd::Function<Normalize> {
         b.dx = values_of(dx), b.to_weight = values_of(to_weight), b.to_bias = values_of(to_bias);
         b.to_prior_mean = values_of(to_mean), b.to_prior_variance = values_of(to_variance);
         b.to_gain = values_of(to_gain);
-        auto newest = ctx->saved_data.find("newest");
-        if (newest != ctx->saved_data.end()) {
+        auto gathered = ctx->saved_data.find("gathered");
+        if (gathered != ctx->saved_data.end()) {
             b.sensitivity = values_of(ctx->saved_data["used"].toTensor());
-            b.newest = values_of(newest->second.toTensor());
+            b.gathered = values_of(gathered->second.toTensor());
         }
-        b.eps = numbers[0], b.newness = numbers[1];
+        b.eps = numbers[0];
         TORCH_CHECK(!run_backward(&b), "a normalization layer found no memory for its statistics");
-        return {dx, to_mean, to_variance, to_gain, to_weight, numbers[2] != 0 ? to_bias : Tensor()};
+        return {dx, to_mean, to_variance, to_gain, to_weight, numbers[1] != 0 ? to_bias : Tensor()};
     }
 
     /* A second derivative is not known: let whoever asks for it be told. */
@@ -156,8 +156,8 @@ struct Normalize : torch::autograd::Function<Normalize> {
 /* Return y and the statistics, or nothing where the kernels cannot take these tensors: they trust every type, layout
    and shape. */
 std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Maybe &prior_variance, const Tensor &gain,
-                              const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &newest, double eps,
-                              double newness, int64_t groups)
+                              const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &gathered,
+                              double eps, int64_t groups)
 {
     if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain))
         return {};
@@ -165,14 +165,13 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
     for (const Maybe *t : {&weight, &bias})
         if (!has_shape(*t, vector))
             return {};
-    int64_t wide[] = {groups, x.size(1)}, pair[] = {2, x.size(1)};
-    for (const Maybe *t : {&used, &newest})
-        if (!has_shape(*t, pair))
-            return {};
+    int64_t wide[] = {groups, x.size(1)}, pair[] = {2, x.size(1)}, three[] = {3, x.size(1)};
+    if (!has_shape(used, pair) || !has_shape(gathered, three))
+        return {};
     for (const Maybe *t : {&prior_mean, &prior_variance})
         if (!has_shape(*t, vector) && !(has_shape(*t, wide) && has_shape(prior_mean, wide) && has_shape(prior_variance, wide)))
             return {};
-    return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, newest, eps, newness, groups);
+    return Normalize::apply(x, prior_mean, prior_variance, gain, weight, bias, used, gathered, eps, groups);
 }
 
 } // namespace
@@ -181,7 +180,7 @@ TORCH_LIBRARY(bkn, library)
 {
     library.def("initialize(int forward, int backward, int track, int evaluate, int reverse) -> ()", initialize);
     library.def("normalize(Tensor x, Tensor? prior_mean, Tensor? prior_variance, Tensor gain, Tensor? weight, Tensor? bias, "
-                "Tensor? used, Tensor? newest, float eps, float newness, int groups) -> Tensor[]",
+                "Tensor? used, Tensor? gathered, float eps, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
     library.class_<Row>("Row")

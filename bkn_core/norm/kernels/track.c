@@ -4,7 +4,8 @@
 #include "calls.h"
 #include "parallel.h"
 
-static const double LARGEST_RATIO = 2980.958, MEMORY = 0.05, LARGEST_INNOVATION = 60, FIRST_NOISE = 0.1; /* as in `uncertainty.py` */
+static const double LARGEST_RATIO = 2980.958, MEMORY = 0.05, LARGEST_INNOVATION = 60, FIRST_NOISE = 0.1, /* as in `uncertainty.py` */
+    SENSITIVITY_WEIGHT = 0.1; /* as in `following.py` */
 
 typedef struct {
     double square[2], product[2], noise[2]; /* sums over channels of e², e e_before and R, of mean and variance */
@@ -30,9 +31,9 @@ static void find_speeds(const Tracked *t, double *speeds)
     for (int i = 0; i < 2; i++) {
         double error = t->uncertainty[1 + i], noise = t->uncertainty[3 + i];
         error = error > 0 ? error : 0, noise = noise > 0 ? noise : 0;
-        double gain = forwards > 0 ? error / (error + noise > 1e-30 ? error + noise : 1e-30) : 1;
-        double slowest = by_age > t->slowest ? by_age : t->slowest;
-        speeds[i] = gain > slowest ? gain : slowest;
+        double gain = error / (error + noise > 1e-30 ? error + noise : 1e-30), off = error < 1 ? error : 1;
+        double lost = forwards > 0 ? gain * off * off : 1, slowest = by_age > t->slowest ? by_age : t->slowest;
+        speeds[i] = lost > slowest ? lost : slowest;
     }
 }
 
@@ -82,8 +83,13 @@ static void move_innovation(const Tracked *t, int64_t c, const double *speeds, S
         t->mean_innovation[c] = (float)after[0];
         t->innovation[c] = (float)after[1];
     }
-    t->sensitivity[c] = t->newest[c];
-    t->sensitivity[t->channels + c] = t->newest[t->channels + c];
+    float passes = t->gathered[2 * t->channels + c];
+    for (int i = 0; i < 2 && passes > 0; i++) {
+        float *used = t->sensitivity + i * t->channels + c;
+        *used += (float)(SENSITIVITY_WEIGHT * (t->gathered[i * t->channels + c] / passes - *used));
+    }
+    for (int i = 0; i < 3; i++)
+        t->gathered[i * t->channels + c] = 0;
 }
 
 static void move_uncertainty(const Tracked *t, const double *speeds, const Sums *sums)
@@ -133,7 +139,7 @@ static void move(const void *task, int64_t first, int64_t last)
     for (const Tracked *t = (const Tracked *)task + first, *end = (const Tracked *)task + last; t < end; t++) {
         if (t->innovation) {
             double speeds[2];
-            Sums sums = {{0}};
+            Sums sums = {{0}, {0}, {0}};
             find_speeds(t, speeds);
             for (int64_t c = 0; c < t->channels; c++)
                 move_innovation(t, c, speeds, &sums);

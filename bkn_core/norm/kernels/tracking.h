@@ -61,10 +61,10 @@ std::optional<std::vector<Tensor>> track(const std::vector<Tensor> &tensors, con
             row.prior_stride = mean.dim() > 1 ? row.channels : 0;
             for (int j = 0; j < 2; j++)
                 before.push_back(reader.tensors.at(reader.at + j)), widths.push_back(row.channels);
-            int64_t vector[] = {row.channels}, pair[] = {2, row.channels}, five[] = {5};
+            int64_t vector[] = {row.channels}, pair[] = {2, row.channels}, three[] = {3, row.channels}, five[] = {5};
             row.innovation = reader.values(vector, true), row.mean_innovation = reader.values(vector, true);
             row.sensitivity = reader.values(pair, true), row.residual = reader.values(pair, true);
-            row.newest = reader.values(pair, false), row.uncertainty = reader.values(five, true);
+            row.gathered = reader.values(three, true), row.uncertainty = reader.values(five, true);
         }
         if (forms[i] & 8)
             row.gain = reader.values({}, true);
