@@ -46,6 +46,8 @@ class Records:
         self.folder.write_environment(training.world.device)
         self.folder.write_summary("running", step=training.step, steps=training.steps)
         self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        if training.step:  # those on the disk may be of another step than the state, or lost
+            self._save_weights(training, self.folder.weights)
         self.on_event(
             Started(
                 run=self.path,
@@ -104,10 +106,11 @@ class Records:
         self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed, images))
 
     def save(self, training: Training) -> None:
-        """Save the state of this step, then the weights alone."""
+        """Save the weights of this step, then the whole state: a run that it calls finished has its weights."""
         if self.folder is not None:
-            save_state(self.folder.state, training.state())
+            state = training.state()
             self._save_weights(training, self.folder.weights)
+            save_state(self.folder.state, state)
 
     def _save_weights(self, training: Training, path: Path) -> None:
         splits = training.splits

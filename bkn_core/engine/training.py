@@ -21,7 +21,7 @@ from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
-from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
+from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
@@ -215,7 +215,7 @@ class Training:
         Raises:
             DivergedError: the last update made a parameter infinite.
         """
-        self._check_weights()
+        check_weights(self.model, self.evaluated, self.step)
         self.world.average_([b for b in nn.ModuleList([self.model, self.evaluated]).buffers() if b.is_floating_point()])
         return {
             kind: measure_model(
@@ -247,7 +247,7 @@ class Training:
         Raises:
             DivergedError: the last update made a parameter infinite.
         """
-        self._check_weights()
+        check_weights(self.model, self.evaluated, self.step)
         device = self.world.device
         return {
             "schema": "bkn.state/1",
@@ -289,11 +289,3 @@ class Training:
             torch.set_rng_state(state["random"])
         if device.type == "cuda" and len(state["random_cuda"]):
             torch.cuda.set_rng_state(state["random_cuda"], device)
-
-    def _check_weights(self) -> None:
-        # A finite gradient can still lead to infinite weights, which no later step would see in time.
-        if (name := bad_parameter(self.model)) is not None:
-            raise DivergedError(
-                f"step {self.step}: the parameter {name} is not finite after the update",
-                "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
-            )

@@ -71,7 +71,7 @@ def storm(folder: Path, kills: list[int | float]) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_the_one_that_never_was(tmp_path: Path) -> None:
-    """Before the state of step 1 has its name, at some moment if it still runs, before the weights have theirs."""
+    """Before the weights of step 1 have their name, at some moment if it still runs, before the state has its."""
     first, _, last = storm(tmp_path / "run", [14, 0.5, 14])
     assert (first, last) == (-9, -9)
     assert_sound_but_for_litter(tmp_path / "run")
