@@ -51,7 +51,8 @@ app = typer.Typer(
     help="Train networks on one or two images per statistics group: Batch Kalman Normalization.\n\n"
     "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
     "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
-    "  4 a check failed, 5 device not available, 6 diverged,\n  130 Ctrl-C, 143 SIGTERM",
+    "  4 a check failed, 5 device not available, 6 diverged,\n"
+    "  7 the folder is in use by another process, 130 Ctrl-C, 143 SIGTERM",
 )
 app.command()(train)
 app.command("eval")(evaluate)

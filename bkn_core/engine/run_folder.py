@@ -39,6 +39,24 @@ def run_name(recipe: Recipe) -> str:
     return f"{recipe.name}-{recipe.norm.kind}-g{batch.gradient}-s{batch.statistics}-seed{recipe.train.seed}"
 
 
+def fresh_folder(recipe: Recipe) -> Path:
+    """Make a folder under `runs/` by the name of a recipe's run, with a number behind it where that is taken.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    path, number = Path("runs") / run_name(recipe), 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """A run on disk."""
@@ -46,25 +64,16 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, recipe: Recipe, out: Path | None) -> RunFolder:
-        """Make the folder of a new run: `out`, or a fresh name under `runs/`.
+    def create(cls, recipe: Recipe, path: Path) -> RunFolder:
+        """Begin a run in a folder, which is made where it is not there.
 
         Raises:
-            InputError: `out` holds a run already.
-            OutputError: the folder cannot be made.
+            InputError: it holds a run already.
+            OutputError: it cannot be written to.
         """
-        try:
-            if out is not None:
-                cls.refuse_taken(out)
-                out.mkdir(parents=True, exist_ok=True)
-                path = out
-            else:
-                path = _fresh(Path("runs") / run_name(recipe))
-        except OSError as error:
-            raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
-        folder = cls(path)
+        cls.refuse_taken(path)
         write_text(path / "config.yaml", dump_recipe(recipe))
-        return folder
+        return cls(path)
 
     @staticmethod
     def refuse_taken(out: Path) -> None:
@@ -204,15 +213,3 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not finished:
         raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")
     return max(finished)[1]
-
-
-def _fresh(path: Path) -> Path:
-    """Make a folder that was not there, with a number behind its name where that is taken."""
-    number = 1
-    while True:
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            candidate.mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            number += 1

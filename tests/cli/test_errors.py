@@ -12,6 +12,7 @@ import torch
 from calls import TINY, call
 
 import bkn_core
+from bkn_core.engine.locks import alone_in
 
 Refuse = Callable[..., dict[str, Any]]
 
@@ -55,6 +56,12 @@ def test_a_missing_device_is_exit_code_five(refuse: Refuse, run: Path, verb: str
 
 def test_a_run_is_not_overwritten(refuse: Refuse, run: Path) -> None:
     assert "--resume" in refuse(3, "train", *TINY, "--out", str(run))["hint"]
+
+
+def test_a_folder_in_use_is_exit_code_seven(refuse: Refuse, run: Path) -> None:
+    with alone_in(run):
+        assert str(run) in refuse(7, "train", "--resume", str(run))["message"]
+        refuse(7, "compare", *TINY, "--out", str(run))
 
 
 @pytest.mark.parametrize("verb", ["eval", "export"])
