@@ -21,6 +21,7 @@ from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
+from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.errors import DivergedError
@@ -63,6 +64,7 @@ class Training:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
         self.splits = load_splits(recipe)
+        self.data = fingerprint(self.splits)
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         with _RANDOM_STATE:
             torch.manual_seed(recipe.train.seed)
@@ -252,6 +254,7 @@ class Training:
         return {
             "schema": "bkn.state/1",
             "recipe": deciding_keys(self.recipe),
+            "data": self.data,
             "step": self.step,
             "measured": self.measured,
             "skipped": self.skipped,
@@ -272,10 +275,11 @@ class Training:
         """Take up where a saved state left off.
 
         Raises:
-            InputError: the state is not one of this recipe.
+            InputError: the state is not one of this recipe and data.
         """
         device = self.world.device
         check_recipe(state["recipe"], self.recipe)
+        check_data(state.get("data", self.data), self.data)  # earlier states have none
         load_strictly_(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
