@@ -15,7 +15,7 @@ from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Step, Training
-from bkn_core.errors import BknError, InterruptedRun
+from bkn_core.errors import BknError, InterruptedRun, OutputError
 from bkn_core.norm.layers import BatchKalmanNorm
 
 
@@ -136,21 +136,21 @@ class Records:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Write how a run ended that did not finish."""
+        """Write how a run ended that did not finish, by whatever it was."""
         try:
             yield
-        except InterruptedRun as error:
-            self._close("interrupted", error.message)
-            raise
-        except BknError as error:
-            self._close("failed", error.message)
+        except BaseException as error:
+            is_stop = isinstance(error, (InterruptedRun, KeyboardInterrupt))
+            text = error.message if isinstance(error, BknError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OutputError):  # the disk may be what failed
+                self._close("interrupted" if is_stop else "failed", text)
             raise
 
     def _close(self, status: str, text: str) -> None:
         if self.folder is None:
             return
-        self.folder.log(text)
         run = self.training
         values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
         values["images_per_second"] = run.images_per_second
         self.folder.write_summary(status, **values, results=self.results, message=text)
+        self.folder.log(text)

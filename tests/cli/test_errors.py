@@ -12,6 +12,7 @@ import torch
 from calls import TINY, call
 
 import bkn_core
+from bkn_cli.app import app
 from bkn_core.engine.locks import alone_in
 
 Refuse = Callable[..., dict[str, Any]]
@@ -102,3 +103,14 @@ def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, m
     assert "ZeroDivisionError: oh" in short.stderr
     assert "Traceback" not in short.stderr
     assert "Traceback" in long.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_full_disk_behind_standard_output_is_told_once(
+    run: Path, inside: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.stdout", full)
+        app(["eval", str(run), *words])
+    assert end.value.code == 1
+    assert capfd.readouterr().err.count("error: the output cannot be written: [Errno 28]") == 1

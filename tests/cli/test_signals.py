@@ -69,6 +69,7 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step(inside: Path, monkeypatch:
     assert result.exit_code == 130
     assert "stopped at once" in result.stderr
     assert not Path("run/checkpoints").exists()
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
 
 
 def test_handlers_are_as_before_afterwards(run: Path) -> None:
@@ -99,6 +100,16 @@ def test_a_process_ends_with_one_json_object_and_a_checkpoint(inside: Path, numb
     error = json.loads(stop_after_an_epoch(process, number))["error"]
     assert (process.returncode, error["exit"]) == (code, code)
     assert f"stopped after step {state(Path('run'))['step']} of" in error["message"]
+
+
+def test_a_run_whose_words_nobody_reads_any_more_has_failed(inside: Path) -> None:
+    process = start("train", *LONG, "--out", "run")
+    assert process.stderr is not None and process.stdout is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert json.loads(Path("run/summary.json").read_text())["message"].startswith("BrokenPipeError")
+    process.stdout.close()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tiny_runs import FULL, assert_same_run, assert_sound, status, stop_at, tiny
 
 from bkn_core.engine import loop, records
 from bkn_core.engine.checkpoint import load_state
-from bkn_core.engine.events import Event, Notice
+from bkn_core.engine.events import EpochEnded, Event, Notice
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Training
@@ -170,6 +170,22 @@ def test_a_finished_run_gets_the_weights_of_its_state_again(straight: Path, tmp_
     lose(tmp_path / "run" / "checkpoints" / "last.safetensors")
     train(tiny(*FULL), resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(KeyboardInterrupt(), "interrupted"), (SystemExit(1), "failed"), (BrokenPipeError("no"), "failed")],
+)
+def test_a_run_says_how_it_ended_whatever_ended_it(tmp_path: Path, error: BaseException, ended: str) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            raise error
+
+    with pytest.raises(type(error)):
+        train(tiny(), out=tmp_path / "run", on_event=fail)
+    summary = status(tmp_path / "run")
+    assert (summary["status"], summary["step"]) == (ended, 3)
+    assert type(error).__name__ in summary["message"]
 
 
 def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
