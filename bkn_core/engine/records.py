@@ -42,6 +42,7 @@ class Records:
         if self.folder is None:
             return
         layers = [m for m in training.model.modules() if isinstance(m, BatchKalmanNorm)]
+        self.folder.sweep()
         self.folder.forget_after(training.step, training.measured)
         self.folder.write_environment(training.world.device)
         self.folder.write_summary("running", step=training.step, steps=training.steps)

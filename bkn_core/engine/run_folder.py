@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bkn_core.engine.files import finite, write_json, write_text
+from bkn_core.engine.files import finite, sweep, write_json, write_text
 from bkn_core.errors import InputError, OutputError
 from bkn_core.norm import native
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
@@ -118,6 +118,11 @@ class RunFolder:
     def state(self) -> Path:
         """All that resuming needs."""
         return self.path / "checkpoints" / "last.state.pt"
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        for folder in (self.path, self.weights.parent, self.path / "plots"):
+            sweep(folder)
 
     def write_environment(self, device: torch.device) -> None:
         """Write env.json: versions, device, threads, and whether the CPU kernels are there."""
