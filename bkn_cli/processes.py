@@ -56,7 +56,7 @@ def _start(rank: int, count: int, port: int, as_json: bool) -> Worker:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (they outlive this function)
     process = subprocess.Popen(
-        [sys.executable, "-m", "bkn_cli.app", *sys.argv[1:]],
+        [sys.executable, "-m", "bkn_cli", *sys.argv[1:]],
         env={**os.environ, **{name: str(value) for name, value in place.items()}},
         stdout=output if as_json or rank else None,
         stderr=errors if rank else None,

@@ -17,7 +17,21 @@ from calls import TINY, call
 import bkn_core
 from bkn_cli.progress import TrainingProgress
 
-PROGRAM = "from bkn_cli.app import app; app()"
+PROGRAM = "from bkn_cli.start import main; main()"
+EARLY = """
+import builtins, os, sys
+from bkn_cli.start import main
+ordinary = builtins.__import__
+
+def counted(name, *rest):
+    if name == "typer":
+        builtins.__import__ = ordinary
+        os.kill(os.getpid(), int(sys.argv.pop(1)))
+    return ordinary(name, *rest)
+
+builtins.__import__ = counted
+main()
+"""
 LONG = (*TINY[1:], "train.epochs=100000")
 
 
@@ -26,7 +40,7 @@ def state(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_a_step_saves_it_and_the_run_goes_on(
     number: signal.Signals, code: int, run: Path, inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +84,14 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step(inside: Path, monkeypatch:
     assert "stopped at once" in result.stderr
     assert not Path("run/checkpoints").exists()
     assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_the_program_starts_is_answered_in_words(number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-c", EARLY, str(int(number)), "train", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["error"]["exit"]) == (code, code)
+    assert done.stderr == "error: stopped at once\n  What was saved before is sound.\n"
 
 
 def test_handlers_are_as_before_afterwards(run: Path) -> None:
