@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from bkn_cli.render import Reporter
 from bkn_cli.start import ENDING
 
 UNEXPECTED = 1
+FOLLOWS = "BKN_FOLLOWS"  # set for processes that another one of this program has started
+_AFTERWARDS = 2.0  # seconds
 
 
 @contextlib.contextmanager
@@ -63,6 +66,8 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         reporter.fail("output", UNEXPECTED, f"the output cannot be written: {error}", "")
     if reporter.verbose:
         traceback.print_exception(error)
+    if FOLLOWS in os.environ:  # perhaps another process has ended: who started both will say so, and end this one
+        time.sleep(_AFTERWARDS)
     what = f"{type(error).__name__}: {error}"
     reporter.fail("unexpected", UNEXPECTED, what, "This is a fault of bkn; --verbose shows the traceback.")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,46 @@ def test_an_error_of_all_processes_is_told_once(inside: Path) -> None:
     assert errors.count("error:") == 1
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_over(process: int) -> bool:
+    """Whether a process is gone, or waits for nothing but its parent's notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_processes_end_with_the_one_that_started_them(inside: Path, number: signal.Signals, stopped: bool) -> None:
+    process = start("train", *LONG, "--out", "run", "--nproc", "2")
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("epoch"))
+    workers = children(process)
+    if stopped:
+        os.kill(workers[1], signal.SIGSTOP)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    end = time.monotonic() + 60
+    while not all(map(is_over, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert all(map(is_over, workers))
+    assert process.returncode == (-9 if number == signal.SIGKILL else 129)
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_an_error(inside: Path) -> None:
     process = start("train", *LONG, "--out", "run", "--nproc", "2", "--json")
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("epoch"))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    os.kill(children(process)[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert errors.count("error:") == 1, "the cause alone is told"
     assert json.loads(output)["error"]["message"] == "process 1 was ended by signal 9"
     assert state(Path("run"))["step"] > 0
