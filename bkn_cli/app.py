@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -51,7 +50,8 @@ app = typer.Typer(
     help="Train networks on one or two images per statistics group: Batch Kalman Normalization.\n\n"
     "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
     "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
-    "  4 a check failed, 5 device not available or its memory too small, 6 diverged,\n  130 Ctrl-C, 143 SIGTERM",
+    "  4 a check failed, 5 device not available or its memory too small, 6 diverged,\n"
+    "  7 the folder is in use by another process, 129 hang-up, 130 Ctrl-C, 143 SIGTERM",
 )
 app.command()(train)
 app.command("eval")(evaluate)
@@ -75,15 +75,3 @@ def _program(
     ] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Run the program; a verb heeds signals itself, this is the time before it begins."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 
+class _Console(Console):
+    """A console that tells of an output nobody reads any more, as of any other that cannot be written."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on with the BrokenPipeError, in the place of an exit."""
+        raise
+
+
 class Reporter:
     """One command's voice.
 
@@ -26,8 +34,8 @@ class Reporter:
     def __init__(self, verb: str, *, as_json: bool, verbose: bool = False) -> None:
         self.verb, self.as_json, self.verbose = verb, as_json, verbose
         # No markup, no emoji: paths and class names may hold brackets and colons.
-        self.human = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        self.output = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self.human = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.output = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self.warnings: list[str] = []
         self.signal: int | None = None
         self.phase: Literal["loading", "free", "stepping"] = "loading"
@@ -63,14 +71,25 @@ class Reporter:
 
     def fail(self, code: str, exit_code: int, message: str, hint: str) -> NoReturn:
         """Print an error and end with its exit code."""
-        self.say(Text.assemble(("error: ", "bold red"), message))
-        for line in hint.splitlines():
-            self.say(f"  {line}")
+        with contextlib.suppress(OSError):  # it may be the output that failed
+            self.say(Text.assemble(("error: ", "bold red"), message))
+            for line in hint.splitlines():
+                self.say(f"  {line}")
         if self.as_json:
             error = {"code": code, "exit": exit_code, "message": message, "hint": hint}
-            with contextlib.suppress(OSError):  # it may be standard output that failed
+            with contextlib.suppress(OSError):
                 self._print_json({"schema": f"bkn.{self.verb}/1", "ok": False, "error": error})
+        self._empty_buffers()
         raise typer.Exit(exit_code)
+
+    def _empty_buffers(self) -> None:
+        """Give up what cannot be written, so that it does not fail once more when Python ends."""
+        for file in (self.output.file, self.human.file):
+            try:
+                file.flush()
+            except OSError:
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), file.fileno())
 
     def _print_json(self, document: dict[str, Any]) -> None:
         self.output.file.write(json.dumps(document, default=str) + "\n")

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ from typing import NoReturn
 import typer
 
 from bkn_cli.render import Reporter
+from bkn_cli.start import ENDING
 
 UNEXPECTED = 1
+FOLLOWS = "BKN_FOLLOWS"  # set for processes that another one of this program has started
+_AFTERWARDS = 2.0  # seconds
 
 
 @contextlib.contextmanager
@@ -41,8 +45,8 @@ def reporting(verb: str, *, as_json: bool, verbose: bool = False) -> Iterator[Re
 
 
 def exit_code(number: int | None) -> int:
-    """Return the exit code after a signal: 143 for SIGTERM, else 130."""
-    return 128 + (signal.SIGTERM if number == signal.SIGTERM else signal.SIGINT)
+    """Return the exit code after a signal, by default after Ctrl-C: 130."""
+    return 128 + (number or signal.SIGINT)
 
 
 def _quiet_output(as_json: bool) -> contextlib.AbstractContextManager[object]:
@@ -87,6 +91,8 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         reporter.fail("output", UNEXPECTED, f"the output cannot be written: {error}", "")
     if reporter.verbose:
         traceback.print_exception(error)
+    if FOLLOWS in os.environ:  # perhaps another process has ended: who started both will say so, and end this one
+        time.sleep(_AFTERWARDS)
     what = f"{type(error).__name__}: {error}"
     reporter.fail("unexpected", UNEXPECTED, what, "This is a fault of bkn; --verbose shows the traceback.")
 
@@ -103,7 +109,10 @@ def _explain_stop(reporter: Reporter) -> NoReturn:
 
 @contextlib.contextmanager
 def _signals(reporter: Reporter) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the command: between steps after a save, else at once, as a second SIGINT does."""
+    """Let a signal end the command: between steps after a save, else at once, as a second SIGINT does.
+
+    One that came while the program was starting is heard now; a hang-up that is ignored (`nohup`) stays so.
+    """
 
     def ask(number: int, _: FrameType | None) -> None:
         again = reporter.signal is not None
@@ -116,7 +125,10 @@ def _signals(reporter: Reporter) -> Iterator[None]:
         if reporter.phase == "free" or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in ENDING if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
         yield
     finally:

@@ -48,10 +48,11 @@ def train(
       bkn train --resume runs/NAME
     """
     with reporting("train", as_json=as_json, verbose=verbose) as reporter:
-        if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
-            from bkn_cli.processes import run_processes
+        from bkn_cli.processes import follow_starter, run_processes
 
+        if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
             run_processes(reporter, nproc)
+        follow_starter()
         reporter.load_library()
         recipe = _recipe(words, out, resume, device)
         if dry_run:

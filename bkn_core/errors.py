@@ -50,6 +50,13 @@ class OutputError(BknError):
     exit_code = 1
 
 
+class BusyError(BknError):
+    """A folder is in use by another process."""
+
+    code = "busy"
+    exit_code = 7
+
+
 class CheckFailedError(BknError):
     """A result was computed and found wanting, such as an exported file that disagrees with its model."""
 

@@ -20,6 +20,7 @@ from bkn_core.compare.plan import plan_recipes, recipe_loader
 from bkn_core.compare.report import CompareResult, publish
 from bkn_core.compare.runs import read_runs
 from bkn_core.engine.events import Event
+from bkn_core.engine.locks import alone_in
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import DivergedError, InterruptedRun, OutputError, RecipeError, StatisticsError
@@ -61,6 +62,7 @@ def compare(
         InterruptedRun: `should_stop` said so.
         RecipeError: the recipe or the matrix does not fit, or `out` holds runs of another recipe.
         InputError: a run that is to be read is missing or not finished.
+        BusyError: another process works in `out`.
         BknError: any other fault of a run.
     """
     if source is not None and not isinstance(source, (str, Path, Recipe)):
@@ -68,7 +70,8 @@ def compare(
     load = recipe_loader(source, overrides)
     recipes = plan_recipes(load, norms=norms, statistics_batch_sizes=statistics_batch_sizes, seeds=seeds)
     out = Path("runs") / f"compare-{recipes[0].name}" if out is None else out
-    return _run_matrix(recipes, out, on_event, should_stop)
+    with alone_in(out):
+        return _run_matrix(recipes, out, on_event, should_stop)
 
 
 def _run_matrix(
@@ -153,6 +156,8 @@ def _train(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[
 def _remove(path: Path) -> None:
     try:
         if path.exists():
+            with alone_in(path):  # nobody trains in there
+                pass
             shutil.rmtree(path)
     except OSError as error:
         raise OutputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -23,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
         yield aside
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
@@ -35,6 +37,26 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone already, or on a disk that lets nothing be removed
             aside.unlink()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left aside in a folder: of one file, or of all."""
+    pattern = f".{'*' if name is None else glob.escape(name)}.*.part"
+    for aside in folder.glob(pattern):
+        if not _is_running(aside.suffixes[-2][1:]):
+            with contextlib.suppress(OSError):
+                aside.unlink()
+
+
+def _is_running(process: str) -> bool:
+    try:
+        if os.name != "nt":  # on Windows this would end the process
+            os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (ValueError, PermissionError):
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

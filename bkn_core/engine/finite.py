@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 
 
@@ -60,6 +61,20 @@ def all_finite(loss: Tensor, tensors: list[Tensor]) -> bool:
 def bad_parameter(model: nn.Module) -> str | None:
     """Name the first parameter that is not finite."""
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+def check_weights(model: nn.Module, average: nn.Module, step: int) -> None:
+    """Refuse weights that an update made infinite: a finite gradient can do it, and no later step would see it in time.
+
+    Raises:
+        DivergedError: naming the first such parameter of the model or of the moving average of its weights.
+    """
+    for kind, net in (("parameter", model), ("averaged parameter", average)):
+        if (name := bad_parameter(net)) is not None:
+            raise DivergedError(
+                f"step {step}: the {kind} {name} is not finite after the update",
+                "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
+            )
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Tensor]) -> str:

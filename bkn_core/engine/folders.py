@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZipInfo
 
 import torch
 
@@ -26,6 +28,13 @@ VALIDATION_LAYOUT = "Expected FOLDER/CLASS/*.png (or jpg ...), with the classes 
 Listing = dict[tuple[str, str], list[str]]
 
 
+class Files(NamedTuple):
+    """How a file is read by its path, and what tells its content without reading it."""
+
+    read: Callable[[str], bytes]
+    stamp: Callable[[str], str]
+
+
 def open_image_folder(root: Path) -> tuple[PictureSource, PictureSource]:
     """List the training and test images of a folder or a zip file; where both exist, `test` goes before `val`.
 
@@ -34,14 +43,14 @@ def open_image_folder(root: Path) -> tuple[PictureSource, PictureSource]:
     """
     if not os.path.exists(root):
         raise InputError(f"data.root {root} does not exist", LAYOUT)
-    listing, read = _list_folder(root) if os.path.isdir(root) else _list_archive(root)
+    listing, files = _list_folder(root) if os.path.isdir(root) else _list_archive(root)
     splits = {split for split, _ in listing}
     test = next((name for name in TEST_NAMES if name in splits), None)
     if TRAIN not in splits or test is None:
         raise InputError(f"data.root {root} has no {' or '.join(TEST_NAMES) if test is None else TRAIN} folder", LAYOUT)
     classes = tuple(sorted(name for split, name in listing if split == TRAIN))
     _refuse_uneven(listing, test, root)
-    return _source(listing, TRAIN, classes, root, read), _source(listing, test, classes, root, read)
+    return _source(listing, TRAIN, classes, root, files), _source(listing, test, classes, root, files)
 
 
 def open_validation_folder(folder: Path, root: Path, classes: tuple[str, ...]) -> PictureSource:
@@ -72,7 +81,7 @@ def open_validation_folder(folder: Path, root: Path, classes: tuple[str, ...]) -
         raise InputError(f"data.validation {folder}: class {name!r} is {where}", VALIDATION_LAYOUT)
     for (_, name), paths in listing.items():
         _refuse_empty(f"{folder}/{name}", paths)
-    return _source(listing, VALIDATION, classes, folder, lambda path: _read_file(folder / path))
+    return _source(listing, VALIDATION, classes, folder, _in_folder(folder))
 
 
 def _test_folder(root: Path) -> str:
@@ -80,9 +89,7 @@ def _test_folder(root: Path) -> str:
     return next((name for name in TEST_NAMES if (root / name).is_dir() and any(_folders(root / name, root))), "")
 
 
-def _source(
-    listing: Listing, split: str, classes: tuple[str, ...], root: Path, read: Callable[[str], bytes]
-) -> PictureSource:
+def _source(listing: Listing, split: str, classes: tuple[str, ...], root: Path, files: Files) -> PictureSource:
     paths = [path for name in classes for path in sorted(listing[split, name])]
     counts = torch.tensor([len(listing[split, name]) for name in classes])
 
@@ -92,9 +99,10 @@ def _source(
     return PictureSource(
         torch.arange(len(classes)).repeat_interleave(counts),
         classes,
-        lambda index: open_picture(read(paths[index]), name(index)),
+        lambda index: open_picture(files.read(paths[index]), name(index)),
         name,
         THREADS,
+        lambda index: f"{paths[index]} {files.stamp(paths[index])}",
     )
 
 
@@ -113,7 +121,7 @@ def _refuse_empty(folder: str, paths: list[str]) -> None:
         raise InputError(f"class folder {folder} holds no images", f"Allowed are {', '.join(sorted(SUFFIXES))}.")
 
 
-def _list_folder(root: Path) -> tuple[Listing, Callable[[str], bytes]]:
+def _list_folder(root: Path) -> tuple[Listing, Files]:
     with _refusing_faults(root):
         listing = {
             (split.name, name): [f"{split.name}/{path}" for path in paths]
@@ -121,7 +129,7 @@ def _list_folder(root: Path) -> tuple[Listing, Callable[[str], bytes]]:
             if split.name in SPLITS
             for name, paths in _list_classes(split.path, root)
         }
-    return listing, lambda path: _read_file(root / path)
+    return listing, _in_folder(root)
 
 
 def _list_classes(folder: Path | str, root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -164,6 +172,14 @@ def _visible(folder: Path | str, root: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
+def _in_folder(root: Path) -> Files:
+    def size(path: str) -> str:
+        with _refusing_faults(root):
+            return str(os.stat(root / path).st_size)
+
+    return Files(lambda path: _read_file(root / path), size)
+
+
 def _read_file(path: Path) -> bytes:
     try:
         size = path.stat().st_size
@@ -174,7 +190,7 @@ def _read_file(path: Path) -> bytes:
     raise InputError(f"{path} has {size} bytes; at most {BYTE_LIMIT} are read", "Remove it.")
 
 
-def _list_archive(path: Path) -> tuple[Listing, Callable[[str], bytes]]:
+def _list_archive(path: Path) -> tuple[Listing, Files]:
     archive = open_archive(path)
     entries = {entry_parts(entry): entry for entry in archive.infolist()}
     visible = [parts for parts in entries if parts and parts[0] != "__MACOSX" and not parts[-1].startswith(".")]
@@ -187,7 +203,14 @@ def _list_archive(path: Path) -> tuple[Listing, Callable[[str], bytes]]:
             listing.setdefault((inner[0], inner[1]), []).append("/".join(parts))
         elif len(inner) == 2 and inner[0] in SPLITS and entries[parts].is_dir():
             listing.setdefault((inner[0], inner[1]), [])
-    return listing, lambda name: read_entry(archive, entries[tuple(name.split("/"))], BYTE_LIMIT)
+
+    def entry(path: str) -> ZipInfo:
+        return entries[tuple(path.split("/"))]
+
+    return listing, Files(
+        lambda path: read_entry(archive, entry(path), BYTE_LIMIT),
+        lambda path: f"{entry(path).file_size} {entry(path).CRC}",
+    )
 
 
 def _is_picture(name: str) -> bool:

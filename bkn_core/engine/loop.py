@@ -13,9 +13,10 @@ import torch
 from bkn_core.engine.checkpoint import largest_file, load_state
 from bkn_core.engine.distributed import World, join_world
 from bkn_core.engine.evaluation import Metrics
-from bkn_core.engine.events import Event
+from bkn_core.engine.events import Event, Notice
+from bkn_core.engine.locks import alone_in
 from bkn_core.engine.records import Records
-from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.run_folder import RunFolder, fresh_folder
 from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
 from bkn_core.recipe import Recipe
@@ -66,19 +67,31 @@ def train(
     Raises:
         InterruptedRun: `should_stop` said so; the last finished step is saved.
         DivergedError: a value was not finite.
+        BusyError: another process trains in the folder.
         BknError: any fault of recipe, data, device or disk.
     """
-    with join_world(recipe.train.device) as world, _numerics(recipe):
+    with join_world(recipe.train.device) as world, _numerics(recipe), contextlib.ExitStack() as held:
         known = None if resume is None else RunFolder.open(resume)
+        if known is not None and world.is_main:
+            _keep(known.path, held, on_event)
         if known is None and out is not None:
             RunFolder.refuse_taken(out)
         training = Training(recipe, world)  # before the folder is made: what cannot begin leaves none behind
         if known is not None and known.state.exists():
             training.restore(load_state(known.state, largest_file(training.model)))
-        folder = (known or RunFolder.create(recipe, out)) if world.is_main else None
+        folder = known if world.is_main else None
+        if known is None and world.is_main:
+            folder = RunFolder.create(recipe, _keep(out or fresh_folder(recipe), held, on_event))
         records = Records(folder, on_event, training)
         with records.ending():
             return _run(training, records, should_stop)
+
+
+def _keep(path: Path, held: contextlib.ExitStack, on_event: Callable[[Event], None]) -> Path:
+    """Keep other processes out of a run folder until the stack is closed."""
+    if not held.enter_context(alone_in(path)):
+        on_event(Notice(f"{path} lies on a file system without locks: start no second process in it"))
+    return path
 
 
 def _run(training: Training, records: Records, should_stop: Callable[[], bool]) -> TrainResult:

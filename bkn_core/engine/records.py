@@ -15,7 +15,7 @@ from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Step, Training
-from bkn_core.errors import BknError, InterruptedRun
+from bkn_core.errors import BknError, InterruptedRun, OutputError
 from bkn_core.norm.layers import BatchKalmanNorm
 
 
@@ -42,10 +42,13 @@ class Records:
         if self.folder is None:
             return
         layers = [m for m in training.model.modules() if isinstance(m, BatchKalmanNorm)]
+        self.folder.sweep()
         self.folder.forget_after(training.step, training.measured)
         self.folder.write_environment(training.world.device)
         self.folder.write_summary("running", step=training.step, steps=training.steps)
         self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        if training.step:  # those on the disk may be of another step than the state, or lost
+            self._save_weights(training, self.folder.weights)
         self.on_event(
             Started(
                 run=self.path,
@@ -104,10 +107,11 @@ class Records:
         self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed, images))
 
     def save(self, training: Training) -> None:
-        """Save the state of this step, then the weights alone."""
+        """Save the weights of this step, then the whole state: a run that it calls finished has its weights."""
         if self.folder is not None:
-            save_state(self.folder.state, training.state())
+            state = training.state()
             self._save_weights(training, self.folder.weights)
+            save_state(self.folder.state, state)
 
     def _save_weights(self, training: Training, path: Path) -> None:
         splits = training.splits
@@ -133,21 +137,21 @@ class Records:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Write how a run ended that did not finish."""
+        """Write how a run ended that did not finish, by whatever it was."""
         try:
             yield
-        except InterruptedRun as error:
-            self._close("interrupted", error.message)
-            raise
-        except BknError as error:
-            self._close("failed", error.message)
+        except BaseException as error:
+            is_stop = isinstance(error, (InterruptedRun, KeyboardInterrupt))
+            text = error.message if isinstance(error, BknError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OutputError):  # the disk may be what failed
+                self._close("interrupted" if is_stop else "failed", text)
             raise
 
     def _close(self, status: str, text: str) -> None:
         if self.folder is None:
             return
-        self.folder.log(text)
         run = self.training
         values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
         values["images_per_second"] = run.images_per_second
         self.folder.write_summary(status, **values, results=self.results, message=text)
+        self.folder.log(text)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bkn_core.engine.files import finite, read_text, write_json, write_text
+from bkn_core.engine.files import finite, read_text, sweep, write_json, write_text
 from bkn_core.engine.rows import read_rows
 from bkn_core.errors import InputError, OutputError
 from bkn_core.norm import native
@@ -40,6 +40,26 @@ def run_name(recipe: Recipe) -> str:
     return f"{recipe.name}-{recipe.norm.kind}-g{batch.gradient}-s{batch.statistics}-seed{recipe.train.seed}"
 
 
+def fresh_folder(recipe: Recipe) -> Path:
+    """Make a folder under `runs/` by the name of a recipe's run, with a number behind it where that is taken.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    path, number = Path("runs") / run_name(recipe), 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """A run on disk."""
@@ -47,25 +67,16 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, recipe: Recipe, out: Path | None) -> RunFolder:
-        """Make the folder of a new run: `out`, or a fresh name under `runs/`.
+    def create(cls, recipe: Recipe, path: Path) -> RunFolder:
+        """Begin a run in a folder, which is made where it is not there.
 
         Raises:
-            InputError: `out` holds a run already.
-            OutputError: the folder cannot be made.
+            InputError: it holds a run already.
+            OutputError: it cannot be written to.
         """
-        try:
-            if out is not None:
-                cls.refuse_taken(out)
-                out.mkdir(parents=True, exist_ok=True)
-                path = out
-            else:
-                path = _fresh(Path("runs") / run_name(recipe))
-        except OSError as error:
-            raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
-        folder = cls(path)
+        cls.refuse_taken(path)
         write_text(path / "config.yaml", dump_recipe(recipe))
-        return folder
+        return cls(path)
 
     @staticmethod
     def refuse_taken(out: Path) -> None:
@@ -110,6 +121,11 @@ class RunFolder:
     def state(self) -> Path:
         """All that resuming needs."""
         return self.path / "checkpoints" / "last.state.pt"
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        for folder in (self.path, self.weights.parent, self.path / "plots"):
+            sweep(folder)
 
     def write_environment(self, device: torch.device) -> None:
         """Write env.json: versions, device, threads, and whether the CPU kernels are there."""
@@ -202,16 +218,3 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not finished:
         raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")
     return max(finished)[1]
-
-
-def _fresh(path: Path) -> Path:
-    """Make a folder that was not there, with a number behind its name where that is taken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            candidate.mkdir()
-            return candidate
-        except FileExistsError:
-            number += 1

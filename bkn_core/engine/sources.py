@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class Source(Protocol):
     def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
         """Return these images as uint8 (n, C, H, W)."""
 
+    def digest(self) -> str:
+        """Return a digest of what is known of the images without decoding them."""
+
 
 @dataclass(frozen=True)
 class ArraySource:
@@ -69,6 +73,9 @@ class ArraySource:
             chunk.copy_(resize(recolor(self.images[wanted], color), image_size))
         return images
 
+    def digest(self) -> str:
+        return tensor_digest(self.images)
+
 
 @dataclass(frozen=True)
 class PictureSource:
@@ -80,6 +87,7 @@ class PictureSource:
         open_picture: Opens image i, or raises an InputError that names it.
         name: Name of image i for error messages.
         threads: Images decoded at once; Pillow releases the interpreter lock.
+        stamp: What tells image i from others without decoding it, wherever the data lies: its path and size.
     """
 
     labels: Tensor
@@ -87,6 +95,7 @@ class PictureSource:
     open_picture: Callable[[int], Image.Image]
     name: Callable[[int], str]
     threads: int
+    stamp: Callable[[int], str] = lambda index: ""
 
     def take(self, indices: Tensor) -> PictureSource:
         kept = indices.tolist()
@@ -96,6 +105,7 @@ class PictureSource:
             lambda index: self.open_picture(kept[index]),
             lambda index: self.name(kept[index]),
             self.threads,
+            lambda index: self.stamp(kept[index]),
         )
 
     def color(self) -> Color:
@@ -122,6 +132,20 @@ class PictureSource:
             for _ in pool.map(fill, torch.split(images, PICTURE_CHUNK), torch.split(indices, PICTURE_CHUNK)):
                 pass
         return images
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for index in range(len(self.labels)):
+            total.update(f"{self.stamp(index)}\n".encode(errors="surrogateescape"))
+        return total.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return a digest of a tensor's shape and content."""
+    total = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    for chunk in torch.split(tensor, ARRAY_CHUNK):
+        total.update(chunk.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _stacks(pictures: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -56,6 +56,7 @@ class _Empty(_Part):
 class _State(_Part):
     kind: Annotated[Literal["bkn.state/1"], Field(alias="schema")]
     recipe: dict[str, dict[str, Any]]
+    data: dict[str, list[str] | dict[str, int | str]]
     step: Count
     measured: Count
     skipped: Count

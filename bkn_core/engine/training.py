@@ -21,7 +21,8 @@ from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
-from bkn_core.engine.finite import BufferSnapshot, all_finite, bad_parameter, first_not_finite
+from bkn_core.engine.fingerprint import check_data, fingerprint
+from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.engine.state import checked_state
 from bkn_core.errors import DivergedError
@@ -64,6 +65,7 @@ class Training:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
         self.splits = load_splits(recipe)
+        self.data = fingerprint(self.splits)
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         with _RANDOM_STATE:
             torch.manual_seed(recipe.train.seed)
@@ -216,7 +218,7 @@ class Training:
         Raises:
             DivergedError: the last update made a parameter infinite.
         """
-        self._check_weights()
+        check_weights(self.model, self.evaluated, self.step)
         self.world.follow_(list(nn.ModuleList([self.model, self.evaluated]).buffers()))
         return {
             kind: measure_model(
@@ -248,11 +250,12 @@ class Training:
         Raises:
             DivergedError: the last update made a parameter infinite.
         """
-        self._check_weights()
+        check_weights(self.model, self.evaluated, self.step)
         device = self.world.device
         return {
             "schema": "bkn.state/1",
             "recipe": deciding_keys(self.recipe),
+            "data": self.data,
             "step": self.step,
             "measured": self.measured,
             "skipped": self.skipped,
@@ -273,9 +276,10 @@ class Training:
         """Take up where a saved state left off.
 
         Raises:
-            InputError: the state is not one of this recipe; nothing was changed.
+            InputError: the state is not one of this recipe and data; nothing was changed.
         """
         device, state = self.world.device, checked_state(state, self)
+        check_data(state["data"], self.data)
         load_strictly_(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -290,11 +294,3 @@ class Training:
             torch.set_rng_state(state["random"])
         if device.type == "cuda" and len(state["random_cuda"]):
             torch.cuda.set_rng_state(state["random_cuda"], device)
-
-    def _check_weights(self) -> None:
-        # A finite gradient can still lead to infinite weights, which no later step would see in time.
-        if (name := bad_parameter(self.model)) is not None:
-            raise DivergedError(
-                f"step {self.step}: the parameter {name} is not finite after the update",
-                "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
-            )

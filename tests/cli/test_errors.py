@@ -14,6 +14,8 @@ import torch
 from calls import TINY, call
 
 import bkn_core
+from bkn_cli.app import app
+from bkn_core.engine.locks import alone_in
 from bkn_core.norm import native
 
 Refuse = Callable[..., dict[str, Any]]
@@ -91,6 +93,12 @@ def test_a_run_is_not_overwritten(refuse: Refuse, run: Path) -> None:
     assert "--resume" in refuse(3, "train", *TINY, "--out", str(run))["hint"]
 
 
+def test_a_folder_in_use_is_exit_code_seven(refuse: Refuse, run: Path) -> None:
+    with alone_in(run):
+        assert str(run) in refuse(7, "train", "--resume", str(run))["message"]
+        refuse(7, "compare", *TINY, "--out", str(run))
+
+
 @pytest.mark.parametrize("verb", ["eval", "export"])
 def test_a_flipped_bit_is_found(refuse: Refuse, run: Path, inside: Path, verb: str) -> None:
     shutil.copytree(run, "run")
@@ -138,3 +146,14 @@ def test_a_compiler_that_is_no_command_is_noted(inside: Path, monkeypatch: pytes
     native.library.cache_clear()
     assert result.exit_code == 0
     assert "CC is 'gcc \"'" in json.loads(result.stdout)["warnings"][0] and "CC is 'gcc \"'" in result.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_full_disk_behind_standard_output_is_told_once(
+    run: Path, inside: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.stdout", full)
+        app(["eval", str(run), *words])
+    assert end.value.code == 1
+    assert capfd.readouterr().err.count("error: the output cannot be written: [Errno 28]") == 1

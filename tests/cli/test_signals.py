@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,21 @@ import bkn_core
 from bkn_cli.progress import TrainingProgress
 from bkn_core.engine.checkpoint import load_state
 
-PROGRAM = "from bkn_cli.app import app; app()"
+PROGRAM = "from bkn_cli.start import main; main()"
+EARLY = """
+import builtins, os, sys
+from bkn_cli.start import main
+ordinary = builtins.__import__
+
+def counted(name, *rest):
+    if name == "typer":
+        builtins.__import__ = ordinary
+        os.kill(os.getpid(), int(sys.argv.pop(1)))
+    return ordinary(name, *rest)
+
+builtins.__import__ = counted
+main()
+"""
 LONG = (*TINY[1:], "train.epochs=100000")
 
 
@@ -27,7 +42,7 @@ def state(run: Path) -> dict[str, Any]:
     return load_state(run / "checkpoints" / "last.state.pt")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_a_step_saves_it_and_the_run_goes_on(
     number: signal.Signals, code: int, run: Path, inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +85,15 @@ def test_the_second_ctrl_c_does_not_wait_for_the_step(inside: Path, monkeypatch:
     assert result.exit_code == 130
     assert "stopped at once" in result.stderr
     assert not Path("run/checkpoints").exists()
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_the_program_starts_is_answered_in_words(number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-c", EARLY, str(int(number)), "train", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["error"]["exit"]) == (code, code)
+    assert done.stderr == "error: stopped at once\n  What was saved before is sound.\n"
 
 
 def test_handlers_are_as_before_afterwards(run: Path) -> None:
@@ -102,6 +126,16 @@ def test_a_process_ends_with_one_json_object_and_a_checkpoint(inside: Path, numb
     assert f"stopped after step {state(Path('run'))['step']} of" in error["message"]
 
 
+def test_a_run_whose_words_nobody_reads_any_more_has_failed(inside: Path) -> None:
+    process = start("train", *LONG, "--out", "run")
+    assert process.stderr is not None and process.stdout is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert json.loads(Path("run/summary.json").read_text())["message"].startswith("BrokenPipeError")
+    process.stdout.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_two_processes_stop_at_the_same_step(inside: Path, number: signal.Signals, code: int) -> None:
@@ -128,15 +162,47 @@ def test_an_error_of_all_processes_is_told_once(inside: Path) -> None:
     assert errors.count("error:") == 1
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_over(process: int) -> bool:
+    """Whether a process is gone, or waits for nothing but its parent's notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_processes_end_with_the_one_that_started_them(inside: Path, number: signal.Signals, stopped: bool) -> None:
+    process = start("train", *LONG, "--out", "run", "--nproc", "2")
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("epoch"))
+    workers = children(process)
+    if stopped:
+        os.kill(workers[1], signal.SIGSTOP)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    end = time.monotonic() + 60
+    while not all(map(is_over, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert all(map(is_over, workers))
+    assert process.returncode == (-9 if number == signal.SIGKILL else 129)
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_an_error(inside: Path) -> None:
     process = start("train", *LONG, "--out", "run", "--nproc", "2", "--json")
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("epoch"))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    os.kill(children(process)[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert errors.count("error:") == 1, "the cause alone is told"
     assert json.loads(output)["error"]["message"] == "process 1 was ended by signal 9"
     assert state(Path("run"))["step"] > 0
 

@@ -13,8 +13,9 @@ from bkn_core.compare import matrix
 from bkn_core.compare.cells import CellEnded, CellStarted
 from bkn_core.compare.matrix import compare
 from bkn_core.engine.events import EpochEnded, Stepped
+from bkn_core.engine.locks import alone_in
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import DivergedError, InterruptedRun, RecipeError, StatisticsError
+from bkn_core.errors import BusyError, DivergedError, InterruptedRun, RecipeError, StatisticsError
 from bkn_core.recipe import Recipe
 
 TINY = [
@@ -125,6 +126,19 @@ def test_a_cell_that_saved_a_state_is_resumed_and_one_that_did_not_begins_anew(t
     compare(None, TINY, **axes)
     assert calls == [("resume", cells[0].name), ("out", cells[1].name)]
     assert not (cells[1] / "left over").exists()
+
+
+def test_a_folder_that_another_process_compares_in_is_refused(tmp_path: Path, calls: Calls) -> None:
+    with alone_in(tmp_path), pytest.raises(BusyError, match=f"{tmp_path} is in use"):
+        compare(None, TINY, norms=["ln"], out=tmp_path)
+    assert calls == []
+
+
+def test_a_cell_that_another_process_trains_is_not_removed(tmp_path: Path, calls: Calls) -> None:
+    cell = tmp_path / "cells" / "ln-g32-s2-seed0"
+    with alone_in(cell), pytest.raises(BusyError, match=f"{cell} is in use"):
+        compare(None, TINY, norms=["ln"], out=tmp_path)
+    assert cell.exists() and calls == []
 
 
 def test_a_cell_of_another_recipe_is_refused_before_anything_is_trained(tmp_path: Path, calls: Calls) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,21 @@ def test_content_reaches_the_disk_before_its_name_and_the_name_thereafter(
     monkeypatch.setattr(os, "replace", replaced)
     write_text(tmp_path / "x", "new")
     assert calls == ["fsync new", "replace", "fsync folder"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    left = [
+        tmp_path / f".{name}.{number}.part" for name in ("[x].json", "other") for number in (gone.pid, os.getppid())
+    ]
+    for path in left:
+        path.touch()
+    write_text(tmp_path / "[x].json", "new")
+    assert [path.exists() for path in left] == [False, True, True, True], "neither of the living nor of other files"
+    (tmp_path / ".mine.x.part").touch()
+    RunFolder(tmp_path).sweep()
+    assert {path.name for path in litter(tmp_path)} == {".mine.x.part", *(path.name for path in left[1::2])}
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:

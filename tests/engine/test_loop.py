@@ -111,7 +111,16 @@ def test_what_a_run_leaves_and_tells(tmp_path: Path) -> None:
     assert [e.step for e in events if isinstance(e, Stepped)] == [1, 2, 3, 4, 5, 6]
     assert [e.images for e in events if isinstance(e, Stepped)] == [16, 16, 4] * 2
     found = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    names = {"config.yaml", "env.json", "metrics.jsonl", "metrics.csv", "summary.json", "train.log", "predictions.npz"}
+    names = {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "summary.json",
+        "train.log",
+        "predictions.npz",
+        ".lock",
+    }
     files = {"last.safetensors", "best.safetensors", "last.state.pt"}
     assert found == names | {f"checkpoints/{name}" for name in files} | {"plots/curves.png"}
     summary = status(tmp_path / "run")

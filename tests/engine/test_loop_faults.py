@@ -14,7 +14,7 @@ from tiny_runs import FULL, assert_same_run, assert_sound, status, stop_at, tiny
 
 from bkn_core.engine import loop, records
 from bkn_core.engine.checkpoint import load_state
-from bkn_core.engine.events import Event, Notice
+from bkn_core.engine.events import EpochEnded, Event, Notice
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Training
@@ -140,6 +140,52 @@ def test_a_torn_last_line_of_the_metrics_is_written_again(straight: Path, tmp_pa
     train(tiny(*FULL), resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", straight)
     assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("nth", [3, 4])
+def test_a_run_that_died_within_its_last_save_ends_with_the_weights_of_its_state(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """Each of the two epochs saves twice under `last`: the last epoch dies before the first or the second of them."""
+    replace, calls = os.replace, 0
+
+    def die(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += target.name.startswith("last.")
+        if calls == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(OutputError):
+        train(tiny(*FULL), out=tmp_path / "run")
+    monkeypatch.undo()
+    train(tiny(*FULL), resume=tmp_path / "run")
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_finished_run_gets_the_weights_of_its_state_again(straight: Path, tmp_path: Path, lose: Any) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    lose(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    train(tiny(*FULL), resume=tmp_path / "run")
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(KeyboardInterrupt(), "interrupted"), (SystemExit(1), "failed"), (BrokenPipeError("no"), "failed")],
+)
+def test_a_run_says_how_it_ended_whatever_ended_it(tmp_path: Path, error: BaseException, ended: str) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            raise error
+
+    with pytest.raises(type(error)):
+        train(tiny(), out=tmp_path / "run", on_event=fail)
+    summary = status(tmp_path / "run")
+    assert (summary["status"], summary["step"]) == (ended, 3)
+    assert type(error).__name__ in summary["message"]
 
 
 def test_every_error_is_one_of_ours(tmp_path: Path) -> None:

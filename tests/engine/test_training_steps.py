@@ -249,6 +249,16 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
         run.take_step(0, passes)
 
 
+@pytest.mark.parametrize("save", [Training.state, lambda run: run.measure(run.splits.test, lambda: None)])
+def test_an_average_that_is_not_finite_is_neither_saved_nor_measured(save: Callable[[Training], Any]) -> None:
+    run = training("train.ema=0.9")
+    run.take_step(0, first_step(run))
+    with torch.no_grad():
+        run.evaluated.get_parameter("features.0.weight")[0] = torch.nan
+    with pytest.raises(DivergedError, match=r"step 1: the averaged parameter features\.0\.weight is not finite"):
+        save(run)
+
+
 def test_a_state_of_another_recipe_is_refused() -> None:
     state = training("train.ema=0.9").state()
     for words in (["model.name=cifar_resnet8"], ["norm.kind=gn"], ["norm.learn_gain=false"]):

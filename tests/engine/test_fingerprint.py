@@ -1,0 +1,129 @@
+"""A run goes on with the data that it began with, wherever that lies, and with no other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import stop_at, tiny
+
+from bkn_core.engine import data
+from bkn_core.engine.checkpoint import load_state, save_state
+from bkn_core.engine.data import load_data
+from bkn_core.engine.fingerprint import check_data, fingerprint
+from bkn_core.engine.loop import train
+from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import InputError, InterruptedRun
+from bkn_core.recipe import Recipe
+
+SUFFIX = "bmp"  # without compression: a picture in the place of another has its size
+
+
+def draw(path: Path, seed: int, height: int = 8) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, 8, 3), dtype=np.uint8)).save(path)
+
+
+def write_pictures(root: Path) -> Path:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(4):
+                draw(root / split / name / f"{index}.{SUFFIX}", index)
+    return root
+
+
+def recipe(root: Path) -> Recipe:
+    return tiny("data.name=imagefolder", f"data.root={root}", "data.train_images=null", "data.test_images=null")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures and a run on them that was stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(InterruptedRun):
+        train(recipe(write_pictures(folder / "pictures")), out=folder / "run", should_stop=stop_at(1))
+    return folder
+
+
+def halve(root: Path) -> None:
+    for path in root.glob(f"train/*/[23].{SUFFIX}"):
+        path.unlink()
+
+
+def rename(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "cat").rename(root / split / "zebra")
+
+
+def relabel(root: Path) -> None:
+    (root / "train" / "cat" / f"3.{SUFFIX}").rename(root / "train" / "dog" / f"9.{SUFFIX}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (halve, "4 training images, there were 8"),
+        (rename, "classes gone: cat, new: zebra"),
+        (relabel, "other labels of the training images"),
+        (lambda root: draw(root / "train" / "cat" / f"1.{SUFFIX}", 99), "other content of the training images"),
+        (lambda root: draw(root / "test" / "dog" / f"1.{SUFFIX}", 99), "other content of the test images"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    stopped: Path, tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    shutil.copytree(stopped / "pictures", tmp_path / "pictures")
+    change(tmp_path / "pictures")
+    before = (stopped / "run" / "checkpoints" / "last.state.pt").read_bytes()
+    with pytest.raises(InputError, match=f"is not what the run was trained on: {words}\nPut the data back"):
+        train(recipe(tmp_path / "pictures"), resume=stopped / "run")
+    assert (stopped / "run" / "checkpoints" / "last.state.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_where_its_data_has_moved(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    shutil.copytree(stopped / "pictures", tmp_path / "elsewhere", copy_function=shutil.copy)  # with other times
+    train(recipe(tmp_path / "elsewhere"), resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize("data", [None, {}, {"classes": "all", "training": {}, "test": {}}, {"classes": []}])
+def test_a_state_that_says_of_other_data_is_refused(stopped: Path, tmp_path: Path, data: Any) -> None:
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    path = RunFolder.open(tmp_path / "run").state
+    save_state(path, {**load_state(path), "data": data})
+    with pytest.raises(InputError, match="data"):
+        train(recipe(stopped / "pictures"), resume=tmp_path / "run")
+
+
+def test_pixels_of_another_decoder_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (load_data("digits", root="unused", image_size=size) for size in (8, 9))
+    before = fingerprint(one)
+    monkeypatch.setattr(torch, "__version__", "99")
+    check_data(before, fingerprint(other))
+
+
+@pytest.mark.parametrize(("in_zip", "height"), [(False, 9), (True, 8)])
+def test_images_that_are_not_in_memory_are_known_by_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_zip: bool, height: int
+) -> None:
+    """In a folder by their sizes, in a zip file by their checksums."""
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    root = write_pictures(tmp_path / "pictures")
+
+    def found() -> dict[str, Any]:
+        place = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)) if in_zip else root
+        return fingerprint(load_data("imagefolder", root=place, image_size=8))
+
+    before = found()
+    os.utime(root / "train" / "cat" / f"0.{SUFFIX}", (10**9, 10**9))
+    check_data(before, found())
+    draw(root / "train" / "cat" / f"1.{SUFFIX}", 99, height)
+    with pytest.raises(InputError, match="trained on: other content of the training images\n"):
+        check_data(before, found())
