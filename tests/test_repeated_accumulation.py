@@ -69,8 +69,8 @@ def test_innovations_of_a_block_are_those_of_separate_forwards() -> None:
             F.cross_entropy(model(x), LABELS).backward()
         F.cross_entropy(other(x), LABELS).backward()
     assert_same(gradients(model), gradients(other))
-    # The sensitivity in use is taken over at the end of the block here, and by the next forward there.
-    buffers = [{n: b for n, b in m.named_buffers() if not n.endswith(".sensitivity")} for m in (model, other)]
+    # The sensitivity that was gathered is taken into use at the end of the block here, and by the next forward there.
+    buffers = [{n: b for n, b in m.named_buffers() if not n.endswith("sensitivity")} for m in (model, other)]
     assert_same(*buffers)
 
 

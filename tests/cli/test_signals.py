@@ -22,7 +22,8 @@ from bkn_core.engine.checkpoint import load_state
 
 PROGRAM = "from bkn_cli.start import main; main()"
 EARLY = """
-import builtins, os, sys
+import builtins, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests under nohup would ignore
 from bkn_cli.start import main
 ordinary = builtins.__import__
 
@@ -50,9 +51,13 @@ def test_a_signal_in_a_step_saves_it_and_the_run_goes_on(
         if event.step == 2:
             os.kill(os.getpid(), number)
 
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:  # tests under nohup
+        signal.signal(number, signal.SIG_DFL)
     with monkeypatch.context() as context:
         context.setattr(TrainingProgress, "_stepped", stepped)
         result = call("train", *TINY, "--out", "run", "--json")
+    signal.signal(number, before)
     error = json.loads(result.stdout)["error"]
     assert (result.exit_code, error["code"], error["exit"]) == (code, "interrupted", code)
     assert state(Path("run"))["step"] == 2
