@@ -7,11 +7,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.convert import find_messenger, fold
 from bkn_core.errors import ConversionError
 from bkn_core.norm.kalman import Gaussian, diagonal, guard, normalize, root_above, update
 from bkn_core.norm.layers import GUARD_LIMIT, BatchKalmanNorm
+from bkn_core.norm.replacement import replaced
+from bkn_core.norm.successors import BatchKalmanNormAct
 from bkn_core.wiring.messenger import Messenger
 
 
@@ -65,12 +68,18 @@ class ImageNorm(nn.Module):
 
 
 class LiveImageNorm(BatchKalmanNorm):
-    """A Batch Kalman layer, given this class in place, whose prior depends on each image's own posteriors.
+    """A Batch Kalman layer whose prior depends on each image's own posteriors.
 
     It does what its parent does with a statistics batch size of 1, without ever counting the images of the batch.
+
+    Args:
+        name: path of the layer that this one stands for.
+        layer: that layer, whose contents are taken over.
     """
 
-    name: str
+    def __init__(self, name: str, layer: BatchKalmanNorm) -> None:
+        self.__dict__.update(layer.__dict__)
+        self.name = name
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -96,6 +105,10 @@ class LiveImageNorm(BatchKalmanNorm):
         return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 
+class LiveImageNormAct(BatchKalmanNormAct, LiveImageNorm):
+    """`LiveImageNorm` followed by the dropout and activation of the fused layer whose place it takes."""
+
+
 def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:
     """Return a copy whose Batch Kalman layers normalize every image by itself, and how many layers those are.
 
@@ -108,21 +121,22 @@ def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:
     Raises:
         ConversionError: for a layer that keeps no statistics of either kind.
     """
-    replica = copy.deepcopy(model).eval()
-    messenger = _messenger(replica)
-    layers = {name: module for name, module in replica.named_modules() if isinstance(module, BatchKalmanNorm)}
+    messenger = _messenger(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
     if messenger is not None and messenger.wiring.priors and not messenger.is_static:
-        for name, layer in layers.items():
-            layer.__class__ = LiveImageNorm
-            layer.name = name
-        return replica, len(layers)
-    priors = _constant_priors(replica)
-    built = {layer: ImageNorm(name, layer, priors.get(name)) for name, layer in layers.items()}
-    for name, module in list(replica.named_modules(remove_duplicate=False)):
-        if isinstance(module, BatchKalmanNorm):
-            parent, _, child = name.rpartition(".")
-            setattr(replica.get_submodule(parent), child, built[module])
-    return fold(replica), len(layers)
+        return replaced(model, set(layers), _live).eval(), len(layers)
+    priors = _constant_priors(model)
+
+    def build(name: str, norm: _BatchNorm) -> nn.Module:
+        assert isinstance(norm, BatchKalmanNorm)
+        return ImageNorm(name, norm, priors.get(name))
+
+    return fold(replaced(model, set(layers), build)), len(layers)
+
+
+def _live(name: str, norm: _BatchNorm) -> nn.Module:
+    assert isinstance(norm, BatchKalmanNorm)
+    return (LiveImageNormAct if isinstance(norm, BatchKalmanNormAct) else LiveImageNorm)(name, norm)
 
 
 def _messenger(model: nn.Module) -> Messenger | None:

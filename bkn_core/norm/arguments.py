@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bkn_core.errors import ConversionError, StatisticsError
@@ -34,11 +35,17 @@ def check_form(covariance: str, statistics_batch_size: int | None) -> None:
 
 
 def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: bool) -> None:
-    """Refuse a batch without statistics.
+    """Refuse a batch without statistics, and exporters, which crash on our nodes.
 
     Raises:
         StatisticsError: no image, or a group with one value per channel and no prior.
+        ConversionError: this forward is being exported.
     """
+    if torch.compiler.is_exporting():
+        raise ConversionError(
+            "a Batch Kalman layer that normalizes by its batch, as in training mode, cannot be exported",
+            "Export bkn.to_batch_norm(model).eval(), or use bkn.export_onnx.",
+        )
     images = x.shape[0]
     if images == 0:
         raise StatisticsError("an empty batch has no statistics", "Give at least one image.")

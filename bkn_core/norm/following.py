@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bkn_core.norm.kalman import Gaussian, average_over_groups, limited
+from bkn_core.norm.nodes import once_differentiable
 
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
 LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
@@ -133,9 +133,11 @@ class _Follow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], to_mean: Tensor, to_variance: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Send the sensitivity to the innovations."""
-        variance, deviation = ctx.saved_tensors
+        variance, deviation = saved
         parts = to_variance * variance, to_mean * deviation
         seen = torch.stack([part.reshape(-1, part.shape[-1]).sum(0) for part in parts])
         number = 1

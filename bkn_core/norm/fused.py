@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import compiled_node, following, native, passes
 from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.kalman import Gaussian, guard, limited
-from bkn_core.norm.nodes import is_eager, with_signature
+from bkn_core.norm.nodes import is_eager, once_differentiable, with_signature
 
 _LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
 
@@ -169,9 +168,10 @@ class _KalmanNormalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, grad_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], dy: Tensor | None, grad_statistics: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The closed form of the module's docstring."""
-        saved = ctx.saved_tensors
         gradients = torch.zeros_like(saved[0]) if dy is None else dy, grad_statistics
         if ctx.shape is not None and is_eager():
             memory, eps = ctx.sensitivity or (None, None), ctx.settings.eps

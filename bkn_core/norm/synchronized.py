@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bkn_core.norm.covariance import normalize_by
 from bkn_core.norm.following import Processes, Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings
 from bkn_core.norm.kalman import Gaussian, Moments, root_above
+from bkn_core.norm.nodes import once_differentiable
 
 
 def spans_processes(group: dist.ProcessGroup | None) -> bool:
@@ -104,9 +104,11 @@ class _JointMoments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], to_mean: Tensor, to_variance: Tensor, _: None
+    ) -> tuple[Tensor | None, ...]:
         """Add up what every process's loss says of the joint moments."""
-        x, mean, count = ctx.saved_tensors
+        x, mean, count = saved
         joint = torch.cat([to_mean, to_variance.flatten()])
         dist.all_reduce(joint, group=ctx.group)
         to_mean, to_variance = joint[: len(mean)], joint[len(mean) :].view_as(to_variance)

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bkn_core.norm import native
+from bkn_core.norm.nodes import once_differentiable
 
 FIELDS, ACCUMULATES = 23, 12  # of a line in `program.h`, and the place of one of them
 
@@ -44,8 +44,8 @@ class Evaluate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, results: Tensor) -> tuple[Tensor | None, ...]:
-        values, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], results: Tensor) -> tuple[Tensor | None, ...]:
+        values, *tensors = saved
         wanted = ctx.needs_input_grad[1:]
         gradients = [torch.empty_like(t) if w and t is not None else None for t, w in zip(tensors, wanted, strict=True)]
         arena = torch.zeros(ctx.program.size)

@@ -203,3 +203,12 @@ def test_evaluation_under_no_grad_and_training_under_no_grad() -> None:
         model(x)
         model.eval()(x)
     step(model.train(), x)
+
+
+@every_variant
+def test_export_in_training_mode_is_refused(options: dict[str, Any]) -> None:
+    model, x = converted(options), images(2)
+    with pytest.raises(ConversionError, match="in training mode, cannot be exported"):
+        torch.export.export(model, (x,))
+    exported = torch.export.export(model.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from drawn_models import drawn_images, drawn_model
-from torch import nn
+from torch import Tensor, nn
 
 from bkn_core.convert import find_messenger
 from bkn_core.errors import ConversionError
@@ -103,6 +103,29 @@ def test_a_model_inside_another_keeps_its_priors() -> None:
     with torch.no_grad(), statistics(outer, "batch", 1):
         expected = outer(images)
     torch.testing.assert_close(with_image_statistics(outer)[0](images), expected, rtol=1e-4, atol=1e-4)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm layer that applies its activation itself, as timm's BatchNormAct2d does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.9), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.act(self.drop(super().forward(x)))
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"message": "raw"}, {"transition": "learned"}], ids=str)
+def test_the_activation_of_a_fused_layer_is_kept(options: dict[str, str]) -> None:
+    fused = nn.Sequential(nn.Conv2d(3, 5, 3), NormAct(5), nn.Conv2d(5, 6, 3), NormAct(6), nn.Conv2d(6, 4, 1))
+    model, images = drawn_model(fused, **options), drawn_images()
+    with torch.no_grad(), statistics(model, "batch", 1):
+        expected = model(images)
+    prepared, layers = with_image_statistics(model)
+    assert layers == 2
+    torch.testing.assert_close(prepared(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_used_under_two_names_stays_one() -> None:

@@ -60,6 +60,35 @@ int64_t stride_of(const Tensor &prior_mean)
     return prior_mean.defined() && prior_mean.dim() > 1 ? prior_mean.size(-1) : 0;
 }
 
+/* A tensor as it is, computed from `source` in a way that has no derivative; as in `nodes.py`. */
+struct Once : torch::autograd::Function<Once> {
+    static Tensor forward(AutogradContext *, const Tensor &result, const Tensor &)
+    {
+        return result.clone();
+    }
+
+    static variable_list backward(AutogradContext *, variable_list)
+    {
+        TORCH_CHECK(false, "a Batch Kalman layer cannot be differentiated twice while it normalizes by its batch: take "
+                           "such gradients in evaluation mode (model.eval()), or of bkn.to_batch_norm(model)");
+    }
+};
+
+/* Let whoever asks for a derivative of the results be told that it is not known. */
+void refuse_to_go_on(variable_list &results, const variable_list &gradients, const variable_list &saved)
+{
+    Tensor source; /* depends on all that the results depend on; a list is no input of a node */
+    for (const variable_list *tensors : {&gradients, &saved})
+        for (const Tensor &t : *tensors)
+            if (t.defined() && t.requires_grad()) {
+                Tensor nothing = t.unsqueeze(0).narrow(0, 0, 0).sum();
+                source = source.defined() ? source.add(nothing) : nothing;
+            }
+    for (Tensor &result : results)
+        if (source.defined() && result.defined())
+            result = Once::apply(result, source);
+}
+
 struct Normalize : torch::autograd::Function<Normalize> {
     static variable_list forward(AutogradContext *ctx, const Tensor &x, const Maybe &prior_mean,
                                  const Maybe &prior_variance, const Tensor &gain, const Maybe &weight,
@@ -86,20 +115,19 @@ struct Normalize : torch::autograd::Function<Normalize> {
     static variable_list backward(AutogradContext *ctx, variable_list gradients)
     {
         bool is_recorded = at::GradMode::is_enabled();
-        variable_list results;
+        variable_list results, saved = ctx->get_saved_variables();
         {
             at::AutoGradMode off(false);
-            results = closed_form(ctx, gradients);
+            results = closed_form(ctx, saved, gradients);
         }
         if (is_recorded)
-            refuse_to_go_on(gradients, results);
+            refuse_to_go_on(results, gradients, saved);
         results.resize(10); /* the rest of the arguments has no gradient */
         return results;
     }
 
-    static variable_list closed_form(AutogradContext *ctx, const variable_list &gradients)
+    static variable_list closed_form(AutogradContext *ctx, const variable_list &saved, const variable_list &gradients)
     {
-        auto saved = ctx->get_saved_variables();
         auto numbers = ctx->saved_data["numbers"].toDoubleVector();
         const Tensor &x = saved[0], &prior_mean = saved[1], &gain = saved[3], &weight = saved[4];
         Tensor dy = gradients[0], to_statistics = gradients[1];
@@ -133,23 +161,6 @@ struct Normalize : torch::autograd::Function<Normalize> {
         b.eps = numbers[0];
         TORCH_CHECK(!run_backward(&b), "a normalization layer found no memory for its statistics");
         return {dx, to_mean, to_variance, to_gain, to_weight, numbers[1] != 0 ? to_bias : Tensor()};
-    }
-
-    /* A second derivative is not known: let whoever asks for it be told. */
-    static void refuse_to_go_on(const variable_list &gradients, variable_list &results)
-    {
-        bool is_asked = false;
-        for (const Tensor &gradient : gradients)
-            is_asked = is_asked || (gradient.defined() && gradient.requires_grad());
-        if (!is_asked)
-            return;
-        for (Tensor &result : results) {
-            if (!result.defined())
-                continue;
-            auto error = std::make_shared<torch::autograd::DelayedError>(
-                "trying to differentiate twice a normalization layer, whose gradient is once_differentiable", 1);
-            result = (*error)({result.detach().requires_grad_()})[0];
-        }
     }
 };
 
