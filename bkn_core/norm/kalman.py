@@ -216,26 +216,6 @@ def average_over_groups(values: Tensor, share: Tensor | None) -> Tensor:
     return values.mean(-2) if share is None else (share * values).sum(-2)
 
 
-def log_innovation(prior: Gaussian, observed: Gaussian, share: Tensor | None, eps: float) -> Tensor:
-    """Return by how much observed variances about the prior mean exceed the prior's, as a logarithm.
-
-        log( (mean_G(S + (x̄ - µ')²) + ε) / (v' + ε) )
-
-    Args:
-        prior: µ', v', for all groups or for each.
-        observed: x̄, S.
-        share: the part of the images that each group holds; None where all are equal.
-        eps: keeps the logarithm finite.
-
-    Shape:
-        prior (C,) or (G, C), observed (G, C), share (G, 1) -> (C,).
-    """
-    difference = observed.mean - prior.mean
-    spread = average_over_groups(torch.addcmul(observed.variance, difference, difference), share)
-    predicted = prior.variance if prior.variance.dim() == 1 else average_over_groups(prior.variance, share)
-    return torch.log((spread + eps) / (predicted + eps))
-
-
 def diagonal(gaussian: Gaussian) -> Gaussian:
     """Return the per-channel variances of a Gaussian in either form."""
     if gaussian.variance.dim() == gaussian.mean.dim():

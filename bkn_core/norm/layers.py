@@ -22,6 +22,7 @@ from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, moments, rectangular_identity
+from bkn_core.norm.loading import complete_
 from bkn_core.norm.synchronized import joint_normalize, spans_processes
 from bkn_core.norm.tracking import Seen, track
 from bkn_core.norm.uncertainty import FIELDS, FIRST_GAIN
@@ -124,13 +125,16 @@ class BatchKalmanNorm(_BatchNorm):
         self.register_buffer("gain_factor", torch.ones_like(start))
         self.prior_offset = nn.Parameter(zeros.clone()) if correction else None
         self.prior_log_scale = nn.Parameter(zeros.clone()) if correction else None
-        for name in ("innovation", "mean_innovation"):
-            self.register_buffer(name, zeros.clone() if innovation else None)
-        for name, rows in (("sensitivity", 2), ("gathered_sensitivity", 3), ("residual", 2)):
-            self.register_buffer(name, zeros.repeat(rows, 1) if innovation else None)
-        self.register_buffer("uncertainty", zeros.new_zeros(FIELDS) if innovation else None)
+        self._register_records(zeros, innovation=innovation)
         identity = None if previous_features is None else rectangular_identity(num_features, previous_features, start)
         self.transition = None if identity is None else nn.Parameter(identity)
+
+    def _register_records(self, zeros: Tensor, *, innovation: bool) -> None:
+        """Make the buffers of `tracking.MOVED`, None without an innovation."""
+        c = len(zeros)
+        shapes = {"innovation": (c,), "mean_innovation": (c,), "sensitivity": (2, c), "gathered_sensitivity": (3, c)}
+        for name, shape in (shapes | {"residual": (2, c), "uncertainty": (FIELDS,)}).items():
+            self.register_buffer(name, zeros.new_zeros(shape) if innovation else None)
 
     @property
     def gain(self) -> Tensor:
@@ -259,14 +263,8 @@ class BatchKalmanNorm(_BatchNorm):
         return {**state, "relay": None, "on_posterior": None, "innovations_then": None, "was_tracked": False}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take what an earlier version saved: it had no innovation of the mean and no uncertainty."""
-        if prefix + "innovation" in state_dict:
-            state_dict.pop(prefix + "newest_sensitivity", None)
-            for name in ("mean_innovation", "residual", "uncertainty", "sensitivity", "gathered_sensitivity"):
-                own, saved = self._buffers[name], state_dict.get(prefix + name)
-                if own is not None and (saved is None or saved.dim() < own.dim()):
-                    absent = torch.zeros_like(own) if saved is None else torch.stack((saved, torch.zeros_like(saved)))
-                    state_dict[prefix + name] = absent
+        """Take what an earlier version saved as well."""
+        complete_(state_dict, prefix, self._buffers)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

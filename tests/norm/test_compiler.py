@@ -189,24 +189,18 @@ def test_what_was_not_used_for_long_is_swept(begin: Callable[..., Building], cac
     assert begin().path() == library and library.stat().st_mtime > before + 86400  # used, so it stays
 
 
-def test_a_compiler_that_is_no_command_is_told(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [('gcc "', "CC is 'gcc \"': no closing quotation"), ("true", "true ended with 0: it wrote no library")],
+)
+def test_a_compiler_that_makes_nothing_is_told(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, told: str
 ) -> None:
-    monkeypatch.setenv("CC", 'gcc "')
+    monkeypatch.setenv("CC", command)
     native.library.cache_clear()
     assert native.library() is None
     native.library.cache_clear()
-    assert "CC is 'gcc \"': no closing quotation" in caplog.text
-
-
-def test_a_compiler_that_writes_nothing_is_told(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CC", "true")
-    native.library.cache_clear()
-    assert native.library() is None
-    native.library.cache_clear()
-    assert "true ended with 0: it wrote no library" in caplog.text
+    assert told in caplog.text
 
 
 @pytest.mark.usefixtures("cache")

@@ -251,40 +251,6 @@ def test_writing_in_place_into_the_result_keeps_the_gradients(shape: tuple[int, 
         torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("power", [1, 3])  # what arrives is a constant, or has a derivative
-def test_gradients_of_gradients_are_refused(power: int, dtype: torch.dtype) -> None:
-    case = dataclasses.replace(CASE, shape=(3, 2, 2), size=None, prior="shared")
-    values = case.tensors(dtype)
-    x, weight = values[0], values[4]
-    assert x is not None and weight is not None
-    values[0] = x.tanh()
-    slopes = torch.autograd.grad(fused(case, values, 1e-2)[0].pow(power).sum(), (x, weight), create_graph=True)
-    for slope in slopes:
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-            torch.autograd.grad(slope.square().sum(), x, retain_graph=True)
-
-
-def test_a_gradient_that_is_kept_for_more_is_the_gradient() -> None:
-    values = CASE.tensors(torch.float64)
-    x = values[0]
-    assert x is not None
-    y = fused(CASE, values, 1e-2)[0].square().sum()
-    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(y, x, create_graph=True)[0].detach(), expected)
-
-
-def test_gradients_of_gradients_of_transforms_are_refused() -> None:
-    case = dataclasses.replace(CASE, shape=(3, 2, 2), size=None, prior="shared")
-    values = [None if v is None else v.detach() for v in case.tensors(torch.float64)]
-
-    def slope(x: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: fused(case, [x.tanh(), *values[1:]], 1e-2)[0].sum())(x).square().sum()
-
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.func.grad(slope)(values[0])
-
-
 @settings(max_examples=30)
 @given(case=cases())
 def test_statistics_are_those_of_the_plain_functions(case: Case) -> None:

@@ -24,14 +24,20 @@ static float average(const float *values, int64_t groups, int64_t stride)
     return (float)(sum / (double)groups);
 }
 
+/* The Kalman gain P / (P + R) of the mean (0) or the variance (1), and P, neither below 0. */
+static double gain_of(const float *uncertainty, int i, double *error)
+{
+    double noise = uncertainty[3 + i] > 0 ? uncertainty[3 + i] : 0;
+    *error = uncertainty[1 + i] > 0 ? uncertainty[1 + i] : 0;
+    return *error / (*error + noise > 1e-30 ? *error + noise : 1e-30);
+}
+
 /* How fast the innovations of mean and variance move. */
 static void find_speeds(const Tracked *t, double *speeds)
 {
     double forwards = t->uncertainty[0], by_age = 1 / (forwards > 1 ? forwards : 1);
     for (int i = 0; i < 2; i++) {
-        double error = t->uncertainty[1 + i], noise = t->uncertainty[3 + i];
-        error = error > 0 ? error : 0, noise = noise > 0 ? noise : 0;
-        double gain = error / (error + noise > 1e-30 ? error + noise : 1e-30), off = error < 1 ? error : 1;
+        double error, gain = gain_of(t->uncertainty, i, &error), off = error < 1 ? error : 1;
         double lost = forwards > 0 ? gain * off * off : 1, slowest = by_age > t->slowest ? by_age : t->slowest;
         speeds[i] = lost > slowest ? lost : slowest;
     }
@@ -40,15 +46,14 @@ static void find_speeds(const Tracked *t, double *speeds)
 static void move_innovation(const Tracked *t, int64_t c, const double *speeds, Sums *sums)
 {
     const float *means = t->statistics + 2 * t->groups * t->channels, *variances = means + t->groups * t->channels;
-    double spread = 0, predicted = 0, shift = 0, groups = (double)t->groups, mean = 0;
+    double spread = 0, predicted = 0, shift = 0, groups = (double)t->groups;
     for (int64_t g = 0; g < t->groups; g++) {
         double d = (double)means[g * t->channels + c] - t->prior_mean[g * t->prior_stride + c];
         spread += variances[g * t->channels + c] + d * d;
         shift += d;
         predicted += t->prior_variance[g * t->prior_stride + c];
-        mean += means[g * t->channels + c];
     }
-    spread /= groups, predicted /= groups, shift /= groups, mean /= groups;
+    spread /= groups, predicted /= groups, shift /= groups;
     double rest = shift * (1 - speeds[0]), mended = spread - shift * shift + rest * rest;
     mended = (mended > 0 ? mended : 0) + t->eps;
     double ratio = clamp(mended / (predicted + t->eps), 1 / LARGEST_RATIO, LARGEST_RATIO), noise[2] = {0, 0}, around = 0;
@@ -115,8 +120,7 @@ static void move_uncertainty(const Tracked *t, const double *speeds, const Sums 
     if (!t->gain || state[0] == 0)
         return;
     for (int i = 0; i < 2; i++) {
-        double error = state[1 + i] > 0 ? state[1 + i] : 0, noise = state[3 + i] > 0 ? state[3 + i] : 0;
-        double gain = error / (error + noise > 1e-30 ? error + noise : 1e-30);
+        double error, gain = gain_of(state, i, &error);
         most = gain > most ? gain : most;
     }
     *t->gain = (float)most;
