@@ -24,7 +24,9 @@ def complete_(state_dict: dict[str, Any], prefix: str, buffers: Mapping[str, Ten
     state_dict.pop(prefix + "newest_sensitivity", None)
     for name in _LATER:
         own, saved = buffers[name], state_dict.get(prefix + name)
-        if own is not None and saved is None:
+        if own is None:
+            continue
+        if saved is None:
             state_dict[prefix + name] = torch.zeros_like(own)
-        elif own is not None and saved.dim() < own.dim():
+        elif saved.dim() < own.dim():
             state_dict[prefix + name] = torch.stack((saved, torch.zeros_like(saved)))
