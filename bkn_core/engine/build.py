@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bkn_core.calibration import calibrate_priors_
 from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
-from bkn_core.engine.models import build_network, example_images, is_builtin
+from bkn_core.engine.models import build_network, example_images, is_builtin, pretrained_colours
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
+from bkn_core.errors import RecipeError
 from bkn_core.recipe import Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
@@ -20,41 +23,69 @@ _PRIOR_BATCH = 250
 
 
 def load_splits(recipe: Recipe) -> DataSplits:
-    """Load the recipe's data in the colour that its model takes.
+    """Load the recipe's data in the colour that its model takes, and with the mean and std of its pretrained weights.
 
     Raises:
         InputError, RecipeError: see `load_data`.
     """
-    data = recipe.data
-    return load_data(
+    data, name = check_recipe(recipe).data, recipe.model.name
+    splits = load_data(
         data.name,
         root=data.root,
         image_size=data.image_size,
         train_images=data.train_images,
         test_images=data.test_images,
         validation=data.validation,
-        color=None if is_builtin(recipe.model.name) else "RGB",
+        color=None if is_builtin(name) else "RGB",
         download=data.download,
     )
+    colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
+    if colours is None:
+        return splits
+    mean, std = colours
+    return dataclasses.replace(splits, preprocess=dataclasses.replace(splits.preprocess, mean=mean, std=std))
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe, refused where it is something else.
+
+    Raises:
+        RecipeError: a name or a dict, say.
+    """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"the recipe is {recipe!r}", "Give bkn.load_recipe(NAME or file).")
+    return recipe
 
 
 def build_model(
-    recipe: Recipe, preprocess: Preprocess, classes: int, *, images: ImageSet | LazyImageSet | None = None
+    recipe: Recipe,
+    preprocess: Preprocess,
+    classes: int,
+    *,
+    images: ImageSet | LazyImageSet | None = None,
+    pretrained: bool = True,
 ) -> nn.Module:
-    """Build the recipe's model on the CPU.
+    """Build the recipe's model on the CPU; the priors of pretrained weights begin at their population statistics.
 
     Args:
         recipe: model and normalization.
         preprocess: colours and size of its images.
         classes: number of logits.
         images: training images for the input prior; without them it holds placeholders for a checkpoint to fill.
+        pretrained: False leaves out the weights that the recipe may ask for, where a checkpoint brings others.
 
     Raises:
         RecipeError, ConversionError: the recipe's model or normalization cannot be built.
+        InputError: pretrained weights cannot be read.
     """
-    network = _network(recipe, preprocess, classes, pretrained=recipe.model.pretrained and images is not None)
+    pretrained = check_recipe(recipe).model.pretrained and pretrained
+    network = _network(recipe, preprocess, classes, pretrained=pretrained)
     example = example_images(len(preprocess.mean), preprocess.image_size)
-    return convert(network, example, **_norm_options(recipe, preprocess, images, example))
+    model = convert(network, example, **_norm_options(recipe, preprocess, images, example))
+    norm = recipe.norm
+    if pretrained and norm.kind == "bkn" and norm.transition == "network" and (norm.innovation or norm.correction):
+        calibrate_priors_(model)
+    return model
 
 
 def build_outline(recipe: Recipe, preprocess: Preprocess, classes: tuple[str, ...]) -> nn.Module:
