@@ -22,6 +22,7 @@ from bkn_core.norm.following import Sensitivity
 from bkn_core.norm.fused import Filtered, FilterSettings, images_per_group, kalman_normalize
 from bkn_core.norm.handing import Mailboxes, Relay, is_recomputation
 from bkn_core.norm.kalman import Gaussian, moments, rectangular_identity
+from bkn_core.norm.loading import complete_
 from bkn_core.norm.synchronized import joint_normalize, spans_processes
 from bkn_core.norm.tracking import Seen, track
 from bkn_core.norm.uncertainty import FIELDS, FIRST_GAIN
@@ -260,13 +261,8 @@ class BatchKalmanNorm(_BatchNorm):
         return {**state, "relay": None, "on_posterior": None, "innovations_then": None, "was_tracked": False}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take what an earlier version saved: it had no innovation of the mean and no uncertainty."""
-        if prefix + "innovation" in state_dict:
-            for name in ("mean_innovation", "residual", "uncertainty", "sensitivity", "newest_sensitivity"):
-                own, saved = self._buffers[name], state_dict.get(prefix + name)
-                if own is not None and (saved is None or saved.dim() < own.dim()):
-                    absent = torch.zeros_like(own) if saved is None else torch.stack((saved, torch.zeros_like(saved)))
-                    state_dict[prefix + name] = absent
+        """Take what an earlier version saved."""
+        complete_(state_dict, prefix, self)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
