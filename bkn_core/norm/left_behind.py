@@ -35,7 +35,8 @@ def watched(conversion: Conversion) -> Conversion:
     @functools.wraps(conversion)
     def watching(model: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
         converted = conversion(model, *arguments, **options)
-        _watches().append(_Watch(model, converted))
+        known = _watches()
+        known[:] = [*(watch for watch in known if watch.living()), _Watch(model, converted)]
         return converted
 
     return cast(Conversion, watching)
@@ -51,9 +52,13 @@ class _Watch:
         self.old, self.new = _by_identity(old), _by_identity(new)
         self.versions: list[int] | None = None
 
+    def living(self) -> list[Tensor]:
+        """Return the parameters of the new model, nothing once it is gone."""
+        return [parameter for reference in self.new.values() if (parameter := reference()) is not None]
+
     def is_settled_by(self, name: str, stepped: Sequence[Tensor]) -> bool:
         """Look at the parameters that an optimizer has moved, and return whether there is nothing more to watch for."""
-        living = [parameter for reference in self.new.values() if (parameter := reference()) is not None]
+        living = self.living()
         if not living or any(_holds(self.new, parameter) for parameter in stepped):
             return True
         versions = [parameter._version for parameter in living if parameter.grad is not None]

@@ -61,3 +61,7 @@ def test_nothing_watches_longer_than_it_must() -> None:
     gc.collect()
     steps(model, torch.optim.SGD(model.parameters(), 0.1), 1)
     assert not watches
+    for _ in range(3):
+        convert(SmallResNet(), images())
+        gc.collect()
+    assert len(watches) == 1
