@@ -15,8 +15,10 @@ from bkn_core.errors import ConversionError
 from bkn_core.norm.arguments import check_gain
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.left_behind import watched
+from bkn_core.norm.loading import explain
 from bkn_core.norm.replacement import check_replaceable, copied, replaced
-from bkn_core.norm.successors import baseline_layer, folded_affine, kalman_layer, plain_layer
+from bkn_core.norm.successors import add_noise_, baseline_layer, folded_affine, kalman_layer, plain_layer
 from bkn_core.wiring.discover import discover
 from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
 from bkn_core.wiring.input_moments import (
@@ -25,15 +27,13 @@ from bkn_core.wiring.input_moments import (
     remove_input_moments,
     reserve_input_moments,
 )
-from bkn_core.wiring.messenger import Message, Messenger, Transition
+from bkn_core.wiring.messenger import Message, Messenger, Transition, layer_of
 from bkn_core.wiring.program import Wiring
 from bkn_core.wiring.support import supported
 
 Kind = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
 KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none")
 Model = TypeVar("Model", bound=nn.Module)
-
-_INITIAL_NOISE = 0.1  # its square is r
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class LayerReport:
     reason: str
 
 
+@watched
 @torch.inference_mode(mode=False)  # what is built there could never be trained
 def convert(
     model: Model,
@@ -66,7 +67,7 @@ def convert(
     learn_gain: bool = True,
     correction: bool = False,
     innovation: bool = True,
-    input_prior: Tensor | Iterable[Tensor] | None = None,
+    input_prior: Tensor | Iterable[Any] | None = None,
     covariance: Literal["diagonal", "full"] = "diagonal",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -86,7 +87,8 @@ def convert(
         learn_gain: train the gain, where it is not computed.
         correction: a learned offset and scale of each network prior.
         innovation: move each network prior's mean and scale its variance by their running errors.
-        input_prior: training images as the model sees them; gives the layers that read the input an exact prior.
+        input_prior: training images as the model sees them, a batch or batches, each a tensor or a tuple or dict as
+            `example_input` may be; gives the layers that read the input an exact prior.
         covariance: "full" carries covariance matrices through learned transitions.
         include: name patterns of the layers to convert.
         exclude: name patterns of layers to leave as they are.
@@ -97,6 +99,7 @@ def convert(
     Raises:
         ConversionError: for arguments that do not exist or fit, or a model without batch normalization.
     """
+    _check_model(model)
     network = transition == "network"
     gain = gain if gain != "auto" or (innovation and network) else 0.02 if statistics_batch_size == 1 else 0.1
     _check(kind, transition, message, gain, learn_gain)
@@ -129,9 +132,7 @@ def convert(
 
     converted = replaced(model, chosen, build)
     noise = f"{next(iter(features))}.transition_noise" if features else ""
-    if features:
-        layer = converted.get_submodule(next(iter(features)))
-        layer.transition_noise = nn.Parameter(torch.full_like(layer.gain_factor, _INITIAL_NOISE))  # type: ignore[arg-type]
+    add_noise_([layer_of(converted, name) for name in features])
     if input_prior is not None:
         measure_input(converted, wiring, input_prior)
     names = tuple(n for n, m in converted.named_modules() if isinstance(m, BatchKalmanNorm))
@@ -159,6 +160,7 @@ def fold(model: Model) -> Model:
     return folded.eval()
 
 
+@watched
 def to_batch_norm(model: Model) -> Model:
     """Return a copy in which every Batch Kalman layer is the `nn.BatchNorm*` layer with its population statistics.
 
@@ -233,7 +235,14 @@ def detach_messenger(model: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if type(hook).__name__ in ("Messenger", "Farewell")]:
                 hooks.pop(key)
                 module._forward_hooks_always_called.pop(key, None)
+        for key in [k for k, hook in module._load_state_dict_post_hooks.items() if hook is explain]:
+            module._load_state_dict_post_hooks.pop(key)
         remove_input_moments(module)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"the model is a {type(model).__name__}", "Give an nn.Module, made and not its class.")
 
 
 def _check(kind: str, transition: str, message: str, gain: float | str, learn_gain: bool) -> None:
@@ -257,7 +266,7 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
         )
 
     def matches(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
     chosen = {name for name in norms if matches(name, include) and not matches(name, exclude)}
     if not chosen:

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "quality": {"convert", "wiring", "norm"},
     "calibration": {"quality", "convert", "wiring", "norm"},
     "accumulation": {"convert", "wiring", "norm"},
-    "engine": {"accumulation", "recipe", "convert", "population", "quality", "wiring", "norm"},
+    "engine": {"accumulation", "calibration", "recipe", "convert", "population", "quality", "wiring", "norm"},
     "evaluate": {"engine", "export", "recipe", "convert", "population", "quality", "norm"},
     "export": {"engine", "recipe", "convert", "population", "wiring", "norm"},
     "compare": {"engine", "recipe", "convert", "population", "norm"},

@@ -36,7 +36,7 @@ def compare(
     norms: Sequence[str] = ("bn", "bkn"),
     statistics_batch_sizes: Sequence[int] | None = None,
     seeds: int | Sequence[int] = 1,
-    out: Path | None = None,
+    out: Path | str | None = None,
     on_event: OnEvent = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CompareResult:
@@ -65,6 +65,7 @@ def compare(
         BusyError: another process works in `out`.
         BknError: any other fault of a run.
     """
+    out = None if out is None else Path(out)
     if source is not None and not isinstance(source, (str, Path, Recipe)):
         return _compare_runs([Path(run) for run in source], overrides, out)
     load = recipe_loader(source, overrides)

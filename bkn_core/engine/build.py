@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bkn_core.calibration import calibrate_priors_
 from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
-from bkn_core.engine.models import build_network, check_network, example_images, is_builtin
+from bkn_core.engine.models import build_network, check_network, example_images, is_builtin, pretrained_colours
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
+from bkn_core.errors import RecipeError
 from bkn_core.recipe import NormConfig, Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
@@ -23,44 +26,72 @@ _PRIOR_BATCH, _PRIOR_BYTES = 250, 2**28  # and those of one forward, and what th
 
 
 def load_splits(recipe: Recipe) -> DataSplits:
-    """Load the recipe's data in the colour that its model takes.
+    """Load the recipe's data in the colour that its model takes, and with the mean and std of its pretrained weights.
 
     Raises:
         InputError, RecipeError: see `load_data`.
     """
-    data = recipe.data
-    return load_data(
+    data, name = check_recipe(recipe).data, recipe.model.name
+    splits = load_data(
         data.name,
         root=data.root,
         image_size=data.image_size,
         train_images=data.train_images,
         test_images=data.test_images,
         validation=data.validation,
-        color=None if is_builtin(recipe.model.name) else "RGB",
+        color=None if is_builtin(name) else "RGB",
         download=data.download,
         together=max(recipe.batch.per_device, recipe.eval.batch_size),
     )
+    colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
+    if colours is None:
+        return splits
+    mean, std = colours
+    return dataclasses.replace(splits, preprocess=dataclasses.replace(splits.preprocess, mean=mean, std=std))
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe, refused where it is something else.
+
+    Raises:
+        RecipeError: a name or a dict, say.
+    """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"the recipe is {recipe!r}", "Give bkn.load_recipe(NAME or file).")
+    return recipe
 
 
 def build_model(
-    recipe: Recipe, preprocess: Preprocess, classes: int, *, images: ImageSet | LazyImageSet | None = None
+    recipe: Recipe,
+    preprocess: Preprocess,
+    classes: int,
+    *,
+    images: ImageSet | LazyImageSet | None = None,
+    pretrained: bool = True,
 ) -> nn.Module:
-    """Build the recipe's model on the CPU.
+    """Build the recipe's model on the CPU; the priors of pretrained weights begin at their population statistics.
 
     Args:
         recipe: model and normalization.
         preprocess: colours and size of its images.
         classes: number of logits.
         images: training images for the input prior; without them it holds placeholders for a checkpoint to fill.
+        pretrained: False leaves out the weights that the recipe may ask for, where a checkpoint brings others.
 
     Raises:
         RecipeError, ConversionError: the recipe's model or normalization cannot be built.
+        InputError: pretrained weights cannot be read.
     """
-    network = _network(recipe, preprocess, classes, pretrained=recipe.model.pretrained and images is not None)
-    _set_constants_(network, recipe.norm)
+    norm = check_recipe(recipe).norm
+    pretrained = recipe.model.pretrained and pretrained
+    network = _network(recipe, preprocess, classes, pretrained=pretrained)
+    _set_constants_(network, norm)
     example = example_images(len(preprocess.mean), preprocess.image_size)
     check_network(network, recipe.model.name, example, classes)
-    return convert(network, example, **_norm_options(recipe, preprocess, images, example))
+    model = convert(network, example, **_norm_options(recipe, preprocess, images, example))
+    if pretrained and norm.kind == "bkn" and norm.transition == "network" and (norm.innovation or norm.correction):
+        calibrate_priors_(model)
+    return model
 
 
 def build_outline(recipe: Recipe, preprocess: Preprocess, classes: tuple[str, ...]) -> nn.Module:

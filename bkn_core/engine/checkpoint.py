@@ -67,7 +67,7 @@ class Weights:
         needed = sum(p.nbytes for p in build_outline(self.recipe, self.preprocess, self.classes).parameters())
         if needed > 2 * held + _LEAST_LIMIT:
             raise InputError(f"the checkpoint holds {held} bytes, its recipe's model has {needed}", "Was one changed?")
-        model = build_model(self.recipe, self.preprocess, len(self.classes))
+        model = build_model(self.recipe, self.preprocess, len(self.classes), pretrained=False)
         load_strictly_(model, self.tensors)
         return model.eval()
 

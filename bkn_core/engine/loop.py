@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bkn_core.engine.build import check_recipe
 from bkn_core.engine.checkpoint import largest_file, load_state
 from bkn_core.engine.distributed import World, join_world
 from bkn_core.engine.evaluation import Metrics
@@ -50,8 +51,8 @@ class TrainResult:
 def train(
     recipe: Recipe,
     *,
-    out: Path | None = None,
-    resume: Path | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -70,7 +71,12 @@ def train(
         BusyError: another process trains in the folder.
         BknError: any fault of recipe, data, device or disk.
     """
-    with join_world(recipe.train.device) as world, _numerics(recipe), contextlib.ExitStack() as held:
+    out, resume = (None if folder is None else Path(folder) for folder in (out, resume))
+    with (
+        join_world(check_recipe(recipe).train.device) as world,
+        _numerics(recipe),
+        contextlib.ExitStack() as held,
+    ):
         known = None if resume is None else RunFolder.open(resume)
         if known is not None and world.is_main:
             _keep(known.path, held, on_event)

@@ -142,6 +142,8 @@ def build_network(
     """
     arguments = arguments or {}
     match = _RESIDUAL.fullmatch(name)
+    if pretrained and is_builtin(name):
+        raise RecipeError(f"model.pretrained is true, but {name!r} has no pretrained weights", "Set it to false.")
     try:
         if name == "cifar_plain":
             return CifarPlain(classes=classes, channels=channels, **arguments)
@@ -224,11 +226,15 @@ def _pretrained_state(name: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = models.get_model_weights(name)["DEFAULT"].get_state_dict(check_hash=True)
     except OSError as error:
-        raise InputError(
-            f"the pretrained weights of {name!r} cannot be read: {error}",
-            "Connect to the network once, or put the file into the torch hub cache; or set model.pretrained=false.",
-        ) from error
+        raise _unreadable(name, error) from error
     return state
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"the pretrained weights of {name!r} cannot be read: {error}",
+        "Connect once, or put the file into the cache of torch hub or timm, or set model.pretrained=false.",
+    )
 
 
 def _load_matching(network: nn.Module, state: dict[str, Tensor]) -> None:
@@ -247,10 +253,33 @@ def _timm(name: str, pretrained: bool, classes: int, channels: int, arguments: d
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise RecipeError(f"timm has no model {name!r}", f"Did you mean 'timm:{near[0]}'?" if near else "")
-    network: nn.Module = timm.create_model(
-        name, pretrained=pretrained, num_classes=classes, in_chans=channels, **arguments
-    )
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=classes, in_chans=channels, **arguments
+        )
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise _unreadable(f"timm:{name}", error) from error
     return network
+
+
+def pretrained_colours(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation of the colours, from 0 to 1, that a model's pretrained weights want.
+
+    Args:
+        name: as `build_network` takes it.
+    """
+    if name.startswith("timm:"):
+        import timm
+
+        known = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    else:
+        from torchvision import models
+
+        known = models.get_model_weights(name)["DEFAULT"].transforms()
+    mean, std = getattr(known, "mean", None), getattr(known, "std", None)
+    return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def count_parameters(model: nn.Module) -> int:

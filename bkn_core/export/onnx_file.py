@@ -118,7 +118,9 @@ def export_model(
     proto = build_graph(plan, example, precision=precision, opset=opset)
     with statistics(reference, plan.stats, 1):
         tolerance = TOLERANCES[precision]
-        parity = check_parity(proto, reference, example, images, tolerance=tolerance, device=device)
+        parity = check_parity(
+            proto, reference, example, images, tolerance=tolerance, device=device, prepared=plan.model
+        )
     norm = {
         "kind": norm_kind(model),
         "stats": plan.stats,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from bkn_core.errors import CheckFailedError, InputError
+from bkn_core.export.difference import explained
 from bkn_core.export.graph import to_bytes
 from bkn_core.export.providers import OPTIMIZATION_LEVELS, create_session, run_session
 
@@ -46,6 +48,7 @@ def check_parity(
     *,
     tolerance: float,
     device: str = "cpu",
+    prepared: nn.Module | None = None,
 ) -> Parity:
     """Compare a graph with its model at batch 1, 2 and 7, with and without ONNX Runtime's optimizations.
 
@@ -56,20 +59,26 @@ def check_parity(
         images: real images, or None.
         tolerance: t of |a - b| <= t + t |b|.
         device: what ONNX Runtime is to run on.
+        prepared: what was traced, to say where a difference begins.
 
     Raises:
-        CheckFailedError: the two disagree, or ONNX Runtime cannot run the graph.
+        CheckFailedError: the two disagree, with the first image and layer that do, or the graph does not run.
         DeviceError: the device is not there.
     """
     graph = _checked_bytes(proto)
-    batches = _noise(example) + ([] if images is None else _split(images))
+    named = _noise(example) + ([] if images is None else _split(images))
+    batches = [batch for _, batch in named]
     with torch.no_grad():
         expected = [reference(batch).float().numpy() for batch in batches]
     worst, agreed, provider = 0.0, 0, ""
     for level in OPTIMIZATION_LEVELS:
         found, provider = _logits(graph, batches, device, level)
-        for batch, logits, wanted in zip(batches, found, expected, strict=True):
-            difference, same = _compare(logits, wanted, tolerance, f"batch {len(batch)}, {level}, {provider}")
+        for (name, batch), logits, wanted in zip(named, found, expected, strict=True):
+
+            def explain(batch: Tensor = batch) -> str:
+                return explained(reference, prepared, batch, tolerance)
+
+            difference, same = _compare(logits, wanted, tolerance, f"{name}, {level}, {provider}", explain)
             worst, agreed = max(worst, difference), agreed + same
     count = sum(len(batch) for batch in batches)
     return Parity(float(f"{worst:.2e}"), agreed / (count * len(OPTIMIZATION_LEVELS)), count, provider)
@@ -97,7 +106,9 @@ def _logits(graph: bytes, batches: list[Tensor], device: str, level: str) -> tup
         raise CheckFailedError(f"{error.message} ({level}); no file was written") from error
 
 
-def _compare(found: Logits, wanted: Logits, tolerance: float, where: str) -> tuple[float, int]:
+def _compare(
+    found: Logits, wanted: Logits, tolerance: float, where: str, explain: Callable[[], str]
+) -> tuple[float, int]:
     """Return the largest difference and the number of images with the same top-1."""
     if found.shape != wanted.shape:
         raise CheckFailedError(
@@ -109,9 +120,10 @@ def _compare(found: Logits, wanted: Logits, tolerance: float, where: str) -> tup
     allowed = tolerance + tolerance * np.abs(wanted)
     if not (difference <= allowed).all():
         at = np.unravel_index(np.argmax(difference - allowed), difference.shape)
+        first = int(np.argmin((difference <= allowed).all(1)))
         raise CheckFailedError(
             f"the ONNX graph and the model differ by {difference[at]:.3g} at a logit of {wanted[at]:.3g}, "
-            f"where {allowed[at]:.3g} is allowed ({where}); no file was written"
+            f"where {allowed[at]:.3g} is allowed (first in image {first} of {where}){explain()}; no file was written"
         )
     rows = np.arange(len(wanted))
     best, chosen = wanted.argmax(1), found.argmax(1)
@@ -120,14 +132,19 @@ def _compare(found: Logits, wanted: Logits, tolerance: float, where: str) -> tup
     return float(difference.max()), int(same.sum())
 
 
-def _noise(example: Tensor) -> list[Tensor]:
+def _noise(example: Tensor) -> list[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(size, *example.shape[1:], generator=generator) for size in BATCH_SIZES]
+    return [
+        (f"a noise batch of {size}", torch.randn(size, *example.shape[1:], generator=generator)) for size in BATCH_SIZES
+    ]
 
 
-def _split(images: Tensor) -> list[Tensor]:
+def _split(images: Tensor) -> list[tuple[str, Tensor]]:
     sizes, left = [], len(images)
     for size in (*BATCH_SIZES, *[_REST] * (left // _REST + 1)):
         sizes.append(min(size, left))
         left -= sizes[-1]
-    return [part for part in torch.split(images, sizes) if len(part)]
+    starts = itertools.accumulate(sizes, initial=0)
+    parts = zip(starts, torch.split(images, sizes), strict=False)
+    named = [(f"a batch of {len(part)}, images {start} to {start + len(part) - 1}", part) for start, part in parts]
+    return [(name, part) for name, part in named if len(part)]

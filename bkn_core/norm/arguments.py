@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def check_gain(gain: float | str, learn_gain: bool) -> None:
     Raises:
         ConversionError: a learned gain outside (0, 1), a fixed one outside [0, 1], or a word.
     """
-    if isinstance(gain, str):
+    if not isinstance(gain, Real):
         raise ConversionError(f"gain is {gain!r}", 'Choose "auto" or a number between 0 and 1.')
     inside = 0 < gain < 1 if learn_gain else 0 <= gain <= 1
     if not inside:
@@ -30,8 +32,9 @@ def check_form(covariance: str, statistics_batch_size: int | None) -> None:
     """
     if covariance not in ("diagonal", "full"):
         raise ConversionError(f"covariance is {covariance!r}", "Choose one of diagonal, full.")
-    if statistics_batch_size is not None and statistics_batch_size < 1:
-        raise ConversionError(f"statistics_batch_size is {statistics_batch_size}", "It must be at least 1, or None.")
+    size = statistics_batch_size
+    if size is not None and (not isinstance(size, Integral) or size < 1):
+        raise ConversionError(f"statistics_batch_size is {size!r}", "It must be a whole number from 1, or None.")
 
 
 def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: bool) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +16,7 @@ from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 
+_INITIAL_NOISE = 0.1  # its square is r
 _LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
     nn.BatchNorm1d: BatchKalmanNorm1d,
     nn.BatchNorm2d: BatchKalmanNorm2d,
@@ -58,6 +60,9 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
         **options,
     )
     _inherit(norm, layer)
+    known = list(norm.parameters(recurse=False))
+    if known and not any(parameter.requires_grad for parameter in known):
+        layer.requires_grad_(False)  # a frozen layer has nothing that an optimizer or its weight decay may move
     if isinstance(layer, BatchKalmanNormAct):  # timm's BatchNormAct2d
         layer.drop, layer.act = norm._modules.get("drop") or nn.Identity(), norm._modules["act"] or nn.Identity()
     if isinstance(norm, nn.SyncBatchNorm):
@@ -65,6 +70,14 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
     layer.expects_prior = has_prior
     layer.predecessor = None if type(norm) in _LAYERS and type(norm) is not nn.SyncBatchNorm else (_shell(norm),)
     return layer
+
+
+def add_noise_(layers: Sequence[BatchKalmanNorm]) -> None:
+    """Give the first of the layers with learned transitions, in place, the noise that they share."""
+    if layers:
+        start = torch.full_like(layers[0].gain_factor, _INITIAL_NOISE)
+        is_trained = any(layer.transition is not None and layer.transition.requires_grad for layer in layers)
+        layers[0].transition_noise = nn.Parameter(start, is_trained)
 
 
 def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | None) -> nn.Module:

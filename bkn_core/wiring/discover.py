@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bkn_core.norm.replacement import copied
+from bkn_core.wiring.entry import entered
 from bkn_core.wiring.interpreter import Interpreter
 from bkn_core.wiring.operations import MEMORY, name_of
 from bkn_core.wiring.program import Wiring
@@ -39,6 +40,9 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
 
     Returns:
         The program with a prior or a reason for every batch normalization layer.
+
+    Raises:
+        ConversionError: the forward fails on the example.
     """
     replica = copied(model).train()
     for module in replica.modules():
@@ -54,12 +58,7 @@ def discover(model: nn.Module, example_input: Any) -> Wiring:
                 recorder.keep(tensor, Value(is_input=True))
         with recorder, _uncompiled(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the forward has to say, such as a checkpoint without gradients
-            if isinstance(example_input, dict):
-                replica(**example_input)
-            elif isinstance(example_input, tuple):
-                replica(*example_input)
-            else:
-                replica(example_input)
+            entered(replica, example_input, "example_input")
     return recorder.wiring()
 
 

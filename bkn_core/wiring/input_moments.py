@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkn_core.errors import ConversionError
+from bkn_core.wiring.entry import entered
 from bkn_core.wiring.evaluate import INPUT_COVARIANCE, INPUT_MEAN
 from bkn_core.wiring.program import Wiring
 
@@ -45,20 +46,23 @@ def remove_input_moments(module: nn.Module) -> None:
         module._buffers.pop(name, None)
 
 
-def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Tensor]) -> None:
+def measure_input(model: nn.Module, wiring: Wiring, images: Any) -> None:
     """Measure mean p and covariance P of the input patches over training images, zero padding included.
 
     Args:
         model: changed in place: the layers that read the input get buffers.
         wiring: the program of the model.
-        images: a batch, or batches, as the model sees them.
+        images: a batch, or batches, as the model sees them; a batch of several arguments is a tuple or dict of them.
 
     Shape:
         p (d,), P (d, d), or (d,) for patches of more than 1024 values; d = values per patch.
 
     Raises:
-        ConversionError: without any image.
+        ConversionError: without any image, or for batches that the model does not take.
     """
+    batches = [images] if isinstance(images, Tensor | dict) else images
+    if not isinstance(batches, Iterable):
+        raise ConversionError(f"input_prior is {images!r}", "Give a batch of training images, or a list of batches.")
     sums: dict[str, _PatchSums] = {}
     remaining: set[str] = set()
     handles = []
@@ -68,14 +72,13 @@ def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Te
         sums[name] = _PatchSums(name, module, remaining)
         handles.append(module.register_forward_pre_hook(sums[name]))
     training = {name: module.training for name, module in model.named_modules()}
-    batches = [images] if isinstance(images, Tensor) else images
     try:
         model.eval()
         with torch.no_grad():
             for batch in batches:
                 remaining.update(sums)
                 with contextlib.suppress(_AllSeen):
-                    model(batch)
+                    entered(model, batch, "a batch of input_prior")
     finally:
         for handle in handles:
             handle.remove()
@@ -91,7 +94,7 @@ def measure_input(model: nn.Module, wiring: Wiring, images: Tensor | Iterable[Te
         module.get_buffer(INPUT_COVARIANCE).copy_(total.covariance())
 
 
-class _AllSeen(Exception):
+class _AllSeen(BaseException):
     """Ends a forward of which nothing more is needed."""
 
 
@@ -100,11 +103,17 @@ class _PatchSums:
 
     def __init__(self, name: str, module: nn.Module, remaining: set[str]) -> None:
         self.name, self.remaining = name, remaining
-        self.count, self.matrix = 0, _patch_width(module) <= _LARGEST_COVARIANCE
+        self.count, self.width = 0, _patch_width(module)
+        self.matrix = self.width <= _LARGEST_COVARIANCE
         self.shift = self.first = self.second = torch.zeros(())
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         patches = _patches(module, arguments[0]).double()
+        if patches.shape[1:] != (self.width,):
+            raise ConversionError(
+                f"{self.name} reads {self.width} values of each patch, a batch of input_prior has {patches.shape[1]}",
+                "Give training images as the model sees them.",
+            )
         if self.count == 0:
             self.shift = patches.mean(0)
         patches = patches - self.shift

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bkn_core.errors import ConversionError
+
 _Edge = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
@@ -59,12 +61,21 @@ class Lookup:
         return Lookup, (self.paths,)
 
     def __call__(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules in the order of the paths."""
+        """Return the modules in the order of the paths.
+
+        Raises:
+            ConversionError: the model was changed after its conversion.
+        """
         if self._found is not None and not torch.compiler.is_compiling():
             places, modules = self._found
             if places.holders[0] is model._modules and places.are_kept():
                 return modules
-        modules = [model.get_submodule(path) for path in self.paths]
+        try:
+            modules = [model.get_submodule(path) for path in self.paths]
+        except AttributeError as error:
+            raise ConversionError(
+                f"a layer is not where it was at conversion: {error}", "Change the model first, then convert it again."
+            ) from error
         if all(self.paths) and self.paths and not torch.compiler.is_compiling():
             self._found = Places(self._edges(model)), modules
         return modules

@@ -16,11 +16,13 @@ from bkn_core.norm import native, together
 from bkn_core.norm.handing import Handed, Relay, is_recomputation, not_again
 from bkn_core.norm.kalman import Gaussian, diagonal, predict
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.loading import explain
 from bkn_core.norm.tracking import Seen, track
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.held import Held, HeldRow
 from bkn_core.wiring.lookup import Lookup, Places
 from bkn_core.wiring.native_program import NativeProgram, native_program
+from bkn_core.wiring.parameters import check_own
 from bkn_core.wiring.program import Wiring
 
 Transition = Literal["learned", "network"]
@@ -64,6 +66,7 @@ class Messenger:
         """Register the hooks on the model."""
         model.register_forward_pre_hook(self)
         model.register_forward_hook(Farewell(self), always_call=True)
+        model.register_load_state_dict_post_hook(explain)  # type: ignore[no-untyped-call]
 
     @property
     def is_static(self) -> bool:
@@ -155,8 +158,12 @@ class Farewell:
     def __call__(self, model: nn.Module, *_: Any) -> None:
         """Close the relays."""
         ledger: list[Seen] = []
-        for layer in self.messenger.lookup(model):
-            if not isinstance(layer, BatchKalmanNorm):  # a changed model has been refused before
+        try:
+            layers = self.messenger.lookup(model)
+        except ConversionError:  # a changed model has been refused before
+            return
+        for layer in layers:
+            if not isinstance(layer, BatchKalmanNorm):
                 continue
             mailbox = layer.mailboxes.own
             if mailbox.is_open and mailbox.relay is not None:
@@ -259,6 +266,8 @@ def norm_of(model: nn.Module, name: str) -> _BatchNorm:
             f"{name} was a normalization layer at conversion and is a {type(norm).__name__} now",
             "Change the model first, then convert it again.",
         )
+    for own in ("weight", "bias"):
+        check_own(norm, name, own)
     return norm
 
 

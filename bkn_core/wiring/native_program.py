@@ -20,6 +20,7 @@ from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
 from bkn_core.wiring.native_node import ACCUMULATES, FIELDS, Evaluate
 from bkn_core.wiring.native_tensors import INNOVATIONS, NativeTensors
+from bkn_core.wiring.parameters import tensor_of
 from bkn_core.wiring.program import Line, Wiring
 
 _NORM, _MEASURED, _CONVOLUTION, _PATCHES, _RELU, _ADD, _MULTIPLY = range(7)
@@ -102,7 +103,7 @@ class NativeProgram:
 
     def _tensor(self, module: str, name: str) -> int:
         """Return the number of a parameter or buffer, -1 where the module has None."""
-        tensor = getattr(self.model.get_submodule(module), name)
+        tensor = tensor_of(self.model, module, name)
         if tensor is None:
             return -1
         if (module, name) not in self.paths:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bkn_core.norm import native
 from bkn_core.norm.handing import is_recomputation
 from bkn_core.wiring.lookup import Lookup, Places
+from bkn_core.wiring.parameters import is_computed_by_hook
 
 INNOVATIONS = ("present_innovation", "present_mean_innovation")  # of a forward that may be a repeated one
 
@@ -79,6 +80,8 @@ def _check(
             name = name.removeprefix("present_")
         holder = module._parameters if name in module._parameters else module._buffers
         tensor = holder.get(name)
+        if tensor is None and is_computed_by_hook(module, name):
+            return None
         if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
             tensor = getattr(module, name, None)
         if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
+from bkn_core.errors import ConversionError
 from bkn_core.wiring.operations import IDENTITY
 from bkn_core.wiring.values import Step, Value
 
@@ -61,8 +62,45 @@ def parameter(model: nn.Module, path: str | Expression) -> Tensor:
         results = _resolved(path.function)(*arguments, **options)
         tensor: Tensor = results if path.result is None else pytree.tree_leaves(results)[path.result]
     else:
-        tensor = functools.reduce(getattr, str(path).split("."), model)  # type: ignore[assignment]
+        tensor = tensor_of(model, *str(path).rpartition(".")[::2])
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def tensor_of(model: nn.Module, owner: str, name: str) -> Tensor:
+    """Return a tensor of a module.
+
+    Raises:
+        ConversionError: the model was changed after its conversion.
+    """
+    try:
+        module = functools.reduce(getattr, owner.split(".") if owner else (), model)
+        tensor: Tensor = getattr(module, name)
+    except AttributeError as error:
+        raise ConversionError(
+            f"{owner}.{name} predicted a layer at conversion and is not there now",
+            "Change the model first, then convert it again.",
+        ) from error
+    check_own(module, owner, name)
+    return tensor
+
+
+def is_computed_by_hook(module: nn.Module, name: str) -> bool:
+    """Whether a tensor is none of a module's own but made by a hook of its forward, which comes after the priors."""
+    return isinstance(vars(module).get(name), Tensor) and bool(module._forward_pre_hooks)
+
+
+def check_own(module: nn.Module, path: str, name: str) -> None:
+    """Refuse a tensor that a hook makes.
+
+    Raises:
+        ConversionError: for such a tensor.
+    """
+    if is_computed_by_hook(module, name):
+        raise ConversionError(
+            f"{path}.{name} is computed by a hook of its layer (torch.nn.utils.prune, weight_norm, spectral_norm), "
+            "after the priors that depend on it",
+            "Use torch.nn.utils.parametrize or parametrizations, or make it permanent (prune.remove).",
+        )
 
 
 def _argument(model: nn.Module, argument: Any) -> Any:

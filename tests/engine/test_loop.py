@@ -143,6 +143,12 @@ def test_logged_losses_average_to_the_loss_of_the_epoch(tmp_path: Path) -> None:
         assert sum(losses) / len(losses) == pytest.approx(train_loss, rel=1e-5)
 
 
+def test_a_folder_may_be_given_as_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match="holds a run already"):
+        train(tiny(), out=str(tmp_path))
+
+
 def test_folders_are_numbered_where_their_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = tiny("train.epochs=1", "train.seed=5", "data.train_images=8")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from bkn_core.errors import CheckFailedError
 from bkn_core.export.parity import check_parity
@@ -58,6 +58,34 @@ def test_a_difference_within_the_tolerance_passes_and_is_reported() -> None:
 def test_a_difference_outside_the_tolerance_fails() -> None:
     with pytest.raises(CheckFailedError, match="differ by"):
         check_parity(graph(WEIGHT * np.float32(1.01)), identity, EXAMPLE, None, tolerance=1e-4)
+
+
+class Scaled(nn.Module):
+    """Two layers, of which the second is not what it should be where `factor` is not 1."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Linear(3, 3, bias=False)
+        nn.init.eye_(self.second.weight).data.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.first(x))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("prepared", "words"),
+    [(1.5, r"the first layer to differ is second \(Linear\) by "), (1.0, "no layer differs before ONNX Runtime")],
+)
+def test_a_difference_is_explained(prepared: float, words: str) -> None:
+    images = torch.zeros(5, 3)
+    images[4] = 100
+    made = graph(WEIGHT * np.float32(1.00012))  # which noise does not show
+    with pytest.raises(CheckFailedError, match="first in image 1 of a batch of 2, images 3 to 4"):
+        check_parity(made, identity, images[:2], images, tolerance=1e-4)
+    with pytest.raises(CheckFailedError, match=f"0 from its result in float64; {words}") as told:
+        check_parity(made, Scaled(1.0), images[:2], images, tolerance=1e-4, prepared=Scaled(prepared))
+    assert told.value.message.endswith("no file was written")
 
 
 def test_a_tie_within_the_tolerance_is_no_disagreement() -> None:

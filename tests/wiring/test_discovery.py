@@ -11,6 +11,7 @@ from test_structures import EXAMPLE, Base, NormTwice, Residual, Tied
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bkn_core.errors import ConversionError
 from bkn_core.wiring.discover import discover
 
 
@@ -46,13 +47,14 @@ def test_discovery_leaves_no_trace() -> None:
     assert torch.equal(example, EXAMPLE), "the example was written into"
 
 
-def test_exception_of_the_model_comes_through_and_leaves_no_mode_behind() -> None:
+def test_exception_of_the_model_is_named_and_leaves_no_mode_behind() -> None:
     class Broken(Base):
         def forward(self, x: Tensor) -> Tensor:
             raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(ConversionError, match=r"the forward of Broken in training mode .*: KeyError: 'mine'") as told:
         discover(Broken(), EXAMPLE)
+    assert isinstance(told.value.__cause__, KeyError)
     assert set(discover(Tied(), EXAMPLE).priors) == {"bn1", "bn2", "bn3"}
 
 

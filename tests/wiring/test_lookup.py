@@ -10,6 +10,7 @@ import weakref
 import pytest
 from torch import nn
 
+from bkn_core.errors import ConversionError
 from bkn_core.wiring.lookup import Lookup, modules_of
 
 PATHS = ["0", "1.0", "1.1.inner"]
@@ -38,7 +39,7 @@ def test_a_removed_module_is_missed() -> None:
     net, lookup = model(), Lookup(PATHS)
     lookup(net)
     del net[1][0]
-    with pytest.raises(AttributeError):
+    with pytest.raises(ConversionError, match="not where it was at conversion: Sequential"):
         lookup(net)
 
 
