@@ -17,14 +17,14 @@ import bkn_core as bkn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+CONVERT, ACCUMULATE, SAVE, FINE_TUNE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = sorted(
     {m[0].split("  #")[0].strip() for m in re.finditer(r"^bkn (train|eval|compare|export).*$", README, re.M)}
 )
 
 
 def test_the_python_example_trains_a_converted_model() -> None:
-    code = EXAMPLES[0]
+    code = CONVERT
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
@@ -57,9 +57,23 @@ def test_the_accumulation_example_steps_once_for_several_forwards() -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parts = [(part, torch.tensor([0, 1])) for part in images]
-    exec(EXAMPLES[1], {"bkn": bkn, "torch": torch, "model": model, "parts": parts, "optimizer": optimizer})
+    exec(ACCUMULATE, {"bkn": bkn, "torch": torch, "model": model, "parts": parts, "optimizer": optimizer})
     assert int(model[1].num_batches_tracked) == 1  # the block counts as one forward
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_saved_model_loads_into_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(4, 3, 8, 8)
+    model = bkn.convert(build(), images, statistics_batch_size=2, input_prior=2 * images)
+    model(images)
+    names = {"torch": torch, "bkn": bkn, "model": model, "build": build, "example_images": images}
+    exec(SAVE, names)
+    loaded = names["loaded"]
+    assert isinstance(loaded, nn.Module) and torch.equal(loaded(images), model(images))
 
 
 def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +86,7 @@ def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monk
         return model
 
     def train(model: nn.Module) -> None:
-        loop = EXAMPLES[0][EXAMPLES[0].index("for images") :]
+        loop = CONVERT[CONVERT.index("for images") :]
         names = {"model": model, "torch": torch, "loader": [(images, torch.tensor([0, 1, 0, 1]))]}
         exec(loop, names | {"optimizer": _Late({"model": model})})
 
@@ -80,7 +94,7 @@ def test_the_fine_tuning_example_ends_in_a_file_that_agrees(tmp_path: Path, monk
     images = torch.randn(4, 3, 32, 32)
     stand_in = SimpleNamespace(models=SimpleNamespace(resnet18=resnet))
     names = {"torch": torch, "torchvision": stand_in, "bkn": bkn, "images": images, "train": train}
-    exec(EXAMPLES[2], names)
+    exec(FINE_TUNE, names)
     model = names["model"]
     assert isinstance(model, nn.Module) and all(report.prior for report in bkn.conversion_report(model))
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
