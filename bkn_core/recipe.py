@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from bkn_core import recipe_file
 from bkn_core.errors import RecipeError
-from bkn_core.recipe_file import Entries, Entry, Key, meant, printable, shipped_recipes, shown
+from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
     BatchConfig,
     DataConfig,
@@ -26,6 +26,7 @@ from bkn_core.recipe_sections import (
     Section,
     TrainConfig,
 )
+from bkn_core.recipe_words import meant, printable, refusal
 
 __all__ = [
     "BatchConfig",
@@ -91,6 +92,27 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     return _faultless(entries, reader)
 
 
+def override_data(known: DataConfig, overrides: Sequence[str], label: str) -> DataConfig:
+    """The data of a trained model under `data.KEY=VALUE` words.
+
+    Args:
+        known: what the model was trained on.
+        overrides: the words.
+        label: what errors call the place where `known` stands.
+
+    Raises:
+        RecipeError: a word of another section, and every fault there is.
+    """
+    others = [word for word in overrides if not word.startswith("data.")]
+    if others:
+        raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
+    reader = recipe_file.RecipeReader(_SECTIONS)
+    entries: Entries = {("data", key): Entry(value, label) for key, value in known.model_dump(mode="json").items()}
+    for word in overrides:
+        entries = reader.override(entries, word)
+    return _faultless(entries, reader).data
+
+
 def parse_recipe(text: str, label: str) -> Recipe:
     """Read a recipe that a file carries as text: plain values alone, and no parents.
 
@@ -149,11 +171,7 @@ def _explanation(key: Key, detail: ErrorDetails, entries: Entries) -> str:
     fields = _SECTIONS[key[0]] if len(key) == 2 else Recipe.model_fields
     if detail["type"] == "extra_forbidden":
         return f"{name} is not a key{_right_key(key, [*fields] if len(key) == 2 else [*fields, 'extends'])}"
-    field, value = fields[key[-1]], entries[key].value
-    if get_origin(field.annotation) is not Literal:
-        return f"{name} is {shown(value)}; give {field.description}"
-    choices = get_args(field.annotation)
-    return f"{name} is {shown(value)}; choose one of {', '.join(choices)}{meant(str(value), choices)}"
+    return refusal(name, entries[key].value, fields[key[-1]])
 
 
 def _right_key(key: Key, names: list[str]) -> str:

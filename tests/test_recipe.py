@@ -287,11 +287,11 @@ def test_resolved_recipe_loads_to_an_equal_one(write: Any) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
-@pytest.mark.parametrize("module", ["recipe", "recipe_file", "recipe_sections"])
+@pytest.mark.parametrize("module", ["recipe", "recipe_file", "recipe_sections", "recipe_words"])
 def test_reading_recipes_needs_nothing_heavy(module: str) -> None:
     tree = ast.parse((Path(__file__).parent.parent / "bkn_core" / f"{module}.py").read_text())
     roots = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"bkn_core", "bkn_core.errors", "bkn_core.recipe_file", "bkn_core.recipe_sections"}
+    ours = {"bkn_core", *(f"bkn_core.{name}" for name in ("errors", "recipe_file", "recipe_sections", "recipe_words"))}
     light = {*sys.stdlib_module_names, "yaml", "pydantic", "pydantic_core"}
     assert {str(root).split(".")[0] for root in roots - ours} <= light
