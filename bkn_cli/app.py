@@ -17,6 +17,7 @@ from bkn_cli.export import export
 from bkn_cli.options import NO_VALUE
 from bkn_cli.render import Reporter
 from bkn_cli.train import train
+from bkn_cli.verb import RecipeVerb
 
 
 class Program(TyperGroup):
@@ -53,9 +54,9 @@ app = typer.Typer(
     "  4 a check failed, 5 device not available or its memory too small, 6 diverged,\n"
     "  7 the folder is in use by another process, 129 hang-up, 130 Ctrl-C, 143 SIGTERM",
 )
-app.command()(train)
+app.command(cls=RecipeVerb)(train)
 app.command("eval")(evaluate)
-app.command()(compare)
+app.command(cls=RecipeVerb)(compare)
 app.command()(export)
 
 

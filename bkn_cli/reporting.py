@@ -62,7 +62,8 @@ class _Notes(logging.Handler):
         self.reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.reporter.warn(record.getMessage())
+        if (text := record.getMessage()) not in self.reporter.warnings:
+            self.reporter.warn(text)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from bkn_core import recipe_file
 from bkn_core.errors import RecipeError
+from bkn_core.recipe_bending import Asked
 from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
     BatchConfig,
@@ -26,7 +27,7 @@ from bkn_core.recipe_sections import (
     Section,
     TrainConfig,
 )
-from bkn_core.recipe_words import meant, printable, refusal
+from bkn_core.recipe_words import keys_called, keys_like, nearest, printable, quoted, refusal
 
 __all__ = [
     "BatchConfig",
@@ -69,11 +70,14 @@ class Recipe(Section):
 
 
 _SECTIONS = {name: type(section).model_fields for name, section in Recipe() if isinstance(section, Section)}
-_DOTTED = [f"{name}.{key}" for name, fields in _SECTIONS.items() for key in fields]
+_DEFAULTS = {name: section.model_dump() for name, section in Recipe() if isinstance(section, Section)}
+KEYS = [f"{name}.{key}" for name, fields in _SECTIONS.items() for key in fields]
 
 
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge and check a recipe: defaults < parents < the file < KEY=VALUE words.
+
+    Sizes and flags that no word names give way to words that they do not fit, each with a warning of the log `bkn`.
 
     Args:
         source: path of a YAML file, bare name of a shipped recipe, or None for `digits_micro`.
@@ -87,9 +91,13 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     reader = recipe_file.RecipeReader(_SECTIONS)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.")[:100] or "recipe"
     entries = {("name",): Entry(name, printable(str(path)))} | reader.file(path)
+    own = dict(entries)
     for word in overrides:
         entries = reader.override(entries, word)
-    return _faultless(entries, reader)
+    asked = Asked({key for key, entry in entries.items() if entry is not own.get(key)}, _DEFAULTS)
+    recipe = _faultless(entries, reader, asked)
+    asked.tell(recipe.model_dump(mode="json"))
+    return recipe
 
 
 def override_data(known: DataConfig, overrides: Sequence[str], label: str) -> DataConfig:
@@ -129,14 +137,14 @@ def parse_recipe(text: str, label: str) -> Recipe:
     return _faultless(reader.text(text, label), reader)
 
 
-def _faultless(entries: Entries, reader: recipe_file.RecipeReader) -> Recipe:
-    recipe = _checked(entries, reader.faults)
+def _faultless(entries: Entries, reader: recipe_file.RecipeReader, asked: Asked | None = None) -> Recipe:
+    recipe = _checked(dict(entries), reader.faults, asked or Asked((), _DEFAULTS))
     if reader.faults:
         raise recipe_file.recipe_error(reader.faults)
     return recipe
 
 
-def _checked(entries: Entries, faults: list[str]) -> Recipe:
+def _checked(entries: Entries, faults: list[str], asked: Asked) -> Recipe:
     """The recipe of the entries; wrong ones are left out and the rest checked again, so that no fault hides another."""
     left_out = {key for key, entry in entries.items() if entry.value is recipe_file.REFUSED}
     while True:
@@ -150,10 +158,13 @@ def _checked(entries: Entries, faults: list[str]) -> Recipe:
             # A union reports one error per member: one per key is enough.
             found = {_keys(detail): detail for detail in error.errors(include_url=False, include_input=False)}
         for keys, detail in found.items():
+            if left_out.isdisjoint(keys) and asked.bend(entries, keys):
+                break
             if left_out.isdisjoint(keys):
                 places = dict.fromkeys(entries[key].place for key in keys if key in entries)
                 faults.append(f"{', '.join(places)}: {_explanation(keys[0], detail, entries)}")
-        left_out.update(*found)
+        else:
+            left_out.update(*found)
 
 
 def _keys(detail: ErrorDetails) -> tuple[Key, ...]:
@@ -177,12 +188,12 @@ def _explanation(key: Key, detail: ErrorDetails, entries: Entries) -> str:
 def _right_key(key: Key, names: list[str]) -> str:
     """The key that was meant, be it in another section; all names of this one where none is near."""
     dotted = ".".join(key)
-    if dotted in _DOTTED:
+    if dotted in KEYS:
         return f" here; write it as {dotted.replace('.', ': {')}: ...}}"
-    elsewhere = [other for other in _DOTTED if other.endswith(f".{key[-1]}")]
-    near = meant(key[-1], names if len(key) == 2 else [*names, *_DOTTED])
-    right = meant(elsewhere[0], elsewhere) if elsewhere else near
-    return right or f"; choose one of {', '.join(names)}"
+    near = nearest(key[-1], names)
+    here = [".".join([*key[:-1], near])] if near else []
+    likely = keys_called(key[-1], KEYS) or here or keys_like(key[-1], KEYS)
+    return f" (did you mean {quoted(likely)}?)" if likely else f"; choose one of {', '.join(names)}"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
 class RecipeReader:
     """Reads what a recipe is made of, and gathers every fault on the way."""
 
-    def __init__(self, sections: Collection[str]) -> None:
+    def __init__(self, sections: Mapping[str, Collection[str]]) -> None:
         self.sections = sections
         self.faults: list[str] = []
 
@@ -216,7 +216,9 @@ class RecipeReader:
             elif isinstance(value, dict):
                 entries |= {(name, key): Entry(_plain(entry.value), entry.place) for key, entry in value.items()}
             elif value is not REFUSED:
-                self.faults.append(f"{place}: {name} is {shown(_plain(value))}; give a mapping of keys to values")
+                first = next(iter(self.sections[name]))
+                what = f"{name} is {shown(_plain(value))}; give a mapping of keys to values"
+                self.faults.append(f"{place}: {what}, or one key in a word of its own, such as {name}.{first}=...")
         return entries
 
     def _parent(self, entry: Entry | None, chain: list[Path]) -> tuple[Path | None, str]:

@@ -9,6 +9,17 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+# What layers, other programs and habit call keys of a recipe.
+_ALSO = {
+    "batch_size": ["batch.gradient", "batch.per_device"],
+    "gradient_batch_size": ["batch.gradient"],
+    "statistics_batch_size": ["batch.statistics"],
+    "learning_rate": ["optim.lr"],
+    "wd": ["optim.weight_decay"],
+    "optimizer": ["optim.name"],
+    "dataset": ["data.name"],
+}
+
 
 def printable(text: str) -> str:
     """The text, escaped where a terminal could not show it and cut where it is long."""
@@ -23,12 +34,33 @@ def shown(value: object) -> str:
     return printable(repr(value))
 
 
-def meant(word: str, names: Collection[str]) -> str:
-    """Asks whether the name most like `word` was meant; swapped letters beat every other likeness."""
+def nearest(word: str, names: Collection[str]) -> str:
+    """The name most like a word, nothing where none is near; swapped letters beat every other likeness."""
     word = word[:80].lower()
     swapped = [name for name in names if sorted(name) == sorted(word)]
-    nearest = (swapped or get_close_matches(word, names, 1))[:1]
-    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+    return next(iter(swapped or get_close_matches(word, names, 1)), "")
+
+
+def meant(word: str, names: Collection[str]) -> str:
+    """Asks whether the name most like `word` was meant."""
+    name = nearest(word, names)
+    return f" (did you mean '{name}'?)" if name else ""
+
+
+def keys_called(word: str, keys: Collection[str]) -> list[str]:
+    """The dotted keys that a word names, whatever their section; two of them where one is not enough."""
+    return _ALSO.get(word) or [key for key in keys if key == word or key.endswith(f".{word}")]
+
+
+def keys_like(word: str, keys: Collection[str]) -> list[str]:
+    """The dotted keys whose name, with its section or without, is most like a word."""
+    near = nearest(word, [*keys, *_ALSO, *(key.partition(".")[2] for key in keys)])
+    return keys_called(near, keys) if near else []
+
+
+def quoted(keys: Collection[str]) -> str:
+    """Keys as a question lists them: all of those that stand for one size, or one of those with the same name."""
+    return (" and " if keys in _ALSO.values() else " or ").join(f"'{key}'" for key in keys)
 
 
 def refusal(name: str, value: object, field: FieldInfo) -> str:
