@@ -28,7 +28,7 @@ def test_help_shows_whole_option_names_in_eighty_columns(verb: str, monkeypatch:
 
 def test_help_names_every_exit_code() -> None:
     text = call("--help").stdout
-    for code in (0, 1, 2, 3, 4, 5, 6, 130, 143):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 8, 129, 130, 143):
         assert f" {code} " in text
 
 
