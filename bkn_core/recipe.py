@@ -46,8 +46,10 @@ __all__ = [
 class Recipe(Section):
     """Everything that decides a run; a resolved recipe, written down, loads to an equal one."""
 
-    version: Annotated[int, Field(ge=1, le=1, description="1")] = 1
-    name: FileName = "digits_micro"
+    version: Annotated[int, Field(ge=1, le=1, description="1")] = Field(default=1, title="version of this format")
+    name: FileName = Field(
+        default="digits_micro", title="first part of the run folder's name; default that of the recipe"
+    )
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
     batch: BatchConfig = BatchConfig()
