@@ -78,7 +78,7 @@ def evaluate(
         raise RecipeError(f"stats is {stats!r}", "Choose one of population, batch, both.")
     if batch_size is not None and batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}", "Give at least 1.")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         if priors:
             raise RecipeError(f"{path} is an exported file: it holds no priors", "Name the run that it came from.")
         return _evaluate_file(path, stats, batch_size, device, overrides)

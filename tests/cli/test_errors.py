@@ -53,6 +53,8 @@ Refuse = Callable[..., dict[str, Any]]
         (3, ("eval", "nosuch.onnx"), "nosuch.onnx"),
         (3, ("compare", "runs/a", "runs/b"), "runs/a"),
         (3, ("export", "model.onnx"), "runs/"),
+        (3, ("export", "model.ONNX"), "runs/"),
+        (3, ("eval", "nosuch.ONNX"), "nosuch.ONNX cannot be read"),
         (3, ("export", "model.onnx", "--run", "nosuch"), "nosuch"),
     ],
 )
