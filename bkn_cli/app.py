@@ -14,9 +14,11 @@ from typer.exceptions import TyperException
 from bkn_cli.compare import compare
 from bkn_cli.eval import evaluate
 from bkn_cli.export import export
+from bkn_cli.keys import keys
 from bkn_cli.options import NO_VALUE
 from bkn_cli.render import Reporter
 from bkn_cli.train import train
+from bkn_cli.verb import RecipeVerb
 
 
 class Program(TyperGroup):
@@ -51,12 +53,14 @@ app = typer.Typer(
     "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
     "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
     "  4 a check failed, 5 device not available or its memory too small, 6 diverged,\n"
-    "  7 the folder is in use by another process, 129 hang-up, 130 Ctrl-C, 143 SIGTERM",
+    "  7 the folder is in use by another process, 8 an output cannot be written,\n"
+    "  129 hang-up, 130 Ctrl-C, 143 SIGTERM",
 )
-app.command()(train)
+app.command(cls=RecipeVerb)(train)
 app.command("eval")(evaluate)
-app.command()(compare)
+app.command(cls=RecipeVerb)(compare)
 app.command()(export)
+app.command()(keys)
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bkn_cli.completion import complete_norms, complete_word
 from bkn_cli.options import Device, Json, Verbose, path, split_words
 from bkn_cli.reporting import reporting
 
@@ -21,14 +22,17 @@ def compare(
         typer.Argument(
             metavar="RECIPE|RUN|KEY=VALUE",
             help="A recipe to run with every norm, size and seed, default digits_micro, and any of its keys with "
-            "another value; or finished runs to set side by side.",
+            "another value (`bkn keys` lists them); or finished runs to set side by side.",
             show_default=False,
+            autocompletion=complete_word,
         ),
     ] = None,
     norms: Annotated[
         str | None,
         typer.Option(
-            metavar="NORM,...", help="Any of bkn, bn, brn, gn, ln, in, fixed, none, with commas; default bn,bkn."
+            metavar="NORM,...",
+            help="Any of bkn, bn, brn, gn, ln, in, fixed, none, with commas; default bn,bkn.",
+            autocompletion=complete_norms,
         ),
     ] = None,
     statistics_batch_sizes: Annotated[

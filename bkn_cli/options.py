@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bkn_cli.completion import complete_word
+
 NO_VALUE = ""  # the name of a flag's value in the help: it has none
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
@@ -25,8 +27,9 @@ Words = Annotated[
     typer.Argument(
         metavar="RECIPE|KEY=VALUE",
         help="A recipe, by its file or the name of a shipped one, default digits_micro; "
-        "then any of its keys with another value, such as norm.kind=bn train.epochs=3.",
+        "then any of its keys with another value, such as norm.kind=bn train.epochs=3; `bkn keys` lists them.",
         show_default=False,
+        autocompletion=complete_word,
     ),
 ]
 

@@ -57,7 +57,7 @@ def run_processes(reporter: Reporter, count: int) -> None:
     code = speaker.process.returncode
     if code < 0:
         rank = workers.index(speaker)
-        hint = "Continue with `bkn train --resume RUN`: its last checkpoint is sound."
+        hint = "Where a checkpoint was saved, `bkn train --resume RUN` goes on from it."
         reporter.fail("worker", UNEXPECTED, f"process {rank} was ended by signal {-code}", hint)
     _repeat(speaker.output, reporter.output.file)
     _repeat(speaker.errors, reporter.human.file)

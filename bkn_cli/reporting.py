@@ -21,6 +21,7 @@ from bkn_cli.start import ENDING
 
 UNEXPECTED = 1
 FOLLOWS = "BKN_FOLLOWS"  # set for processes that another one of this program has started
+_STOPPED = "No file is left half-written."
 _AFTERWARDS = 2.0  # seconds
 
 
@@ -37,9 +38,7 @@ def reporting(verb: str, *, as_json: bool, verbose: bool = False) -> Iterator[Re
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            reporter.fail(
-                "interrupted", exit_code(reporter.signal), "stopped at once", "What was saved before is sound."
-            )
+            reporter.fail("interrupted", exit_code(reporter.signal), "stopped at once", _STOPPED)
         except Exception as error:
             _explain(reporter, error)
 
@@ -62,7 +61,8 @@ class _Notes(logging.Handler):
         self.reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.reporter.warn(record.getMessage())
+        if (text := record.getMessage()) not in self.reporter.warnings:
+            self.reporter.warn(text)
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _notes(reporter: Reporter) -> Iterator[None]:
 
 
 def _explain(reporter: Reporter, error: Exception) -> NoReturn:
-    from bkn_core.errors import BknError, DeviceError, InterruptedRun
+    from bkn_core.errors import BknError, DeviceError, InterruptedRun, OutputError
 
     if isinstance(error, InterruptedRun):
         reporter.fail(error.code, exit_code(reporter.signal), error.message, error.hint)
@@ -88,7 +88,7 @@ def _explain(reporter: Reporter, error: Exception) -> NoReturn:
         hint = "Lower batch.per_device, eval.batch_size or data.image_size, or take a smaller model."
         reporter.fail("memory", DeviceError.exit_code, f"out of memory: {(str(error).splitlines() or [''])[0]}", hint)
     if isinstance(error, OSError):  # of the files that the library writes it makes errors of its own
-        reporter.fail("output", UNEXPECTED, f"the output cannot be written: {error}", "")
+        reporter.fail("output", OutputError.exit_code, f"the output cannot be written: {error}", "")
     if reporter.verbose:
         traceback.print_exception(error)
     if FOLLOWS in os.environ:  # perhaps another process has ended: who started both will say so, and end this one
@@ -104,7 +104,7 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _explain_stop(reporter: Reporter) -> NoReturn:
-    reporter.fail("interrupted", exit_code(reporter.signal), "stopped at once", "What was saved before is sound.")
+    reporter.fail("interrupted", exit_code(reporter.signal), "stopped at once", _STOPPED)
 
 
 @contextlib.contextmanager

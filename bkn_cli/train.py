@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bkn_cli.light import recipes_alone
 from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, path, split_words
 from bkn_cli.render import Reporter, metrics_result, metrics_table
 from bkn_cli.reporting import reporting
@@ -33,6 +34,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar=NO_VALUE, help="Build the model, say what would run, and stop.")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", metavar=NO_VALUE, help="Print the whole recipe as YAML, and stop.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -46,8 +50,14 @@ def train(
       bkn train cifar10_resnet_micro data.root=cifar10.zip
       bkn train data.name=imagefolder data.root=photos data.image_size=64
       bkn train --resume runs/NAME
+      bkn train norm.kind=bn --print-config > mine.yaml
+
+    `bkn keys` lists what a recipe and KEY=VALUE can say.
     """
     with reporting("train", as_json=as_json, verbose=verbose) as reporter:
+        if print_config:
+            _print_config(reporter, words, out, resume, device)
+            return
         from bkn_cli.processes import follow_starter, run_processes
 
         if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
@@ -61,9 +71,20 @@ def train(
             _run(reporter, recipe, out, resume)
 
 
+def _print_config(
+    reporter: Reporter, words: list[str] | None, out: Path | None, resume: Path | None, device: str | None
+) -> None:
+    with recipes_alone():
+        from bkn_core.recipe import dump_recipe
+
+        recipe = _recipe(words, out, resume, device)
+        reporter.text(dump_recipe(recipe).rstrip())
+        reporter.finish({"recipe": recipe.model_dump(mode="json")}, {})
+
+
 def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, device: str | None) -> Recipe:
-    from bkn_core import load_recipe
     from bkn_core.errors import RecipeError
+    from bkn_core.recipe import load_recipe
 
     names, overrides = split_words(words)
     if len(names) > 1:

@@ -47,7 +47,7 @@ class OutputError(BknError):
     """A file that is written could not be written."""
 
     code = "output"
-    exit_code = 1
+    exit_code = 8
 
 
 class BusyError(BknError):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from bkn_core.engine.batches import normalize
@@ -22,9 +19,9 @@ from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
 from bkn_core.engine.trust import may_choose
-from bkn_core.errors import InputError, RecipeError
+from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
-from bkn_core.recipe import DataConfig, EvalConfig, load_recipe
+from bkn_core.recipe import DataConfig, EvalConfig, override_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +71,14 @@ def evaluate(
         InputError: the target or the data is missing or damaged.
         RecipeError: an override or kind of statistics does not fit.
         DeviceError: the device is not there.
+        CheckFailedError: the model gives values that are not finite.
     """
     path = newest_run() if target is None else Path(target)
     if stats is not None and stats not in ("population", "batch", "both"):
         raise RecipeError(f"stats is {stats!r}", "Choose one of population, batch, both.")
     if batch_size is not None and batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}", "Give at least 1.")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         if priors:
             raise RecipeError(f"{path} is an exported file: it holds no priors", "Name the run that it came from.")
         return _evaluate_file(path, stats, batch_size, device, overrides)
@@ -97,7 +95,7 @@ def _evaluate_weights(
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)
-    images = _test_images(data, weights.preprocess, weights.classes)
+    images = _test_images(path, data, weights.preprocess, weights.classes, overrides)
     model = weights.model().to(chosen)
     size = batch_size or recipe.eval.batch_size
     metrics = {
@@ -106,6 +104,7 @@ def _evaluate_weights(
         )
         for kind in modes(stats or recipe.eval_stats)
     }
+    _check_finite(path, metrics)
     file = path / "evaluation.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
     report = None
@@ -127,19 +126,19 @@ def _evaluate_file(
     path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str]
 ) -> EvaluationResult:
     model = open_session(path, device=device)
-    own = str(model.norm.get("stats", "population"))
+    own = model.norm["stats"]
     if stats not in (None, own):
         raise RecipeError(
             f"{path} normalizes by {own} statistics, not by {stats}",
             f"Export another with `bkn export --stats {stats}`.",
         )
     source = model.metadata.source
-    trained = find_run(str(source.get("weights_sha256")))
-    known = _claimed(path, source.get("data")) if trained is None else load_weights(trained).recipe.data
-    if known is None and not overrides:
+    trained, claimed = find_run(source["weights_sha256"]), source.get("data")
+    if trained is None and claimed is None and not overrides:
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
-    data = _data(path, known or DataConfig(), overrides)
-    images = _test_images(data, model.preprocess, model.classes)
+    known = DataConfig.model_validate(claimed or {}) if trained is None else load_weights(trained).recipe.data
+    data = _data(path, known, overrides)
+    images = _test_images(path, data, model.preprocess, model.classes, overrides)
     defaults = EvalConfig()
 
     def predict(batch: Tensor) -> Tensor:
@@ -147,20 +146,11 @@ def _evaluate_file(
 
     size = batch_size or defaults.batch_size
     metrics = {own: measure(predict, images, batch_size=size, topk=defaults.topk)}
+    _check_finite(path, metrics)
     file = path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
     warnings = (model.fell_back,) if model.fell_back else ()
     return EvaluationResult(path, metrics, file, model.provider, _named(data), warnings)
-
-
-def _claimed(path: Path, values: Any) -> DataConfig | None:
-    """Read what an exported file says of its data."""
-    if not values:
-        return None
-    try:
-        return DataConfig.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{path} names data that cannot be: {values!r:.200}", "Export the file again.") from error
 
 
 def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig:
@@ -170,13 +160,9 @@ def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig
         RecipeError: another key, or a value that does not fit.
         InputError: the data lie outside the working folder, and no word says so.
     """
-    others = [word for word in overrides if not word.startswith("data.")]
-    if others:
-        raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
-    own = {**known.model_dump(), "download": False}  # what is measured does not choose to download
-    words = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
-    data = load_recipe(None, [*words, *overrides]).data
-    if not may_choose(data) and not any(word.partition("=")[0].strip() == "data.root" for word in overrides):
+    own = known.model_copy(update={"download": False})  # what is measured does not choose to download
+    data = override_data(own, overrides, str(path))
+    if not may_choose(data) and "data.root" not in _keys(overrides):
         raise InputError(
             f"{path} names the data {data.root!r}, outside the working folder, which a file may not choose",
             f"If these are the data that you mean, name them yourself: data.root={shlex.quote(data.root)}",
@@ -188,10 +174,19 @@ def _named(data: DataConfig) -> str:
     return data.name if data.name == "digits" else f"{data.name} in {data.root}"
 
 
-def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str]) -> ImageSet | LazyImageSet:
-    images = load_test_images(
-        data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
-    )
+def _test_images(
+    path: Path, data: DataConfig, preprocess: Preprocess, classes: Sequence[str], overrides: Sequence[str]
+) -> ImageSet | LazyImageSet:
+    try:
+        images = load_test_images(
+            data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
+        )
+    except RecipeError as error:
+        if any(key in error.message for key in _keys(overrides)):
+            raise
+        raise InputError(
+            f"{path} names data that cannot be: {error.message}", "Name others: data.KEY=VALUE."
+        ) from error
     if tuple(images.classes) != tuple(classes):
         raise InputError(
             f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
@@ -199,3 +194,18 @@ def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str
             "Measure it on data with the same class names.",
         )
     return images
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0].strip() for word in overrides]
+
+
+def _check_finite(path: Path, metrics: dict[str, Metrics]) -> None:
+    """Refuse to call a measurement what a model gave that does not compute."""
+    for kind, measured in metrics.items():
+        bad = int((~measured.losses.isfinite()).sum())
+        if bad:
+            raise CheckFailedError(
+                f"{path} gives values that are not finite for {bad} of {measured.images} images ({kind} statistics)",
+                "Train it again, or measure an earlier checkpoint.",
+            )

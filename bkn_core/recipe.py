@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -13,7 +13,8 @@ from pydantic_core import ErrorDetails
 
 from bkn_core import recipe_file
 from bkn_core.errors import RecipeError
-from bkn_core.recipe_file import Entries, Entry, Key, meant, printable, shipped_recipes, shown
+from bkn_core.recipe_bending import Asked
+from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
     BatchConfig,
     DataConfig,
@@ -26,6 +27,7 @@ from bkn_core.recipe_sections import (
     Section,
     TrainConfig,
 )
+from bkn_core.recipe_words import keys_called, keys_like, nearest, printable, quoted, refusal
 
 __all__ = [
     "BatchConfig",
@@ -44,8 +46,10 @@ __all__ = [
 class Recipe(Section):
     """Everything that decides a run; a resolved recipe, written down, loads to an equal one."""
 
-    version: Annotated[int, Field(ge=1, le=1, description="1")] = 1
-    name: FileName = "digits_micro"
+    version: Annotated[int, Field(ge=1, le=1, description="1")] = Field(default=1, title="version of this format")
+    name: FileName = Field(
+        default="digits_micro", title="first part of the run folder's name; default that of the recipe"
+    )
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
     batch: BatchConfig = BatchConfig()
@@ -68,11 +72,14 @@ class Recipe(Section):
 
 
 _SECTIONS = {name: type(section).model_fields for name, section in Recipe() if isinstance(section, Section)}
-_DOTTED = [f"{name}.{key}" for name, fields in _SECTIONS.items() for key in fields]
+_DEFAULTS = {name: section.model_dump() for name, section in Recipe() if isinstance(section, Section)}
+KEYS = [f"{name}.{key}" for name, fields in _SECTIONS.items() for key in fields]
 
 
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge and check a recipe: defaults < parents < the file < KEY=VALUE words.
+
+    Sizes and flags that no word names give way to words that they do not fit, each with a warning of the log `bkn`.
 
     Args:
         source: path of a YAML file, bare name of a shipped recipe, or None for `digits_micro`.
@@ -86,9 +93,34 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     reader = recipe_file.RecipeReader(_SECTIONS)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.")[:100] or "recipe"
     entries = {("name",): Entry(name, printable(str(path)))} | reader.file(path)
+    own = dict(entries)
     for word in overrides:
         entries = reader.override(entries, word)
-    return _faultless(entries, reader)
+    asked = Asked({key for key, entry in entries.items() if entry is not own.get(key)}, _DEFAULTS)
+    recipe = _faultless(entries, reader, asked)
+    asked.tell(recipe.model_dump(mode="json"))
+    return recipe
+
+
+def override_data(known: DataConfig, overrides: Sequence[str], label: str) -> DataConfig:
+    """The data of a trained model under `data.KEY=VALUE` words.
+
+    Args:
+        known: what the model was trained on.
+        overrides: the words.
+        label: what errors call the place where `known` stands.
+
+    Raises:
+        RecipeError: a word of another section, and every fault there is.
+    """
+    others = [word for word in overrides if not word.startswith("data.")]
+    if others:
+        raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
+    reader = recipe_file.RecipeReader(_SECTIONS)
+    entries: Entries = {("data", key): Entry(value, label) for key, value in known.model_dump(mode="json").items()}
+    for word in overrides:
+        entries = reader.override(entries, word)
+    return _faultless(entries, reader).data
 
 
 def parse_recipe(text: str, label: str) -> Recipe:
@@ -107,14 +139,14 @@ def parse_recipe(text: str, label: str) -> Recipe:
     return _faultless(reader.text(text, label), reader)
 
 
-def _faultless(entries: Entries, reader: recipe_file.RecipeReader) -> Recipe:
-    recipe = _checked(entries, reader.faults)
+def _faultless(entries: Entries, reader: recipe_file.RecipeReader, asked: Asked | None = None) -> Recipe:
+    recipe = _checked(dict(entries), reader.faults, asked or Asked((), _DEFAULTS))
     if reader.faults:
         raise recipe_file.recipe_error(reader.faults)
     return recipe
 
 
-def _checked(entries: Entries, faults: list[str]) -> Recipe:
+def _checked(entries: Entries, faults: list[str], asked: Asked) -> Recipe:
     """The recipe of the entries; wrong ones are left out and the rest checked again, so that no fault hides another."""
     left_out = {key for key, entry in entries.items() if entry.value is recipe_file.REFUSED}
     while True:
@@ -128,10 +160,13 @@ def _checked(entries: Entries, faults: list[str]) -> Recipe:
             # A union reports one error per member: one per key is enough.
             found = {_keys(detail): detail for detail in error.errors(include_url=False, include_input=False)}
         for keys, detail in found.items():
+            if left_out.isdisjoint(keys) and asked.bend(entries, keys):
+                break
             if left_out.isdisjoint(keys):
                 places = dict.fromkeys(entries[key].place for key in keys if key in entries)
                 faults.append(f"{', '.join(places)}: {_explanation(keys[0], detail, entries)}")
-        left_out.update(*found)
+        else:
+            left_out.update(*found)
 
 
 def _keys(detail: ErrorDetails) -> tuple[Key, ...]:
@@ -149,22 +184,18 @@ def _explanation(key: Key, detail: ErrorDetails, entries: Entries) -> str:
     fields = _SECTIONS[key[0]] if len(key) == 2 else Recipe.model_fields
     if detail["type"] == "extra_forbidden":
         return f"{name} is not a key{_right_key(key, [*fields] if len(key) == 2 else [*fields, 'extends'])}"
-    field, value = fields[key[-1]], entries[key].value
-    if get_origin(field.annotation) is not Literal:
-        return f"{name} is {shown(value)}; give {field.description}"
-    choices = get_args(field.annotation)
-    return f"{name} is {shown(value)}; choose one of {', '.join(choices)}{meant(str(value), choices)}"
+    return refusal(name, entries[key].value, fields[key[-1]])
 
 
 def _right_key(key: Key, names: list[str]) -> str:
     """The key that was meant, be it in another section; all names of this one where none is near."""
     dotted = ".".join(key)
-    if dotted in _DOTTED:
+    if dotted in KEYS:
         return f" here; write it as {dotted.replace('.', ': {')}: ...}}"
-    elsewhere = [other for other in _DOTTED if other.endswith(f".{key[-1]}")]
-    near = meant(key[-1], names if len(key) == 2 else [*names, *_DOTTED])
-    right = meant(elsewhere[0], elsewhere) if elsewhere else near
-    return right or f"; choose one of {', '.join(names)}"
+    near = nearest(key[-1], names)
+    here = [".".join([*key[:-1], near])] if near else []
+    likely = keys_called(key[-1], KEYS) or here or keys_like(key[-1], KEYS)
+    return f" (did you mean {quoted(likely)}?)" if likely else f"; choose one of {', '.join(names)}"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
 
 from bkn_core.errors import InputError, RecipeError
+from bkn_core.recipe_words import meant, printable, shown
 
 LARGEST_FILE = 1_000_000
 MOST_EVENTS = 10_000
@@ -35,27 +35,6 @@ class Entry(NamedTuple):
 
 Key = tuple[str, ...]
 Entries = dict[Key, Entry]
-
-
-def printable(text: str) -> str:
-    """The text, escaped where a terminal could not show it and cut where it is long."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def shown(value: object) -> str:
-    """A value as a recipe would write it, on one short line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return printable(repr(value))
-
-
-def meant(word: str, names: Collection[str]) -> str:
-    """Asks whether the name most like `word` was meant; swapped letters beat every other likeness."""
-    word = word[:80].lower()
-    swapped = [name for name in names if sorted(name) == sorted(word)]
-    nearest = (swapped or get_close_matches(word, names, 1))[:1]
-    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
 
 
 def recipe_error(faults: list[str]) -> RecipeError:
@@ -173,7 +152,7 @@ def _plain(value: Any) -> Any:
 class RecipeReader:
     """Reads what a recipe is made of, and gathers every fault on the way."""
 
-    def __init__(self, sections: Collection[str]) -> None:
+    def __init__(self, sections: Mapping[str, Collection[str]]) -> None:
         self.sections = sections
         self.faults: list[str] = []
 
@@ -237,7 +216,9 @@ class RecipeReader:
             elif isinstance(value, dict):
                 entries |= {(name, key): Entry(_plain(entry.value), entry.place) for key, entry in value.items()}
             elif value is not REFUSED:
-                self.faults.append(f"{place}: {name} is {shown(_plain(value))}; give a mapping of keys to values")
+                first = next(iter(self.sections[name]))
+                what = f"{name} is {shown(_plain(value))}; give a mapping of keys to values"
+                self.faults.append(f"{place}: {what}, or one key in a word of its own, such as {name}.{first}=...")
         return entries
 
     def _parent(self, entry: Entry | None, chain: list[Path]) -> tuple[Path | None, str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-# The description of a type is what an error message says is allowed.
+# The description of a type is what an error message says is allowed; the title of a key is what it means.
 Count = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 Limit = Annotated[Count | None, Field(description="an integer of at least 1, or null for all")]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]  # not strict: YAML has lists in place of tuples
@@ -49,26 +49,41 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The network before its norm layers are converted."""
 
-    name: Text = "cifar_resnet8"
-    pretrained: Flag = False
-    args: Arguments = {}
+    name: Text = Field(
+        default="cifar_resnet8",
+        title="cifar_plain, cifar_resnetN, cifar_preact_resnetN, one of torchvision's, or timm:NAME",
+    )
+    pretrained: Flag = Field(default=False, title="begin with the published weights of torchvision or timm")
+    args: Arguments = Field(default={}, title="arguments of the network, such as model.args.width=32")
 
 
 class NormConfig(Section):
     """The kind of norm layer and the filter inside it; null leaves the network its own `eps` and `momentum`."""
 
-    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"] = "bkn"
-    transition: Literal["learned", "network"] = "network"
-    message: Literal["normalized", "raw"] = "normalized"
-    covariance: Literal["diagonal", "full"] = "diagonal"
-    gain: Gain = "auto"
-    learn_gain: Flag = True
-    gain_schedule: Literal["constant", "anneal"] = "anneal"
-    correction: Flag = False
-    innovation: Flag = True
-    input_prior: Flag = True
-    eps: PositiveOrOwn = None
-    momentum: FractionOrOwn = None
+    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"] = Field(
+        default="bkn", title="Batch Kalman, batch, batch renormalized, group, layer, instance, fixed or none"
+    )
+    transition: Literal["learned", "network"] = Field(
+        default="network", title="what predicts a layer: the network's own weights, or a learned linear map"
+    )
+    message: Literal["normalized", "raw"] = Field(
+        default="normalized", title="what a layer hands on: moments of its normalized or of its raw output"
+    )
+    covariance: Literal["diagonal", "full"] = Field(
+        default="diagonal", title="variance per channel, or covariances between channels"
+    )
+    gain: Gain = Field(
+        default="auto", title="share of what a group shows in the blend with its prior; auto: computed in training"
+    )
+    learn_gain: Flag = Field(default=True, title="learn a gain that is a number")
+    gain_schedule: Literal["constant", "anneal"] = Field(
+        default="anneal", title="let the gain fall to 0 in the second half of training, or keep it"
+    )
+    correction: Flag = Field(default=False, title="learn a correction of each prior")
+    innovation: Flag = Field(default=True, title="correct each prior by how far it was off in the steps before")
+    input_prior: Flag = Field(default=True, title="measure the moments of input patches for the first layer's prior")
+    eps: PositiveOrOwn = Field(default=None, title="added to every variance")
+    momentum: FractionOrOwn = Field(default=None, title="weight of the newest statistics in the moving ones")
 
     @model_validator(mode="after")
     def _learned_gain_is_below_one(self) -> Self:
@@ -81,9 +96,13 @@ class NormConfig(Section):
 class BatchConfig(Section):
     """The paper's (g, s), and the images of one forward pass of one process."""
 
-    gradient: Count = 128
-    statistics: Count = 2
-    per_device: Count = Field(default=None, validate_default=True)
+    gradient: Count = Field(default=128, title="g: images of one optimizer step, over all passes and processes")
+    statistics: Count = Field(default=2, title="s: images that share statistics")
+    per_device: Count = Field(
+        default=None,
+        validate_default=True,
+        title="images of one forward pass of one process; null: the largest that fits, up to 128",
+    )
 
     @field_validator("per_device", mode="before")
     @classmethod
@@ -113,14 +132,18 @@ class DataConfig(Section):
     training images in proportion to the classes, or a folder of their own. `train_images` counts what is left.
     """
 
-    name: Text = "digits"
-    root: Text = "data"
-    image_size: Size = None
-    train_images: Limit = None
-    test_images: Limit = None
-    validation: ShareOrFolder = None
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    download: Flag = False
+    name: Text = Field(default="digits", title="digits, npz, imagefolder, or a classification set of torchvision")
+    root: Text = Field(default="data", title="folder or file of the images")
+    image_size: Size = Field(
+        default=None, title="size of images after resizing, null: their own; digits have 16 by default"
+    )
+    train_images: Limit = Field(default=None, title="how many training images are used")
+    test_images: Limit = Field(default=None, title="how many test images are used")
+    validation: ShareOrFolder = Field(
+        default=None, title="images that epochs are compared on: a share of the training images, or a folder"
+    )
+    augment: Literal["none", "flip", "crop_flip"] = Field(default="none", title="random changes of training images")
+    download: Flag = Field(default=False, title="download a set of torchvision into data.root")
 
     @model_validator(mode="before")
     @classmethod
@@ -133,32 +156,38 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long, where and how carefully."""
 
-    epochs: Count = 10
-    seed: Seed = 0
-    device: Device = "auto"
-    amp: FlagOrAuto = "auto"
-    compile: Flag = False
-    channels_last: Flag = True
-    ema: Decay = None
-    clip_norm: PositiveOrNone = None
-    deterministic: Flag = False
-    nonfinite: Literal["stop", "skip"] = "stop"
+    epochs: Count = Field(default=10, title="passes over the training images")
+    seed: Seed = Field(default=0, title="of weights, order of images and augmentation")
+    device: Device = Field(default="auto", title="where to compute")
+    amp: FlagOrAuto = Field(default="auto", title="mixed precision; auto: on CUDA only")
+    compile: Flag = Field(default=False, title="compile the model with torch.compile")
+    channels_last: Flag = Field(default=True, title="keep images with their channels last in memory")
+    ema: Decay = Field(default=None, title="decay of a moving average of the weights, which is measured and saved")
+    clip_norm: PositiveOrNone = Field(default=None, title="largest norm of the gradient")
+    deterministic: Flag = Field(default=False, title="use deterministic operations only")
+    nonfinite: Literal["stop", "skip"] = Field(default="stop", title="what to do with a step that is not finite")
 
 
 class OptimConfig(Section):
     """The optimizer and its schedule; warmup and milestones are fractions of the steps."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    momentum: BelowOne = 0.9
-    nesterov: Flag = True
-    weight_decay: NonNegative = 5e-4
-    norm_weight_decay: NonNegative = 0.0
-    gain_lr_scale: NonNegative = 1.0
-    schedule: Literal["onecycle", "cosine", "multistep", "constant"] = "onecycle"
-    warmup: BelowOne = 0.2
-    milestones: Fractions = (0.5, 0.75)
-    gamma: Positive = 0.1
+    name: Literal["sgd", "adamw"] = Field(default="sgd", title="the optimizer")
+    lr: Positive = Field(default=0.1, title="the highest learning rate")
+    momentum: BelowOne = Field(default=0.9, title="of sgd; the first beta of adamw")
+    nesterov: Flag = Field(default=True, title="Nesterov momentum of sgd")
+    weight_decay: NonNegative = Field(default=5e-4, title="of weights of convolutions and linear layers")
+    norm_weight_decay: NonNegative = Field(
+        default=0.0, title="of scales and shifts of normalization layers and of biases"
+    )
+    gain_lr_scale: NonNegative = Field(default=1.0, title="factor of the learning rate of learned gains")
+    schedule: Literal["onecycle", "cosine", "multistep", "constant"] = Field(
+        default="onecycle", title="course of the learning rate"
+    )
+    warmup: BelowOne = Field(default=0.2, title="share of the steps in which the learning rate rises")
+    milestones: Fractions = Field(
+        default=(0.5, 0.75), title="shares of the steps at which the learning rate falls (multistep)"
+    )
+    gamma: Positive = Field(default=0.1, title="factor of the learning rate at each milestone")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
@@ -170,14 +199,17 @@ class OptimConfig(Section):
 class EvalConfig(Section):
     """How a model is measured."""
 
-    batch_size: Count = 250
-    stats: Literal["auto", "population", "batch", "both"] = "auto"
-    topk: Counts = (1, 5)
+    batch_size: Count = Field(default=250, title="images of one forward pass when measuring")
+    stats: Literal["auto", "population", "batch", "both"] = Field(
+        default="auto",
+        title="statistics of measuring: moving ones, each image by itself, or both; auto: batch where s is 1",
+    )
+    topk: Counts = Field(default=(1, 5), title="k of the top-k accuracies")
 
 
 class LogConfig(Section):
     """What a run writes down beside its metrics."""
 
-    every: Count = 20
-    tensorboard: Flag = False
-    plots: Flag = True
+    every: Count = Field(default=20, title="steps between two rows of metrics.jsonl")
+    tensorboard: Flag = Field(default=False, title="write TensorBoard events at the end")
+    plots: Flag = Field(default=True, title="draw the curves at the end")

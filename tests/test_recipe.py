@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
+CORE = Path(__file__).parent.parent / "bkn_core"
+
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
@@ -137,7 +139,7 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
         "command line 'log.every=[': not valid YAML: expected the node content, but found '<stream end>'",
         f"{path}:4: norm.kind is 'bnk'; choose one of bkn, bn, brn, gn, ln, in, fixed, none (did you mean 'bkn'?)",
         f"{path}:5: norm.eps is nan; give a finite number above 0, or null for the network's own",
-        f"{path}:3: norm.knid is not a key (did you mean 'kind'?)",
+        f"{path}:3: norm.knid is not a key (did you mean 'norm.kind'?)",
         f"{path}:6: batch.gradient is -1; give an integer of at least 1",
         f"{base}:2: train.epochs is 1.5; give an integer of at least 1",
         f"{base}:2: train.seed is true; give an integer from 0 to 4294967295",
@@ -150,6 +152,13 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
     ("text", "expected"),
     [
         ("lr: 0.1", "lr is not a key (did you mean 'optim.lr'?)"),
+        ("batch_size: 32", "batch_size is not a key (did you mean 'batch.gradient' and 'batch.per_device'?)"),
+        ("train: {batch_size: 32}", "(did you mean 'batch.gradient' and 'batch.per_device'?)"),
+        ("norm: {statistics_batch_size: 2}", "(did you mean 'batch.statistics'?)"),
+        ("momentum: 0.1", "momentum is not a key (did you mean 'norm.momentum' or 'optim.momentum'?)"),
+        ("norm: {knd: bn}", "norm.knd is not a key (did you mean 'norm.kind'?)"),
+        ("knd: bn", "knd is not a key (did you mean 'norm.kind'?)"),
+        ("model: resnet18", "in a word of its own, such as model.name=..."),
         ("norm.kind: bn", "norm.kind is not a key here; write it as norm: {kind: ...}"),
         ("nrom: {kind: bn}", "nrom is not a key (did you mean 'norm'?)"),
         ("log: {zzz: 1}", "log.zzz is not a key; choose one of every, tensorboard, plots"),
@@ -184,9 +193,12 @@ def test_fault_names_place_key_value_and_what_is_allowed(write: Any, text: str, 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["norm.gain=1"], "norm.gain is 1.0; norm.learn_gain true needs a number below 1"),
-        (["optim.momentum=0"], "optim.momentum is 0.0; optim.nesterov true needs a number above 0"),
-        (["batch.statistics=3"], "batch.gradient is 128; give a multiple of batch.statistics (3)"),
+        (["norm.learn_gain=true", "norm.gain=1"], "norm.gain is 1.0; norm.learn_gain true needs a number below 1"),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.momentum is 0.0; optim.nesterov true needs a number"),
+        (
+            ["batch.gradient=128", "batch.statistics=3"],
+            "batch.gradient is 128; give a multiple of batch.statistics (3)",
+        ),
         (["batch.per_device=12"], "batch.per_device is 12; give a multiple of batch.statistics (2) that divides"),
     ],
 )
@@ -206,6 +218,32 @@ def test_values_that_cannot_work_together_are_refused(words: list[str], expected
 )
 def test_the_same_values_pass_where_they_can_work(words: list[str]) -> None:
     assert load_recipe(None, words).name == "digits_micro"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value", "note"),
+    [
+        (["batch.gradient=8"], "batch.per_device", 8, "is 8, not 64 ({}:1), to fit batch.gradient=8"),
+        (["batch.statistics=3"], "batch.gradient", 126, "is 126, not 128 ({}:1), to fit batch.statistics=3"),
+        (["batch.statistics=3"], "batch.per_device", 126, "is 126, not 64 ({}:1), to fit batch.statistics=3"),
+        (["batch.statistics=200"], "batch.gradient", 200, "is 200, not 128 ({}:1), to fit batch.statistics=200"),
+        (["norm.gain=1"], "norm.learn_gain", False, "is false, not true (the default), to fit norm.gain=1.0"),
+        (["optim.momentum=0"], "optim.nesterov", False, "is false, not true (the default), to fit optim.momentum=0.0"),
+    ],
+)
+def test_what_a_word_asks_for_bends_what_only_a_recipe_says(
+    write: Any, caplog: pytest.LogCaptureFixture, words: list[str], key: str, value: object, note: str
+) -> None:
+    path = write("batch: {gradient: 128, per_device: 64}\n")
+    recipe = load_recipe(path, words)
+    section, _, name = key.partition(".")
+    assert getattr(getattr(recipe, section), name) == value
+    assert f"{key} {note.format(path)}" in caplog.messages
+
+
+def test_a_size_that_fits_is_left_as_the_recipe_says(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe(write("batch: {gradient: 128, per_device: 4}\n"), ["batch.gradient=8", "batch.statistics=4"])
+    assert (recipe.batch.per_device, caplog.messages) == (4, [])
 
 
 def test_rule_keeps_silent_about_a_key_that_is_wrong_by_itself() -> None:
@@ -287,11 +325,11 @@ def test_resolved_recipe_loads_to_an_equal_one(write: Any) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
-@pytest.mark.parametrize("module", ["recipe", "recipe_file", "recipe_sections"])
-def test_reading_recipes_needs_nothing_heavy(module: str) -> None:
-    tree = ast.parse((Path(__file__).parent.parent / "bkn_core" / f"{module}.py").read_text())
+@pytest.mark.parametrize("path", [*CORE.glob("recipe*.py")], ids=lambda path: path.stem)
+def test_reading_recipes_needs_nothing_heavy(path: Path) -> None:
+    tree = ast.parse(path.read_text())
     roots = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"bkn_core", "bkn_core.errors", "bkn_core.recipe_file", "bkn_core.recipe_sections"}
+    ours = {"bkn_core", "bkn_core.errors", *(f"bkn_core.{module.stem}" for module in CORE.glob("recipe*.py"))}
     light = {*sys.stdlib_module_names, "yaml", "pydantic", "pydantic_core"}
     assert {str(root).split(".")[0] for root in roots - ours} <= light

@@ -59,6 +59,7 @@ def _words(base: Recipe, norm: str, statistics: int, seed: int) -> list[str]:
     stats = "population" if norm in _POPULATION_ONLY else "both"
     return [
         f"norm.kind={norm}",
+        f"batch.gradient={base.batch.gradient}",
         f"batch.statistics={statistics}",
         f"batch.per_device={_per_device(base.batch, statistics)}",
         f"train.seed={seed}",

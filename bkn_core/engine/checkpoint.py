@@ -109,10 +109,17 @@ def _description(path: Path, metadata: dict[str, str]) -> tuple[Recipe, Preproce
     try:
         recipe = parse_recipe(metadata["recipe"], "its recipe")
         preprocess = Preprocess.from_dict(json.loads(metadata["preprocess"]))
-        return recipe, preprocess, _NAMES.validate_json(metadata["classes"])
+        return recipe, preprocess, _names(metadata["classes"])
     except (BknError, ValueError, TypeError, RecursionError) as error:
         what = error.message if isinstance(error, BknError) else error
         raise InputError(f"{path} cannot be loaded: {what}", "Is it of another version?") from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    try:
+        return _NAMES.validate_json(text)
+    except ValueError:
+        raise InputError(f"its classes are {text:.80}; expected is a list of names") from None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def check_weights(model: nn.Module, average: nn.Module, step: int) -> None:
         if (name := bad_parameter(net)) is not None:
             raise DivergedError(
                 f"step {step}: the {kind} {name} is not finite after the update",
-                "Lower optim.lr or set train.clip_norm. The last checkpoint is sound.",
+                "Lower optim.lr or set train.clip_norm.",
             )
 
 

@@ -57,7 +57,7 @@ class Preprocess:
         if set(values) != expected:
             raise InputError(f"preprocess has the keys {sorted(values)}; expected are {sorted(expected)}")
         for key, allowed in _faults(values).items():
-            raise InputError(f"preprocess.{key} is {values[key]!r}; allowed is {allowed}")
+            raise InputError(f"preprocess.{key} is {values[key]!r:.80}; allowed is {allowed}")
         lists = {key: tuple(values[key]) for key in ("image_size", "mean", "std")}
         return cls(**{**values, **lists})
 

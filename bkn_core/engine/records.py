@@ -15,7 +15,7 @@ from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Step, Training
-from bkn_core.errors import BknError, InterruptedRun, OutputError
+from bkn_core.errors import BknError, DivergedError, InterruptedRun, OutputError
 from bkn_core.norm.layers import BatchKalmanNorm
 
 
@@ -141,6 +141,9 @@ class Records:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, DivergedError) and self.folder is not None:
+                saved = self.folder.state.exists()
+                error.hint += " The last checkpoint is sound." if saved else " No checkpoint was saved before."
             is_stop = isinstance(error, (InterruptedRun, KeyboardInterrupt))
             text = error.message if isinstance(error, BknError) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(OutputError):  # the disk may be what failed

@@ -203,9 +203,7 @@ class Training:
         self.skipped += 1
         text = f"step {self.step + 1} (epoch {epoch + 1}): the {where} is not finite"
         if self.recipe.train.nonfinite == "stop" or self.skipped > _SKIPS:
-            raise DivergedError(
-                text, "Lower optim.lr, set train.clip_norm, or train.nonfinite=skip. The last checkpoint is sound."
-            )
+            raise DivergedError(text, "Lower optim.lr, set train.clip_norm, or train.nonfinite=skip.")
         return f"{text}; the step is skipped"
 
     def measure(self, images: ImageSet | LazyImageSet, stop: Callable[[], None]) -> dict[str, Metrics]:

@@ -50,7 +50,7 @@ def export_onnx(
         RecipeError: an argument does not exist, or the output is not named .onnx.
         CheckFailedError: file and model disagree; no file is left.
     """
-    if Path(output).suffix != ".onnx":
+    if Path(output).suffix.lower() != ".onnx":
         raise RecipeError(f"{output} does not end in .onnx", "Give the name of a file, such as model.onnx.")
     weights = load_weights(weights_path(newest_run() if run is None else Path(run)))
     preprocess, recipe = weights.preprocess, weights.recipe

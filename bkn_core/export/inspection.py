@@ -14,7 +14,7 @@ from bkn_core.export.graph import BATCH, DIGEST, INPUT, OUTPUT, is_signed
 _LARGEST_FILE = 2**31 - 1
 _LARGEST_VALUE = 2**28  # numbers in one tensor, images counted as one: 1 GiB of float32
 _LARGEST_IMAGE = 2**26
-_AGAIN = "Export the file again with bkn export."
+AGAIN = "Export the file again with bkn export."
 
 
 def read_model(path: Path) -> Any:
@@ -33,7 +33,7 @@ def read_model(path: Path) -> Any:
         _check_ends(proto.graph)
         _check_intermediate(proto)
     except InputError as error:
-        raise InputError(f"{path} is refused: {error.message}", error.hint or _AGAIN) from error
+        raise InputError(f"{path} is refused: {error.message}", error.hint or AGAIN) from error
     return proto
 
 
@@ -43,7 +43,7 @@ def _bytes(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is no file", "Give an .onnx file that bkn export wrote.")
         if status.st_size > _LARGEST_FILE:
-            raise InputError(f"{path} has {status.st_size} bytes; an ONNX file in one piece ends at 2 GiB", _AGAIN)
+            raise InputError(f"{path} has {status.st_size} bytes; an ONNX file in one piece ends at 2 GiB", AGAIN)
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}", "Check its path.") from error
@@ -56,9 +56,9 @@ def _parsed(path: Path, data: bytes) -> Any:
     try:
         proto = onnx.load_model_from_string(data)
     except DecodeError as error:
-        raise InputError(f"{path} is no ONNX file, or a damaged one", _AGAIN) from error
+        raise InputError(f"{path} is no ONNX file, or a damaged one", AGAIN) from error
     if not proto.graph.node:
-        raise InputError(f"{path} holds no graph", _AGAIN)
+        raise InputError(f"{path} holds no graph", AGAIN)
     return proto
 
 
@@ -87,7 +87,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _check_tensor(tensor: Any) -> None:
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     name = tensor.name[:80]
     if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
@@ -100,6 +100,10 @@ def _check_tensor(tensor: Any) -> None:
         raise InputError(f"the tensor {name!r} has the unknown type {tensor.data_type}") from None
     if tensor.HasField("raw_data") and len(tensor.raw_data) != math.prod(tensor.dims) * width:
         raise InputError(f"the tensor {name!r} of shape {list(tensor.dims)[:8]} holds {len(tensor.raw_data)} bytes")
+    if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+        values = numpy_helper.to_array(tensor)
+        if (values != values).any():
+            raise InputError(f"the tensor {name!r} holds values that are no numbers (NaN)")
 
 
 def _check_ends(graph: Any) -> None:

@@ -5,19 +5,65 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bkn_core.convert import Kind
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
+from bkn_core.export.inspection import AGAIN
 from bkn_core.norm.baselines import BatchRenorm, FixedNorm
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.recipe_sections import Count, DataConfig, NonNegative, Section, Text
+from bkn_core.recipe_words import first_fault
 
 SCHEMA = "bkn.onnx/1"
 _KEYS = ("bkn.schema", "bkn.version", "classes", "norm", "parity", "preprocess", "source", "task")
+_Folded = Annotated[Literal["affine", "conv"] | None, Field(description="affine, conv or null")]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits")]
+_Fraction = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+_OwnData = Annotated[DataConfig | None, Field(description="a mapping of the keys of data in a recipe, or null")]
+
+
+class NormFacts(Section):
+    """How an exported model normalizes."""
+
+    kind: Kind
+    stats: Literal["population", "batch"]
+    folded: _Folded
+    statistics_batch_size: Annotated[Count | None, Field(description="an integer of at least 1, or null")]
+
+
+class SourceFacts(Section):
+    """Where the weights of an exported model come from."""
+
+    model: Text
+    weights_sha256: _Digest
+    data: _OwnData = None
+
+
+class ParityFacts(Section):
+    """How an exported file was compared with its model."""
+
+    max_abs: NonNegative
+    top1_agreement: _Fraction
+    images: Count
+    provider: Text
+
+
+class _Facts(Section):
+    """Everything that a file says of itself, but for the preprocessing."""
+
+    version: Text
+    task: Literal["classify"]
+    classes: Annotated[list[str], Field(min_length=1, description="a list of names")]
+    norm: Annotated[NormFacts, Field(description="a mapping")]
+    source: Annotated[SourceFacts, Field(description="a mapping")]
+    parity: Annotated[ParityFacts, Field(description="a mapping")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +73,9 @@ class FileMetadata:
     Args:
         classes: names in the order of the logits.
         preprocess: how a picture becomes the input.
-        norm: kind, stats, folded, statistics_batch_size.
-        source: model, weights_sha256.
-        parity: max_abs, top1_agreement, images, provider.
+        norm: what `NormFacts` says.
+        source: what `SourceFacts` says.
+        parity: what `ParityFacts` says.
         version: of this package, when the file was written.
     """
 
@@ -63,29 +109,25 @@ class FileMetadata:
         """
         missing = [key for key in _KEYS if key not in texts]
         if missing:
-            raise InputError(f"the ONNX file lacks the metadata {', '.join(missing)}", "Export it with bkn export.")
+            raise InputError(f"it lacks the metadata {', '.join(missing)}", AGAIN)
         try:
             values = {key: json.loads(texts[key]) for key in _KEYS}
         except (ValueError, RecursionError) as error:
-            raise InputError("the ONNX file's metadata is no JSON text", "Export it again.") from error
-        return cls._checked(values)
-
-    @classmethod
-    def _checked(cls, values: dict[str, Any]) -> FileMetadata:
-        if values["bkn.schema"] != SCHEMA:
-            raise InputError(f"bkn.schema is {values['bkn.schema']!r}; this version reads {SCHEMA!r}")
-        classes = values["classes"]
-        if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-            raise InputError("the metadata `classes` is no list of names", "Export the file again.")
-        for key in ("preprocess", "norm", "source", "parity"):
-            if not isinstance(values[key], dict):
-                raise InputError(f"the metadata `{key}` is no JSON object", "Export the file again.")
+            raise InputError("its metadata is no JSON text", AGAIN) from error
+        if values.pop("bkn.schema") != SCHEMA:
+            raise InputError(f"its bkn.schema is {texts['bkn.schema']:.80}; this version reads {SCHEMA!r}", AGAIN)
+        preprocess = values.pop("preprocess")
+        if not isinstance(preprocess, dict):
+            raise InputError("its metadata `preprocess` is no JSON object", AGAIN)
+        facts = {key.removeprefix("bkn."): value for key, value in values.items()}
         try:
-            preprocess = Preprocess.from_dict(values["preprocess"])
-        except (TypeError, OverflowError) as error:
-            raise InputError(f"the metadata `preprocess` is damaged: {error}", "Export the file again.") from error
-        norm, source, parity = (values[key] for key in ("norm", "source", "parity"))
-        return cls(tuple(classes), preprocess, norm, source, parity, str(values["bkn.version"]))
+            _Facts.model_validate(facts)
+        except ValidationError as error:
+            raise InputError(f"its metadata {first_fault(error, _Facts, facts)}", AGAIN) from error
+        norm, source, parity = (facts[key] for key in ("norm", "source", "parity"))
+        return cls(
+            tuple(facts["classes"]), Preprocess.from_dict(preprocess), norm, source, parity, str(facts["version"])
+        )
 
 
 def norm_kind(model: nn.Module) -> str:

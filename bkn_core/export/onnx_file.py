@@ -29,6 +29,8 @@ from bkn_core.export.plan import (
 from bkn_core.export.sessions import open_session
 from bkn_core.population import statistics
 
+_LONGEST_NAME = 230  # file systems end at 255; what is written aside has a longer name
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
@@ -84,7 +86,7 @@ def export_model(
 
     Args:
         model: from normalized images to logits; with the layers that `convert` makes, or any others.
-        path: the file; what stood there is replaced only by a file that passed.
+        path: the file, or a link to it; what stood there is replaced only by a file that passed.
         example: images to trace with.
         images: real images for the comparison.
         classes: names in the order of the logits.
@@ -109,8 +111,9 @@ def export_model(
         DeviceError: the device is not there.
     """
     path = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
     check_options(stats=stats, fold=fold, precision=precision, opset=opset)
-    _check_target(path)
+    _check_target(target)
     reference = copy.deepcopy(model).cpu().float().eval()
     example, images = _plain(example), None if images is None else _plain(images)
     plan = plan_export(reference, stats, fold)
@@ -131,7 +134,7 @@ def export_model(
     set_metadata(proto, FileMetadata(tuple(map(str, classes)), preprocess, norm, source, checked).texts())
     graph = signed(proto)
     latency = measure_latency(graph, example, device) if benchmark else None
-    _write(path, graph)
+    _write(target, graph)
     return ExportResult(
         path=path,
         sha256=hashlib.sha256(graph).hexdigest(),
@@ -151,6 +154,8 @@ def _plain(images: Tensor) -> Tensor:
 
 def _check_target(path: Path) -> None:
     """Find out before the work whether a file can be written, and make its folder."""
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise OutputError(f"the name {path.name[:40]}... is too long", f"Give one of at most {_LONGEST_NAME} bytes.")
     if path.is_dir():
         raise OutputError(f"{path} is a folder", "Give the name of a file, such as model.onnx.")
     try:

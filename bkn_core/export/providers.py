@@ -116,10 +116,8 @@ def _cuda_error(device: str, cause: str) -> DeviceError:
         f"{' and '.join(installed) or 'ONNX Runtime'} {build.__version__} for CUDA {runtime or 'none'}."
     )
     if len(installed) == 2:
-        advice = (
-            "Both packages are installed and hide each other: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
-        )
+        cause += "; onnxruntime and onnxruntime-gpu are both installed and hide each other"
+        advice = "Keep one of them: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
     elif str(torch.version.cuda).split(".")[0] != str(runtime).split(".")[0]:
         advice = f"The CUDA majors must agree: {_REINSTALL}"
     else:
@@ -144,4 +142,6 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What ONNX Runtime says, without the paths and signatures of its source."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"/\S+\.(h|cc|cpp):\d+ (.*was false\. |.*\) )?", "", line)[:300]

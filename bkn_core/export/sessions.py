@@ -13,7 +13,7 @@ from torch import Tensor
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import to_bytes
-from bkn_core.export.inspection import read_model
+from bkn_core.export.inspection import AGAIN, read_model
 from bkn_core.export.metadata import FileMetadata
 from bkn_core.export.providers import create_session, run_session
 
@@ -82,7 +82,10 @@ def open_session(path: Path | str, device: str = "auto") -> OnnxModel:
         DeviceError: CUDA was asked for and ONNX Runtime does not run on it.
     """
     proto = read_model(Path(path))
-    entries = FileMetadata.from_texts({entry.key: entry.value for entry in proto.metadata_props})
+    try:
+        entries = FileMetadata.from_texts({entry.key: entry.value for entry in proto.metadata_props})
+    except InputError as error:
+        raise InputError(f"{path} is refused: {error.message}", error.hint or AGAIN) from error
     images, logits = (
         [dim.dim_value for dim in part[0].type.tensor_type.shape.dim][1:]
         for part in (proto.graph.input, proto.graph.output)

@@ -55,8 +55,9 @@ def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: boo
     if has_prior:
         return
     size = images if statistics_batch_size is None else min(statistics_batch_size, images)
-    if (images % size or size) * x.shape[2:].numel() == 1:
+    smallest = (images % size or size, *x.shape[1:])
+    if smallest[0] * x.shape[2:].numel() == 1:
         raise StatisticsError(
-            f"a statistics group of shape {tuple(x.shape)} has one value per channel and the layer has no prior",
+            f"a statistics group of shape {smallest} has one value per channel and the layer has no prior",
             "Use larger images or a larger statistics_batch_size, or convert the whole model so that it has one.",
         )

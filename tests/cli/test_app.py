@@ -12,7 +12,7 @@ from calls import call
 HEAVY = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "yaml", "scipy", "sklearn", "matplotlib")
 
 
-@pytest.mark.parametrize("words", [(), ("train",), ("eval",), ("compare",), ("export",)])
+@pytest.mark.parametrize("words", [(), ("train",), ("eval",), ("compare",), ("export",), ("keys",)])
 def test_help_shows_an_example_and_ends_well(words: tuple[str, ...]) -> None:
     result = call(*words, "--help")
     assert result.exit_code == 0
@@ -20,7 +20,7 @@ def test_help_shows_an_example_and_ends_well(words: tuple[str, ...]) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "compare", "export"])
+@pytest.mark.parametrize("verb", ["train", "eval", "compare", "export", "keys"])
 def test_help_shows_whole_option_names_in_eighty_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert "…" not in call(verb, "--help").stdout
@@ -28,7 +28,7 @@ def test_help_shows_whole_option_names_in_eighty_columns(verb: str, monkeypatch:
 
 def test_help_names_every_exit_code() -> None:
     text = call("--help").stdout
-    for code in (0, 1, 2, 3, 4, 5, 6, 130, 143):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 8, 129, 130, 143):
         assert f" {code} " in text
 
 
@@ -48,7 +48,13 @@ def test_version_is_that_of_the_package() -> None:
     ("words", "schema", "named"),
     [
         (("nope",), "bkn.usage/1", "nope"),
-        (("train", "--epochs", "3"), "bkn.train/1", "--epochs"),
+        (("train", "--epochs", "3"), "bkn.train/1", "--epochs; as a key of the recipe it is train.epochs=3"),
+        (("train", "--epoch=3"), "bkn.train/1", "--epoch; as a key of the recipe it is train.epochs=3"),
+        (("train", "--batch-size", "4"), "bkn.train/1", "it is batch.gradient=4 batch.per_device=4"),
+        (("train", "--momentum"), "bkn.train/1", "it is norm.momentum=VALUE or optim.momentum=VALUE"),
+        (("compare", "--model", "resnet18"), "bkn.compare/1", "it is model.name=resnet18"),
+        (("train", "--nprocs", "2"), "bkn.train/1", "No such option: --nprocs (Possible options: --nproc)"),
+        (("train", "--zzz"), "bkn.train/1", "No such option: --zzz"),
         (("eval", "--batch-size", "0"), "bkn.eval/1", "--batch-size"),
         (("eval", "--stats", "mean"), "bkn.eval/1", "'population', 'batch', 'both'"),
         (("compare", "--seeds", "x"), "bkn.compare/1", "--seeds"),
@@ -86,4 +92,4 @@ def test_completion_offers_the_verbs() -> None:
     program = "from bkn_cli.app import app; app(prog_name='bkn')"
     environment = {"COMP_WORDS": "bkn ", "COMP_CWORD": "1", "_BKN_COMPLETE": "complete_bash"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["train", "eval", "compare", "export"]
+    assert done.stdout.split() == ["train", "eval", "compare", "export", "keys"]

@@ -53,6 +53,8 @@ Refuse = Callable[..., dict[str, Any]]
         (3, ("eval", "nosuch.onnx"), "nosuch.onnx"),
         (3, ("compare", "runs/a", "runs/b"), "runs/a"),
         (3, ("export", "model.onnx"), "runs/"),
+        (3, ("export", "model.ONNX"), "runs/"),
+        (3, ("eval", "nosuch.ONNX"), "nosuch.ONNX cannot be read"),
         (3, ("export", "model.onnx", "--run", "nosuch"), "nosuch"),
     ],
 )
@@ -62,7 +64,7 @@ def test_the_culprit_is_named(refuse: Refuse, exit_code: int, words: tuple[str, 
 
 def test_a_link_in_the_place_of_the_runs_that_leads_nowhere_is_no_endless_search(refuse: Refuse) -> None:
     Path("runs").symlink_to("nowhere")
-    assert "run folder cannot be made" in refuse(1, "train", *TINY)["message"]
+    assert "run folder cannot be made" in refuse(8, "train", *TINY)["message"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -87,6 +89,17 @@ def test_too_little_memory_is_the_machines_limit_and_no_fault_of_ours(
 def test_a_missing_device_is_exit_code_five(refuse: Refuse, run: Path, verb: str) -> None:
     target = TINY if verb == "train" else (str(run),)
     assert "cuda" in refuse(5, verb, *target, "--device", "cuda")["message"]
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/inside"])
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_file_in_the_place_of_the_folder_is_refused(refuse: Refuse, verb: str, place: str) -> None:
+    Path("taken").write_text("")
+    assert place in refuse(8, verb, *TINY, "--out", place)["message"]
+
+
+def test_a_run_that_diverges_before_its_first_save_does_not_speak_of_one(refuse: Refuse) -> None:
+    assert "No checkpoint was saved before." in refuse(6, "train", *TINY, "optim.lr=1e30")["hint"]
 
 
 def test_a_run_is_not_overwritten(refuse: Refuse, run: Path) -> None:
@@ -124,7 +137,7 @@ def test_an_onnx_file_cut_short_is_refused(refuse: Refuse) -> None:
 
 def test_a_folder_in_the_place_of_the_output_is_refused(refuse: Refuse, run: Path) -> None:
     Path("model.onnx").mkdir()
-    assert "model.onnx" in refuse(1, "export", "model.onnx", "--run", str(run))["message"]
+    assert "model.onnx" in refuse(8, "export", "model.onnx", "--run", str(run))["message"]
 
 
 def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,5 +168,5 @@ def test_a_full_disk_behind_standard_output_is_told_once(
     with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("sys.stdout", full)
         app(["eval", str(run), *words])
-    assert end.value.code == 1
+    assert end.value.code == 8
     assert capfd.readouterr().err.count("error: the output cannot be written: [Errno 28]") == 1

@@ -98,7 +98,7 @@ def test_a_signal_while_the_program_starts_is_answered_in_words(number: signal.S
     command = [sys.executable, "-c", EARLY, str(int(number)), "train", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, json.loads(done.stdout)["error"]["exit"]) == (code, code)
-    assert done.stderr == "error: stopped at once\n  What was saved before is sound.\n"
+    assert done.stderr == "error: stopped at once\n  No file is left half-written.\n"
 
 
 def test_handlers_are_as_before_afterwards(run: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_run_whose_words_nobody_reads_any_more_has_failed(inside: Path) -> Non
     assert process.stderr is not None and process.stdout is not None
     process.stderr.readline()
     process.stderr.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == 8
     assert json.loads(Path("run/summary.json").read_text())["message"].startswith("BrokenPipeError")
     process.stdout.close()
 

@@ -92,6 +92,12 @@ def test_an_axis_without_sense_is_refused(axes: dict[str, object], words: str) -
 
 
 def test_a_norm_that_the_recipe_forbids_is_refused_by_the_recipes_own_rule() -> None:
-    load = recipe_loader(None, ["norm.kind=bn", "norm.gain=1.0"])
+    load = recipe_loader(None, ["norm.kind=bn", "norm.gain=1.0", "norm.learn_gain=true"])
     with pytest.raises(RecipeError, match=r"norm\.gain is 1\.0"):
         plan_recipes(load, **ORDINARY)
+
+
+def test_sizes_bend_for_the_whole_comparison_alike() -> None:
+    load = recipe_loader(None, ["batch.statistics=3"])
+    recipes = plan_recipes(load, norms=["bn"], statistics_batch_sizes=None, seeds=1)
+    assert [(r.batch.gradient, r.batch.statistics) for r in recipes] == [(126, 2), (126, 126)]

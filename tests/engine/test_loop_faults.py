@@ -69,8 +69,9 @@ def diverge_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverge_at(5, monkeypatch)
-    with pytest.raises(DivergedError, match=r"step 5 \(epoch 2\): the output of layer features\.3"):
+    with pytest.raises(DivergedError, match=r"step 5 \(epoch 2\): the output of layer features\.3") as caught:
         train(tiny(), out=tmp_path / "run")
+    assert "The last checkpoint is sound." in caught.value.hint
     assert status(tmp_path / "run")["status"] == "failed" and "features.3" in status(tmp_path / "run")["message"]
     assert load_state(tmp_path / "run" / "checkpoints" / "last.state.pt")["step"] == 3
     assert_sound(tmp_path / "run")

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 import bkn_core as bkn
-from bkn_core.errors import InputError
+from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.graph import signed
 
 
@@ -47,9 +49,49 @@ def test_a_file_does_not_choose_to_download(small: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "data", [[1], "digits", {"name": 7}, {"nonsense": 1}, {"name=npz": 1}, {"root": "a\nb"}], ids=str
+    ("data", "words"),
+    [
+        ([1], r"source.data is \[1\]; give a mapping"),
+        ("digits", "source.data is 'digits'; give a mapping"),
+        ({"name": 7}, "source.data.name is 7; give text"),
+        ({"test_images": "x"}, "source.data.test_images is 'x'; give an integer of at least 1, or null"),
+        ({"nonsense": 1}, "source.data.nonsense is not known; known are name, root"),
+        ({"name=npz": 1}, "source.data.name=npz is not known"),
+        ({"root": "a\nb"}, r"source.data.root is 'a\\nb'; give text"),
+        ({"name": "nosuch"}, "names data that cannot be: data.name is 'nosuch'; choose one of digits"),
+        ({"test_images": 10**12}, "names data that cannot be: data.test_images is 1000000000000, but digits has 360"),
+        ({"name": "npz", "root": "\ufffe"}, "data.root \ufffe is not a .npz file"),
+    ],
+    ids=str,
 )
-def test_data_that_cannot_be_are_refused(small: Path, tmp_path: Path, data: Any) -> None:
-    path = claiming(small, tmp_path / "model.onnx", data)
-    with pytest.raises(InputError, match=r"model\.onnx names data that cannot be"):
+def test_data_that_cannot_be_are_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = claiming(small, Path("model.onnx"), data)
+    with pytest.raises(InputError, match=words):
         bkn.evaluate(path, device="cpu")
+
+
+def test_what_the_command_says_of_the_data_is_the_commands_fault(small: Path, tmp_path: Path) -> None:
+    path = claiming(small, tmp_path / "model.onnx", {"test_images": 10**12})
+    with pytest.raises(RecipeError, match=r"data\.test_images is 999999"):
+        bkn.evaluate(path, device="cpu", overrides=["data.test_images=999999"])
+
+
+def test_infinite_logits_are_no_measurement(small: Path, tmp_path: Path) -> None:
+    proto = onnx.load(small)
+    channels = numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == "head.bias"))
+    next(t for t in proto.graph.initializer if t.name == "head.bias").CopyFrom(
+        numpy_helper.from_array(np.full_like(channels, np.inf), "head.bias")
+    )
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    arrays = {
+        f"{split}_{name}": v for split in ("train", "test") for name, v in (("images", images), ("labels", [0] * 4))
+    }
+    np.savez(tmp_path / "data.npz", **arrays, classes=[f"class {i}" for i in range(10)])
+    (tmp_path / "model.onnx").write_bytes(signed(proto))
+    words = ["data.name=npz", f"data.root={tmp_path / 'data.npz'}"]
+    with pytest.raises(CheckFailedError, match="not finite for 4 of 4 images"):
+        bkn.evaluate(tmp_path / "model.onnx", device="cpu", overrides=words)
+    assert not (tmp_path / "model.predictions.npz").exists()

@@ -167,12 +167,16 @@ def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
     ("key", "value", "words"),
     [
         ("classes", None, "lacks the metadata classes"),
-        ("classes", "[1, 2]", "no list of names"),
+        ("classes", "[1, 2]", r"classes is \[1, 2\]; give a list of names"),
         ("classes", "[" * 100_000, "no JSON text"),
         ("classes", json.dumps(["a", "b"]), "10 logits for 2 names"),
         ("preprocess", "[]", "`preprocess` is no JSON object"),
         ("preprocess", "{}", "preprocess has the keys"),
-        ("bkn.schema", '"bkn.onnx/99"', "bkn.schema is 'bkn.onnx/99'"),
+        ("bkn.schema", '"bkn.onnx/99"', 'bkn.schema is "bkn.onnx/99"'),
+        ("task", '"segment"', "task is 'segment'; choose one of classify"),
+        ("bkn.version", "7", "version is 7; give text"),
+        ("norm", "[]", r"norm is \[\]; give a mapping"),
+        ("parity", "{}", "parity.max_abs is missing; give a finite number of at least 0"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -182,6 +186,40 @@ def test_damaged_metadata_is_refused(small: Path, tmp_path: Path, key: str, valu
     del proto.metadata_props[:]
     helper.set_model_props(proto, {k: v for k, v in entries.items() if v is not None})
     refused(tmp_path / "model.onnx", proto, words)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("norm", {"stats": 5}, "norm.stats is 5; choose one of population, batch"),
+        ("norm", {"kind": "bnk"}, r"norm.kind is 'bnk'; choose one of .* \(did you mean 'bkn'\?\)"),
+        ("norm", {"folded": True}, "norm.folded is true; give affine, conv or null"),
+        ("norm", {"statistics_batch_size": 2.5}, "norm.statistics_batch_size is 2.5; give an integer"),
+        ("source", {"weights_sha256": 5}, "source.weights_sha256 is 5; give 64 hexadecimal digits"),
+        ("source", {"path": "x"}, "source.path is not known; known are model, weights_sha256, data"),
+        ("source", {"data": False}, "source.data is false; give a mapping"),
+        ("parity", {"images": "64"}, "parity.images is '64'; give an integer"),
+        ("preprocess", {"scale": True}, "preprocess.scale is True; allowed is a number"),
+        ("preprocess", {"antialias": 1}, "preprocess.antialias is 1; allowed is true"),
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_itself_is_typed(
+    small: Path, tmp_path: Path, key: str, change: dict[str, Any], words: str
+) -> None:
+    proto = onnx.load(small)
+    entry = next(entry for entry in proto.metadata_props if entry.key == key)
+    entry.value = json.dumps(json.loads(entry.value) | change)
+    refused(tmp_path / "model.onnx", proto, rf"model\.onnx is refused: .*{words}")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_weights_that_are_no_numbers_are_refused(small: Path, tmp_path: Path, kind: type[np.floating[Any]]) -> None:
+    proto = onnx.load(small)
+    values = numpy_helper.to_array(proto.graph.initializer[0]).astype(kind)
+    values.flat[-1] = np.nan
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "spoiled"))
+    refused(tmp_path / "model.onnx", proto, r"'spoiled' holds values that are no numbers \(NaN\)")
 
 
 @pytest.mark.parametrize("change", [{"color": []}, {"image_size": [10**400, 1]}, {"mean": [10**400] * 3}])

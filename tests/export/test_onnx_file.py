@@ -19,9 +19,10 @@ import torch
 from drawn_models import drawn_images, drawn_model, perceptron
 from torch import Tensor, nn
 
-from bkn_core.errors import ConversionError
+from bkn_core.errors import ConversionError, OutputError
 from bkn_core.export import onnx_file
 from bkn_core.export.onnx_file import ExportResult
+from bkn_core.export.sessions import open_session
 from bkn_core.population import statistics
 
 Exporter = Callable[..., ExportResult]
@@ -227,3 +228,15 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, stats: str) -> None:
         found.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True))
     assert found[0].stdout == found[1].stdout and len(found[0].stdout) == 65
     assert found[0].stderr == ""
+
+
+def test_a_link_stays_one_and_leads_to_the_new_file(export: Exporter, tmp_path: Path) -> None:
+    (tmp_path / "link.onnx").symlink_to("new.onnx")
+    export(drawn_model(), drawn_images(), tmp_path / "link.onnx")
+    assert (tmp_path / "link.onnx").is_symlink() and not (tmp_path / "new.onnx").is_symlink()
+    assert open_session(tmp_path / "link.onnx", "cpu").classes
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(export: Exporter, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"is too long\nGive one of at most 230 bytes"):
+        export(drawn_model(), drawn_images(), tmp_path / f"{'x' * 245}.onnx")

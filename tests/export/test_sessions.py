@@ -16,6 +16,8 @@ from drawn_models import CLASSES, drawn_images, drawn_model, preprocess_of
 
 from bkn_core.errors import DeviceError, InputError
 from bkn_core.export import providers
+from bkn_core.export.graph import signed
+from bkn_core.export.providers import create_session
 from bkn_core.export.sessions import open_session
 
 SECONDS = 1.0
@@ -74,6 +76,14 @@ def test_eight_threads_on_one_session_get_equal_outputs(small: Path) -> None:
     assert len(outcomes) >= 8 and all(outcomes)
 
 
+def test_what_onnx_runtime_says_comes_without_its_source(small: Path) -> None:
+    proto = onnx.load(small)
+    proto.opset_import[0].version = 99
+    with pytest.raises(InputError, match="refuses the graph") as caught:
+        create_session(signed(proto))
+    assert "Opset 99" in caught.value.message and "/onnxruntime" not in caught.value.message
+
+
 def test_unknown_devices_are_refused(small: Path) -> None:
     with pytest.raises(DeviceError, match="device is 'tpu'"):
         open_session(small, "tpu")
@@ -115,6 +125,7 @@ class TestWithoutCuda:
         monkeypatch.setattr(metadata, "version", lambda _: "1.0")
         with pytest.raises(DeviceError, match="pip uninstall -y onnxruntime onnxruntime-gpu &&"):
             open_session(small, "cuda")
+        assert "onnxruntime and onnxruntime-gpu are both installed" in str(open_session(small, "auto").fell_back)
 
     def test_different_cuda_majors_are_named(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "cuda", "12.8")
