@@ -128,6 +128,8 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
 
     choose_device(recipe.train.device)
     splits = load_splits(recipe)
+    for text in splits.notes:
+        reporter.warn(text)
     model = bkn_core.build_model(recipe, splits.preprocess, len(splits.classes), pretrained=False)
     steps = -(-len(splits.train) // recipe.batch.gradient) * recipe.train.epochs
     facts: dict[str, Any] = {

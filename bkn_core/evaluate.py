@@ -21,10 +21,12 @@ from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, s
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
+from bkn_core.engine.sources import class_name
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.export.sessions import open_session
 from bkn_core.recipe import DataConfig, EvalConfig, load_recipe
+from bkn_core.recipe_sections import OWN_DATA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _evaluate_weights(
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)
-    images = _test_images(data, weights.preprocess, weights.classes)
+    images, notes = _test_images(data, weights.preprocess, weights.classes)
     model = weights.model().to(chosen)
     size = batch_size or recipe.eval.batch_size
     metrics = {
@@ -114,7 +116,7 @@ def _evaluate_weights(
         report = report_priors(
             model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
         )
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), priors=report)
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), notes, report)
 
 
 def _prior_files(target: Path) -> dict[str, Path]:
@@ -139,7 +141,7 @@ def _evaluate_file(
     if known is None and not overrides:
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
     data = _data(path, known or DataConfig(), overrides)
-    images = _test_images(data, model.preprocess, model.classes)
+    images, notes = _test_images(data, model.preprocess, model.classes)
     defaults = EvalConfig()
 
     def predict(batch: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def _evaluate_file(
     metrics = {own: measure(predict, images, batch_size=size, topk=defaults.topk)}
     file = path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
-    warnings = (model.fell_back,) if model.fell_back else ()
+    warnings = (model.fell_back, *notes) if model.fell_back else notes
     return EvaluationResult(path, metrics, file, model.provider, _named(data), warnings)
 
 
@@ -173,7 +175,12 @@ def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig
     others = [word for word in overrides if not word.startswith("data.")]
     if others:
         raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
+    given = {word.partition("=")[0].strip() for word in overrides}
     own = {**known.model_dump(), "download": False}  # what is measured does not choose to download
+    if "data.root" in given and known.name in OWN_DATA:
+        del own["name"]  # the given root says what it is
+    elif "data.name" in given and known.name in OWN_DATA:
+        del own["root"]
     words = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
     data = load_recipe(None, [*words, *overrides]).data
     if not may_choose(data) and not any(word.partition("=")[0].strip() == "data.root" for word in overrides):
@@ -188,14 +195,16 @@ def _named(data: DataConfig) -> str:
     return data.name if data.name == "digits" else f"{data.name} in {data.root}"
 
 
-def _test_images(data: DataConfig, preprocess: Preprocess, classes: Sequence[str]) -> ImageSet | LazyImageSet:
-    images = load_test_images(
+def _test_images(
+    data: DataConfig, preprocess: Preprocess, classes: Sequence[str]
+) -> tuple[ImageSet | LazyImageSet, tuple[str, ...]]:
+    images, notes = load_test_images(
         data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
     )
-    if tuple(images.classes) != tuple(classes):
+    if [*map(class_name, images.classes)] != [*map(class_name, classes)]:
         raise InputError(
             f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
             f"the model {len(classes)} ({', '.join(list(classes)[:3])} ...)",
             "Measure it on data with the same class names.",
         )
-    return images
+    return images, notes
