@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, path, split_words
+from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, data_words, path, split_words
 from bkn_cli.render import Reporter, metrics_result, metrics_table
 from bkn_cli.reporting import reporting
 
@@ -44,8 +44,9 @@ def train(
       bkn train
       bkn train norm.kind=bn batch.statistics=2
       bkn train cifar10_resnet_micro data.root=cifar10.zip
-      bkn train data.name=imagefolder data.root=photos data.image_size=64
+      bkn train photos data.image_size=64
       bkn train --resume runs/NAME
+      bkn train --resume runs/NAME data.root=/where/they/lie/now
     """
     with reporting("train", as_json=as_json, verbose=verbose) as reporter:
         from bkn_cli.processes import follow_starter, run_processes
@@ -66,20 +67,24 @@ def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, devi
     from bkn_core.errors import RecipeError
 
     names, overrides = split_words(words)
+    names, data = data_words(names)
+    overrides = [*data, *overrides]
+    if len(data) > 1:
+        raise RecipeError(f"{data[1]!r} is a second place of data", "Name one folder, zip or .npz file.")
     if len(names) > 1:
         raise RecipeError(f"{names[1]!r} is neither a recipe nor KEY=VALUE", "Name one recipe, then KEY=VALUE words.")
     flags = [] if device is None else [f"train.device={device}"]
     if resume is None:
         return load_recipe(names[0] if names else None, [*overrides, *flags])
-    others = [*names, *overrides, *([] if out is None else [f"--out {out}"])]
+    others = [*names, *([] if out is None else [f"--out {out}"])]
     if others:
         raise RecipeError(
             f"--resume takes recipe and folder of the run, so {others[0]!r} does not fit",
-            "Resume without it, or train anew with it.",
+            "Resume without it, or train anew with it; data.root, train.device or more train.epochs fit.",
         )
     from bkn_core.engine.run_folder import RunFolder
 
-    return load_recipe(RunFolder.open(resume).path / "config.yaml", flags)
+    return load_recipe(RunFolder.open(resume).path / "config.yaml", [*overrides, *flags])
 
 
 def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | None) -> None:
