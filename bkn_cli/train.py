@@ -96,13 +96,12 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
         result = bkn_core.train(recipe, out=out, resume=resume, on_event=progress, should_stop=reporter.should_stop)
     if process_place()[1] != 0:
         return
-    held_out = recipe.data.validation is not None
-    reporter.text(f"{result.run}, last epoch{' on the test images' if held_out else ''}:")
+    reporter.text(f"{result.run}, last epoch{' on the test images' if result.validated else ''}:")
     reporter.table(metrics_table(result.metrics))
-    reporter.text(
-        f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s; "
-        f"best epoch {result.best_epoch}: {'validation ' if held_out else ''}top-1 {100 * result.best_top1:.2f} %"
+    best = (
+        f"; best epoch {result.best_epoch}: validation top-1 {100 * result.best_top1:.2f} %" if result.validated else ""
     )
+    reporter.text(f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s{best}")
     place = shlex.quote(str(result.run))
     reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
     files = {

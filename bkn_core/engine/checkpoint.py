@@ -248,7 +248,7 @@ def weights_path(target: Path) -> Path:
         raise InputError(f"{located(target)} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
     if target.is_file():
         return target
-    for name in ("last", "best"):  # without data.validation the best was chosen on the test images
+    for name in ("last", "best"):  # what a run reports is of its last weights
         path = target / "checkpoints" / f"{name}.safetensors"
         if path.is_file():
             return path

@@ -37,8 +37,9 @@ class TrainResult:
         seconds: time spent in training steps, over all its parts.
         images_per_second: training images per second.
         metrics: the last epoch's measures on the test images, by kind of statistics.
-        best_top1: the best epoch's top-1, by the first kind, on the validation images where the recipe has some.
+        best_top1: top-1 of the best epoch on the validation images, by the first kind; without any, of the last epoch.
         best_epoch: which one that was, from 1.
+        validated: whether there were validation images.
     """
 
     run: Path
@@ -48,6 +49,7 @@ class TrainResult:
     metrics: dict[str, Metrics]
     best_top1: float
     best_epoch: int
+    validated: bool = False
 
 
 def train(
@@ -141,6 +143,7 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
         metrics,
         training.best["top1"],
         training.best["epoch"],
+        splits.validation is not None,
     )
 
 

@@ -125,7 +125,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The weights of the best epoch."""
+        """The weights of the best epoch on the validation images; without any, of the last one."""
         return self.path / "checkpoints" / "best.safetensors"
 
     @property
