@@ -135,7 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     weights = load_weights(weights_path(options.run))
     data = weights.recipe.data
-    images = load_test_images(data.name, root=data.root, preprocess=weights.preprocess, test_images=options.images)
+    images, _ = load_test_images(data.name, root=data.root, preprocess=weights.preprocess, test_images=options.images)
     parts = torch.arange(len(images)).split(100)
     with torch.no_grad():
         table = decompose(weights.model(), [normalize(images.batch(part)[0], weights.preprocess) for part in parts])

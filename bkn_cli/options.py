@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +60,29 @@ def split_words(words: list[str] | None) -> tuple[list[str], list[str]]:
         if (fault := _fault(word)) is not None:
             raise RecipeError(f"a word of the command {fault}")
     return [w for w in found if not _is_override(w)], [w for w in found if _is_override(w)]
+
+
+def data_words(names: list[str]) -> tuple[list[str], list[str]]:
+    """Part recipes from the folders, zip and .npz files of data, which become data.root words.
+
+    Raises:
+        RecipeError: a folder is one of a run.
+    """
+    from bkn_core.errors import RecipeError
+    from bkn_core.recipe import shipped_recipes
+
+    recipes, words = [], []
+    for name in names:
+        if (Path(name) / "config.yaml").is_file():
+            raise RecipeError(f"{name} is the folder of a run", f"Continue it with `bkn train --resume {name}`.")
+        is_data = name not in shipped_recipes() and (
+            os.path.isdir(name) or Path(name).suffix.lower() in (".zip", ".npz")
+        )
+        if is_data:
+            words.append(f"data.root={json.dumps(name, ensure_ascii=False)}")
+        else:
+            recipes.append(name)
+    return recipes, words
 
 
 def _is_override(word: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bkn_cli.light import recipes_alone
-from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, path, split_words
+from bkn_cli.options import NO_VALUE, Device, Json, Verbose, Words, data_words, path, split_words
 from bkn_cli.render import Reporter, metrics_result, metrics_table
 from bkn_cli.reporting import reporting
 
@@ -48,8 +48,9 @@ def train(
       bkn train
       bkn train norm.kind=bn batch.statistics=2
       bkn train cifar10_resnet_micro data.root=cifar10.zip
-      bkn train data.name=imagefolder data.root=photos data.image_size=64
+      bkn train photos data.image_size=64
       bkn train --resume runs/NAME
+      bkn train --resume runs/NAME data.root=/where/they/lie/now
       bkn train norm.kind=bn --print-config > mine.yaml
 
     `bkn keys` lists what a recipe and KEY=VALUE can say.
@@ -87,20 +88,24 @@ def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, devi
     from bkn_core.recipe import load_recipe
 
     names, overrides = split_words(words)
+    names, data = data_words(names)
+    overrides = [*data, *overrides]
+    if len(data) > 1:
+        raise RecipeError(f"{data[1]!r} is a second place of data", "Name one folder, zip or .npz file.")
     if len(names) > 1:
         raise RecipeError(f"{names[1]!r} is neither a recipe nor KEY=VALUE", "Name one recipe, then KEY=VALUE words.")
     flags = [] if device is None else [f"train.device={device}"]
     if resume is None:
         return load_recipe(names[0] if names else None, [*overrides, *flags])
-    others = [*names, *overrides, *([] if out is None else [f"--out {out}"])]
+    others = [*names, *([] if out is None else [f"--out {out}"])]
     if others:
         raise RecipeError(
             f"--resume takes recipe and folder of the run, so {others[0]!r} does not fit",
-            "Resume without it, or train anew with it.",
+            "Resume without it, or train anew with it; data.root, train.device or more train.epochs fit.",
         )
     from bkn_core.engine.run_folder import RunFolder
 
-    return load_recipe(RunFolder.open(resume).path / "config.yaml", flags)
+    return load_recipe(RunFolder.open(resume).path / "config.yaml", [*overrides, *flags])
 
 
 def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | None) -> None:
@@ -112,13 +117,12 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
         result = bkn_core.train(recipe, out=out, resume=resume, on_event=progress, should_stop=reporter.should_stop)
     if process_place()[1] != 0:
         return
-    held_out = recipe.data.validation is not None
-    reporter.text(f"{result.run}, last epoch{' on the test images' if held_out else ''}:")
+    reporter.text(f"{result.run}, last epoch{' on the test images' if result.validated else ''}:")
     reporter.table(metrics_table(result.metrics))
-    reporter.text(
-        f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s; "
-        f"best epoch {result.best_epoch}: {'validation ' if held_out else ''}top-1 {100 * result.best_top1:.2f} %"
+    best = (
+        f"; best epoch {result.best_epoch}: validation top-1 {100 * result.best_top1:.2f} %" if result.validated else ""
     )
+    reporter.text(f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s{best}")
     place = shlex.quote(str(result.run))
     reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
     files = {
@@ -149,6 +153,8 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
 
     choose_device(recipe.train.device)
     splits = load_splits(recipe)
+    for text in splits.notes:
+        reporter.warn(text)
     model = bkn_core.build_model(recipe, splits.preprocess, len(splits.classes), pretrained=False)
     steps = -(-len(splits.train) // recipe.batch.gradient) * recipe.train.epochs
     facts: dict[str, Any] = {

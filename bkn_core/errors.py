@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 
 class BknError(Exception):
     """A fault that the user can understand and mend: what is wrong (`message`) and what to do (`hint`)."""
@@ -86,3 +89,8 @@ class InterruptedRun(BknError):
     def __init__(self, message: str, hint: str = "", *, exit_code: int = 130) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+def located(path: str | Path) -> str:
+    """Return a path for a message; beside a relative one stands the folder that it is relative to."""
+    return str(path) if os.path.isabs(path) else f"{path} (in {os.getcwd()})"

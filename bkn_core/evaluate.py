@@ -18,6 +18,7 @@ from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, s
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
+from bkn_core.engine.sources import class_name
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
@@ -95,7 +96,7 @@ def _evaluate_weights(
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)
-    images = _test_images(path, data, weights.preprocess, weights.classes, overrides)
+    images, notes = _test_images(path, data, weights.preprocess, weights.classes, overrides)
     model = weights.model().to(chosen)
     size = batch_size or recipe.eval.batch_size
     metrics = {
@@ -113,7 +114,7 @@ def _evaluate_weights(
         report = report_priors(
             model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
         )
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), priors=report)
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), notes, report)
 
 
 def _prior_files(target: Path) -> dict[str, Path]:
@@ -138,7 +139,7 @@ def _evaluate_file(
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
     known = DataConfig.model_validate(claimed or {}) if trained is None else load_weights(trained).recipe.data
     data = _data(path, known, overrides)
-    images = _test_images(path, data, model.preprocess, model.classes, overrides)
+    images, notes = _test_images(path, data, model.preprocess, model.classes, overrides)
     defaults = EvalConfig()
 
     def predict(batch: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _evaluate_file(
     _check_finite(path, metrics)
     file = path.with_suffix(".predictions.npz")
     save_predictions(file, images.labels, metrics)
-    warnings = (model.fell_back,) if model.fell_back else ()
+    warnings = (model.fell_back, *notes) if model.fell_back else notes
     return EvaluationResult(path, metrics, file, model.provider, _named(data), warnings)
 
 
@@ -176,9 +177,9 @@ def _named(data: DataConfig) -> str:
 
 def _test_images(
     path: Path, data: DataConfig, preprocess: Preprocess, classes: Sequence[str], overrides: Sequence[str]
-) -> ImageSet | LazyImageSet:
+) -> tuple[ImageSet | LazyImageSet, tuple[str, ...]]:
     try:
-        images = load_test_images(
+        images, notes = load_test_images(
             data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
         )
     except RecipeError as error:
@@ -187,13 +188,13 @@ def _test_images(
         raise InputError(
             f"{path} names data that cannot be: {error.message}", "Name others: data.KEY=VALUE."
         ) from error
-    if tuple(images.classes) != tuple(classes):
+    if [*map(class_name, images.classes)] != [*map(class_name, classes)]:
         raise InputError(
             f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
             f"the model {len(classes)} ({', '.join(list(classes)[:3])} ...)",
             "Measure it on data with the same class names.",
         )
-    return images
+    return images, notes
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from bkn_core.errors import RecipeError
 from bkn_core.recipe_bending import Asked
 from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
+    OWN_DATA,
     BatchConfig,
     DataConfig,
     EvalConfig,
@@ -118,6 +119,11 @@ def override_data(known: DataConfig, overrides: Sequence[str], label: str) -> Da
         raise RecipeError(f"{others[0]!r} cannot change a trained model", "Only data.KEY=VALUE words fit here.")
     reader = recipe_file.RecipeReader(_SECTIONS)
     entries: Entries = {("data", key): Entry(value, label) for key, value in known.model_dump(mode="json").items()}
+    given = {word.partition("=")[0].strip() for word in overrides}
+    if known.name in OWN_DATA and "data.root" in given:
+        del entries["data", "name"]  # the given root says what it is
+    elif known.name in OWN_DATA and "data.name" in given:
+        del entries["data", "root"]
     for word in overrides:
         entries = reader.override(entries, word)
     return _faultless(entries, reader).data

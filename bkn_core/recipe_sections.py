@@ -125,11 +125,16 @@ class BatchConfig(Section):
         return self
 
 
+# What of the data sets is read from a file or folder of the user's; the others are torchvision's.
+OWN_DATA = ("digits", "imagefolder", "npz")
+
+
 class DataConfig(Section):
     """The images and what is done to them.
 
     `validation` images are those that epochs are compared on, in place of the test images: a share, drawn from all
-    training images in proportion to the classes, or a folder of their own. `train_images` counts what is left.
+    training images in proportion to the classes, or a folder of their own. `train_images` counts what is left. Without
+    `name` the data is what `root` is: an .npz, else a folder or zip of pictures; without both, the digits.
     """
 
     name: Text = Field(default="digits", title="digits, npz, imagefolder, or a classification set of torchvision")
@@ -148,9 +153,29 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _enlarge_digits(cls, values: Any) -> Any:
+        values = _kind_of_the_root(values)
         # The scans are 8x8, small for three stages of convolutions; an image_size of null keeps them so.
         digits = isinstance(values, dict) and values.get("name", "digits") == "digits"
         return {"image_size": 16, **values} if digits else values
+
+    @model_validator(mode="after")
+    def _every_key_decides_something(self) -> Self:
+        # The root of digits is "data" where no other was given, as in recipes of earlier versions.
+        if self.name == "digits" and self.root != "data":
+            raise ValueError(
+                f"data.root is {self.root!r}, but data.name is digits, which is built in and reads none; "
+                "leave data.name out, or give imagefolder, npz or a data set of torchvision"
+            )
+        if self.download and self.name in OWN_DATA:
+            raise ValueError(f"data.download is true, but data.name is {self.name}, which is not downloaded")
+        return self
+
+
+def _kind_of_the_root(values: Any) -> Any:
+    """The values of a data section with the name that its root gives it, where it has none."""
+    if not isinstance(values, dict) or "name" in values or "root" not in values:
+        return values
+    return {**values, "name": "npz" if str(values["root"]).lower().endswith(".npz") else "imagefolder"}
 
 
 class TrainConfig(Section):

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from bkn_core.errors import InputError, RecipeError
-from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+from bkn_core.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
 
 CORE = Path(__file__).parent.parent / "bkn_core"
 
@@ -48,6 +48,43 @@ optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4,
 eval: {batch_size: 250, stats: auto, topk: [1, 5]}
 log: {every: 20, tensorboard: false, plots: true}
 """
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ((), "digits"),
+        (("data.root=photos",), "imagefolder"),
+        (("data.root=photos.zip",), "imagefolder"),
+        (("data.root=photos.NPZ",), "npz"),
+        (("data.root=photos.npz", "data.name=imagefolder"), "imagefolder"),
+        (("data.root=photos", "data.name=CIFAR10"), "CIFAR10"),
+    ],
+    ids=str,
+)
+def test_the_root_of_the_data_says_what_they_are(words: tuple[str, ...], name: str) -> None:
+    recipe = load_recipe(None, words)
+    assert recipe.data.name == name
+    assert recipe.data.image_size == (16 if name == "digits" else None)
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+
+
+@pytest.mark.parametrize("recipe", ["digits_micro", "cifar10_resnet_micro"])
+def test_a_root_takes_the_place_of_the_shipped_data(recipe: str) -> None:
+    assert load_recipe(recipe, ["data.root=other.npz"]).data.name == "npz"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data.name=digits", "data.root=photos"), "data.root is 'photos', but data.name is digits, which is built in"),
+        (("data.download=true",), "data.download is true, but data.name is digits, which is not downloaded"),
+        (("data.root=photos", "data.download=true"), "data.download is true, but data.name is imagefolder"),
+    ],
+)
+def test_a_key_that_would_decide_nothing_is_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(None, words)
 
 
 def test_defaults_are_the_specified_ones(write: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tokenize
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from bkn_core.engine.archives import ARCHIVE_FAULTS, open_archive
-from bkn_core.engine.sources import ArraySource, Source, hold_out
-from bkn_core.errors import InputError
+from bkn_core.engine.sources import ArraySource, Source, class_name, hold_out
+from bkn_core.errors import InputError, located
 
 DIGITS_TEST_IMAGES = 360
 DIGITS_MAXIMUM = 16
@@ -46,7 +47,7 @@ def open_npz(path: Path) -> tuple[ArraySource, ArraySource]:
         InputError: The file or an array is missing, damaged, of a wrong type or shape, or a label is out of range.
     """
     if not os.path.isfile(path):
-        raise InputError(f"data.root {path} is not a .npz file", LAYOUT)
+        raise InputError(f"data.root {located(path)} is not a .npz file", LAYOUT)
     with open_archive(path) as archive:
         images = {split: _images(archive, f"{split}_images") for split in SPLITS}
         labels = {split: _labels(archive, f"{split}_labels", len(images[split])) for split in SPLITS}
@@ -86,7 +87,12 @@ def _labels(archive: zipfile.ZipFile, name: str, images: int) -> npt.NDArray[np.
 
 def _classes(archive: zipfile.ZipFile, train_labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     if "classes.npy" in archive.namelist():
-        return tuple(str(name) for name in _read(archive, "classes").ravel())
+        names = [class_name(str(name)) for name in _read(archive, "classes").ravel()]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise InputError(
+                f"{archive.filename}: classes holds {twice[0]!r} twice", "Give each class a name of its own."
+            )
+        return tuple(names)
     # There are no more classes than training images, whatever a stray label says.
     count = min(int(train_labels.max(initial=-1)) + 1, len(train_labels))
     return tuple(str(label) for label in range(count))

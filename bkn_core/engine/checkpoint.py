@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bkn_core.engine.build import build_model, build_outline
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.tensor_files import check_size, opened, read_tensors, write_tensors
-from bkn_core.errors import BknError, InputError
+from bkn_core.errors import BknError, InputError, located
 from bkn_core.recipe import Recipe, dump_recipe, parse_recipe
 
 _SCHEMA = "bkn.weights/1"
@@ -179,12 +179,18 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
         InputError: naming every key that changed.
     """
     own = deciding_keys(recipe)
+    before = saved.get("train", {}).get("epochs")
+    if type(before) is int and own["train"]["epochs"] > before:  # training goes on for longer
+        own["train"]["epochs"] = before
     # A key that came after the state was saved is null there: what it adds was not asked for.
     changed = [
         f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved.get(name, {}).get(key)
     ]
     if changed:
-        raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
+        raise InputError(
+            f"the saved state does not fit the recipe: {', '.join(changed)} changed",
+            "Change it back; others than data.root, train.device, eval.* and log.* stay, and train.epochs only grows.",
+        )
 
 
 def load_strictly_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -246,10 +252,10 @@ def weights_path(target: Path) -> Path:
         InputError: there is none.
     """
     if not target.exists():
-        raise InputError(f"{target} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
+        raise InputError(f"{located(target)} does not exist", "Give a run folder, a checkpoint or an .onnx file.")
     if target.is_file():
         return target
-    for name in ("last", "best"):  # without data.validation the best was chosen on the test images
+    for name in ("last", "best"):  # what a run reports is of its last weights
         path = target / "checkpoints" / f"{name}.safetensors"
         if path.is_file():
             return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from bkn_core.engine.arrays import open_digits, open_npz
 from bkn_core.engine.folders import open_image_folder, open_validation_folder
 from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
-from bkn_core.engine.sources import Source, choose, hold_out
+from bkn_core.engine.sources import Opened, Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError, RecipeError
+from bkn_core.recipe_sections import OWN_DATA
 
 __all__ = ["DataSplits", "ImageSet", "LazyImageSet", "Preprocess", "load_data", "prefetch"]
 
-OWN_NAMES = ("digits", "imagefolder", "npz")
 # A split that takes more bytes than this when decoded is decoded batch by batch.
 MEMORY_LIMIT = 2**32
 # The images of one forward take no more than this as numbers.
@@ -78,8 +78,8 @@ class LazyImageSet:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Training, test and, where they are held out, validation images of one size and colour, and what makes them a
-    model's input.
+    """Training, test and, where they are held out, validation images of one size and colour, what makes them a model's
+    input, and notes on what was left out or held out.
     """
 
     train: ImageSet | LazyImageSet
@@ -87,6 +87,7 @@ class DataSplits:
     preprocess: Preprocess
     classes: tuple[str, ...]
     validation: ImageSet | LazyImageSet | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def deciding(self) -> ImageSet | LazyImageSet:
@@ -117,7 +118,7 @@ def load_data(
         test_images: The same for test images.
         validation: The images that choices are made on: a share of all training images, held out before
             `train_images` are chosen from the rest, in proportion to the classes and always the same ones; or, for
-            `imagefolder`, the path of a folder of CLASS/*.
+            `imagefolder`, the path of a folder of CLASS/*. None takes those that the data set apart, if any.
         color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
         download: Let torchvision fetch what is missing.
         together: The most images that a forward will hold.
@@ -127,10 +128,11 @@ def load_data(
         InputError: A file is missing, damaged or not safe to read.
     """
     root = _home(root)
-    train, test = _open(name, root, download=download)
-    has, held_out = f"{name} has {{}} training images", None
+    train, test, held_out, notes, places = _open(name, root, download=download)
+    has = f"{name} has {{}} training images"
     if isinstance(validation, str):
-        held_out = _open_validation(validation, name, root, train.classes)
+        _, _, held_out, more, _ = _open_validation(validation, name, places, train.classes)
+        notes += more
     elif validation is not None:
         train, held_out = _hold_out(train, validation, name)
         has += " beside those of data.validation"
@@ -145,21 +147,21 @@ def load_data(
     train_set = _image_set(train, color, size)
     preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)))
     validation_set = None if held_out is None else _image_set(held_out, color, size)
-    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set)
+    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set, notes)
 
 
 def load_test_images(
     name: str, *, root: str | Path, preprocess: Preprocess, test_images: int | None = None, download: bool = False
-) -> ImageSet | LazyImageSet:
-    """Load the test images alone, in the colour and size that a trained model wants.
+) -> tuple[ImageSet | LazyImageSet, tuple[str, ...]]:
+    """Load the test images alone, in the colour and size that a trained model wants, and notes on them.
 
     Raises:
         InputError, RecipeError: as `load_data`.
     """
     _refuse_oversized(preprocess.color, preprocess.image_size, 1)
-    _, test = _open(name, _home(root), download=download)
-    test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
-    return _image_set(test, preprocess.color, preprocess.image_size)
+    opened = _open(name, _home(root), download=download)
+    test = _subset(opened.test, test_images, f"{name} has {{}} test images", "data.test_images")
+    return _image_set(test, preprocess.color, preprocess.image_size), opened.notes
 
 
 def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,28 +200,28 @@ def _refuse_oversized(color: Color, image_size: tuple[int, int], together: int) 
         )
 
 
-def _open(name: str, root: Path, *, download: bool) -> tuple[Source, Source]:
+def _open(name: str, root: Path, *, download: bool) -> Opened:
     if name == "digits":
-        return open_digits()
+        return Opened(*open_digits())
     if name == "imagefolder":
         return open_image_folder(root)
     if name == "npz":
-        return open_npz(root)
+        return Opened(*open_npz(root))
     if name in NAMES:
-        return open_torchvision(name, root, download=download)
-    known = {allowed.lower(): allowed for allowed in (*OWN_NAMES, *NAMES)}
+        return Opened(*open_torchvision(name, root, download=download))
+    known = {allowed.lower(): allowed for allowed in (*OWN_DATA, *NAMES)}
     nearest = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"Did you mean '{known[nearest[0]]}'?" if nearest else ""
     raise RecipeError(f"data.name is '{name}'; choose one of {', '.join(known.values())}", hint)
 
 
-def _open_validation(path: str, name: str, root: Path, classes: tuple[str, ...]) -> Source:
+def _open_validation(path: str, name: str, places: Mapping[str, Path], classes: tuple[str, ...]) -> Opened:
     if name != "imagefolder":
         raise RecipeError(
             f"data.validation is {path!r}, a folder, but data.name is {name}; only imagefolder takes one",
             "Give a share of the training images, such as 0.1.",
         )
-    return open_validation_folder(_home(path), root, classes)
+    return open_validation_folder(_home(path), places, classes)
 
 
 def _hold_out(train: Source, share: float, name: str) -> tuple[Source, Source]:

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet
-from bkn_core.engine.sources import tensor_digest
+from bkn_core.engine.sources import class_name, tensor_digest
 from bkn_core.errors import InputError
 
 _NAMES = 5  # classes that a message names
@@ -36,7 +36,7 @@ def check_data(saved: dict[str, Any], found: dict[str, Any]) -> None:
     """
     if saved.keys() != found.keys() or any(type(saved[name]) is not type(found[name]) for name in found):
         raise InputError("the saved state says of other parts of the data than the run has", "Start the run anew.")
-    changes = [*_class_changes(saved["classes"], found["classes"])]
+    changes = [*_class_changes(*([*map(class_name, facts["classes"])] for facts in (saved, found)))]
     changes += [change for name in found if name != "classes" for change in _changes(name, saved[name], found[name])]
     if changes:
         raise InputError(

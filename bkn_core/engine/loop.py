@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from bkn_core.engine.build import check_recipe
-from bkn_core.engine.checkpoint import largest_file, load_state
+from bkn_core.engine.checkpoint import check_recipe as check_resumed
+from bkn_core.engine.checkpoint import deciding_keys, largest_file, load_state
 from bkn_core.engine.distributed import World, join_world
 from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import Event, Notice
@@ -22,6 +23,7 @@ from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
 from bkn_core.recipe import Recipe
 
+_LONGER = "train.epochs is {0}, was {1}: from here on learning rate and gain follow the schedule of {0} epochs"
 _SAVE_SECONDS = 300.0  # a long epoch is saved in between
 
 
@@ -35,8 +37,9 @@ class TrainResult:
         seconds: time spent in training steps, over all its parts.
         images_per_second: training images per second.
         metrics: the last epoch's measures on the test images, by kind of statistics.
-        best_top1: the best epoch's top-1, by the first kind, on the validation images where the recipe has some.
+        best_top1: top-1 of the best epoch on the validation images, by the first kind; without any, of the last epoch.
         best_epoch: which one that was, from 1.
+        validated: whether there were validation images.
     """
 
     run: Path
@@ -46,6 +49,7 @@ class TrainResult:
     metrics: dict[str, Metrics]
     best_top1: float
     best_epoch: int
+    validated: bool = False
 
 
 def train(
@@ -59,7 +63,8 @@ def train(
     """Train as a recipe says, into a run folder.
 
     Args:
-        recipe: what to do; where a run is resumed, its own recipe with another device at most.
+        recipe: what to do; where a run is resumed, its own recipe; where data, device, logs and measures lie or are
+            may differ, and `train.epochs` may be larger.
         out: the run folder, default `runs/<recipe>-<norm>-g<g>-s<s>-seed<seed>`.
         resume: the folder of an interrupted run to continue, bit for bit on the CPU.
         on_event: called with every event, in the main process.
@@ -80,6 +85,8 @@ def train(
         known = None if resume is None else RunFolder.open(resume)
         if known is not None and world.is_main:
             _keep(known.path, held, on_event)
+        if known is not None:
+            check_resumed(deciding_keys(known.recipe), recipe)
         if known is None and out is not None:
             RunFolder.refuse_taken(out)
         training = Training(recipe, world)  # before the folder is made: what cannot begin leaves none behind
@@ -88,6 +95,10 @@ def train(
         folder = known if world.is_main else None
         if known is None and world.is_main:
             folder = RunFolder.create(recipe, _keep(out or fresh_folder(recipe), held, on_event))
+        if known is not None and world.is_main:
+            if recipe.train.epochs > known.recipe.train.epochs:
+                on_event(Notice(_LONGER.format(recipe.train.epochs, known.recipe.train.epochs)))
+            known.adopt(recipe)
         records = Records(folder, on_event, training)
         with records.ending():
             return _run(training, records, should_stop)
@@ -132,6 +143,7 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
         metrics,
         training.best["top1"],
         training.best["epoch"],
+        splits.validation is not None,
     )
 
 

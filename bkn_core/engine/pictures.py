@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from typing import Literal
@@ -19,14 +20,25 @@ from bkn_core.errors import InputError
 Color = Literal["RGB", "L"]
 CHANNELS: dict[Color, int] = {"L": 1, "RGB": 3}
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"})
-# Only these decoders are tried, whatever the suffix says: EPS would start a program, TIFF writes to stderr by itself.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
+# Only these decoders are tried, whatever the suffix says: EPS would start a program, TGA takes what is no picture.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000", "ICO", "SGI", "QOI")
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
 BYTE_LIMIT = 2**27
 PIXEL_LIMIT = 2**26
 
+ORIENTATION = 0x112  # the EXIF tag that says how the camera was held
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"})
-# What Pillow's decoders raise on damaged bytes; the bomb warning is an error where warnings are.
+# What Pillow's decoders raise on damaged bytes; warnings are errors where the user makes them so.
 PICTURE_FAULTS = (
     OSError,
     SyntaxError,
@@ -38,6 +50,7 @@ PICTURE_FAULTS = (
     zlib.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
+    UserWarning,
 )
 
 
@@ -58,19 +71,24 @@ def open_picture(data: bytes, name: str) -> Image.Image:
 
 
 def decode(picture: Image.Image, color: Color, name: str) -> Tensor:
-    """Decode a picture into uint8 (C, H, W).
+    """Decode a picture, the first of several, into uint8 (C, H, W), turned as its EXIF orientation says.
 
     Raises:
         InputError: The picture is cut short, damaged or of more than 16 bits a channel.
     """
     file = getattr(picture, "fp", None)  # gone when it has been read
     try:
-        pixels = np.array(_to_eight_bits(picture).convert(color))
+        pixels = np.array(_upright(_to_eight_bits(picture).convert(color), _turn(picture)))
         if isinstance(file, io.BytesIO) and _may_lack_rows(picture) and not has_all_rows(file.getvalue()):
             raise EOFError("its image data ends before its last row")
     except PICTURE_FAULTS as error:
         raise _unreadable(name, error) from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is one of pictures that are read, by its suffix."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_grey(picture: Image.Image) -> bool:
@@ -103,6 +121,18 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
         raise ValueError(f"mode {picture.mode} has more than 16 bits a channel")
     # Pillow warns when it drops a palette's transparency on the way to RGB, but not on the way to RGBA.
     return picture.convert("RGBA") if picture.mode == "P" and "transparency" in picture.info else picture
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What turns a decoded picture upright; some decoders have done it and then say nothing of it."""
+    try:
+        return TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except (*PICTURE_FAULTS, TypeError, LookupError):  # damaged metadata of a sound picture
+        return None
+
+
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _may_lack_rows(picture: Image.Image) -> bool:

@@ -47,6 +47,9 @@ class Records:
         self.folder.write_environment(training.world.device)
         self.folder.write_summary("running", step=training.step, steps=training.steps)
         self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        for text in training.splits.notes:
+            self.folder.log(text)
+            self.on_event(Notice(text))
         if training.step:  # those on the disk may be of another step than the state, or lost
             self._save_weights(training, self.folder.weights)
         self.on_event(

@@ -16,7 +16,7 @@ import torch
 
 from bkn_core.engine.files import finite, read_text, sweep, write_json, write_text
 from bkn_core.engine.rows import read_rows
-from bkn_core.errors import InputError, OutputError
+from bkn_core.errors import InputError, OutputError, located
 from bkn_core.norm import native
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
 
@@ -99,13 +99,24 @@ class RunFolder:
             InputError: there is none.
         """
         if not (path / "config.yaml").is_file():
-            raise InputError(f"{path} is no run folder: it has no config.yaml", "Give a folder that `bkn train` made.")
+            raise InputError(
+                f"{located(path)} is no run folder: it has no config.yaml", "Give a folder that `bkn train` made."
+            )
         return cls(path)
 
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
         return load_recipe(self.path / "config.yaml")
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Go on by a recipe in the place of the run's own.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if recipe != self.recipe:
+            write_text(self.path / "config.yaml", dump_recipe(recipe))
 
     @property
     def weights(self) -> Path:
@@ -114,7 +125,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The weights of the best epoch."""
+        """The weights of the best epoch on the validation images; without any, of the last one."""
         return self.path / "checkpoints" / "best.safetensors"
 
     @property

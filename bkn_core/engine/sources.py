@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -113,7 +116,7 @@ class PictureSource:
         return "L" if all(is_grey(self.open_picture(index)) for index in range(len(self.labels))) else "RGB"
 
     def size(self) -> tuple[int, int]:
-        width, height = self.open_picture(0).size
+        height, width = decode(self.open_picture(0), "L", self.name(0)).shape[1:]  # upright, whatever the header says
         return height, width
 
     def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
@@ -138,6 +141,29 @@ class PictureSource:
         for index in range(len(self.labels)):
             total.update(f"{self.stamp(index)}\n".encode(errors="surrogateescape"))
         return total.hexdigest()
+
+
+class Opened(NamedTuple):
+    """Data that were opened.
+
+    Args:
+        train: Training images.
+        test: Test images.
+        validation: Those that the data themselves set apart for choices.
+        notes: What the user should know of them.
+        places: The folders of the training and test images, where they have some.
+    """
+
+    train: Source
+    test: Source
+    validation: Source | None = None
+    notes: tuple[str, ...] = ()
+    places: Mapping[str, Path] = MappingProxyType({})
+
+
+def class_name(name: str) -> str:
+    """Return the one spelling of a class's name: macOS writes é as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def tensor_digest(tensor: Tensor) -> str:

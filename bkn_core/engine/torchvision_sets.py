@@ -17,7 +17,7 @@ from torchvision import datasets
 
 from bkn_core.engine.pictures import PICTURE_FAULTS
 from bkn_core.engine.sources import ArraySource, PictureSource, Source, hold_out
-from bkn_core.errors import InputError
+from bkn_core.errors import InputError, located
 
 # Named one by one: among the others are detection sets, and some (LSUN) unpickle whatever lies in their folder.
 NAMES = (
@@ -107,7 +107,7 @@ def _build(name: str, root: Path, part: dict[str, object], *, download: bool) ->
         hint = f"Put the files of {name} under {root} as torchvision lays them out"
         if "download" in accepted and not download:
             hint += ", or set data.download=true"
-        raise InputError(f"{name} cannot be read from data.root {root}: {error}", f"{hint}.") from error
+        raise InputError(f"{name} cannot be read from data.root {located(root)}: {error}", f"{hint}.") from error
 
 
 def _source(name: str, dataset: Any) -> Source:

@@ -81,6 +81,6 @@ def export_onnx(
 
 
 def _images(data: DataConfig, preprocess: Preprocess) -> Tensor:
-    found = load_test_images(data.name, root=data.root, preprocess=preprocess, test_images=data.test_images)
+    found, _ = load_test_images(data.name, root=data.root, preprocess=preprocess, test_images=data.test_images)
     chosen = torch.linspace(0, len(found) - 1, min(_IMAGES, len(found))).long()
     return normalize(found.batch(chosen)[0], preprocess)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from calls import TINY, call
+from PIL import Image
 
 import bkn_core
 
@@ -115,3 +118,65 @@ def test_what_libraries_print_stays_out_of_the_json(inside: Path, monkeypatch: p
     result = call("train", "--json")
     assert json.loads(result.stdout)["error"]["code"] == "diverged"
     assert "already downloaded" in result.stderr
+
+
+def write_pictures(root: Path, *suffixes: str) -> Path:
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+        for suffix in suffixes:
+            (root / name / f"photo{suffix}").touch()
+    return root
+
+
+PHOTOS = (
+    "batch.gradient=4",
+    "train.epochs=1",
+    "model.name=cifar_plain",
+    "log.plots=false",
+    "--device",
+    "cpu",
+    "--json",
+)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+def test_a_named_place_of_data_is_trained_on(inside: Path, kind: str) -> None:
+    place = write_pictures(inside / "photos", ".heic")
+    if kind == "zip":
+        place = Path(shutil.make_archive("photos", "zip", place))
+    if kind == "npz":
+        place, images = Path("photos.npz"), np.zeros((16, 8, 8, 3), np.uint8)
+        labels = np.arange(16) % 2
+        np.savez(place, train_images=images, train_labels=labels, test_images=images[:4], test_labels=labels[:4])
+    answer = json.loads(call("train", place.name, *PHOTOS).stdout)
+    assert answer["result"]["images"] == 4
+    assert answer["result"]["steps"] == 4
+    if kind != "npz":
+        left_out, held_out = answer["warnings"]
+        assert left_out == f"{place.name}: left out are 2 .heic (no format that is read)"
+        assert f"{place.name} has no folder of test images: 4 of its 20 images" in held_out
+
+
+def test_a_run_whose_data_moved_goes_on_where_they_are_named(inside: Path) -> None:
+    place = write_pictures(inside / "photos")
+    assert call("train", "photos", *PHOTOS, "--out", "run").exit_code == 0
+    place.rename(inside / "moved")
+    refused = call("train", "--resume", "run")
+    assert refused.exit_code == 3
+    assert f"data.root photos (in {inside}) does not exist" in refused.stderr
+    assert "bkn train --resume RUN data.root=PLACE" in refused.stderr
+    assert call("train", "--resume", "run", "data.root=moved", "train.epochs=2").exit_code == 0
+    assert call("train", "--resume", "run").exit_code == 0
+    changed = call("train", "--resume", "run", "optim.lr=1")
+    assert changed.exit_code == 3
+    assert "optim.lr changed" in changed.stderr
+
+
+def test_the_folder_of_a_run_is_no_place_of_data(inside: Path, run: Path) -> None:
+    result = call("train", str(run))
+    assert result.exit_code == 2
+    assert "is the folder of a run" in result.stderr
+    assert "--resume" in result.stderr

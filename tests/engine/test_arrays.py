@@ -87,6 +87,7 @@ def test_npz_may_name_its_classes(tmp_path: Path) -> None:
             {"test_labels": np.array([0, 1, 2, 4, 3])},
             r"test_labels\[3\] is 4; there are 4 classes, so labels are 0 to 3",
         ),
+        ({"classes": np.array(["caf\u00e9", "b", "c", "cafe\u0301"])}, "classes holds 'caf\u00e9' twice"),
         ({"classes": np.array(["ant", "bee"])}, r"train_labels\[2\] is 2; there are 2 classes"),
         ({"train_labels": np.zeros(0, int), "train_images": np.zeros((0, 6, 5), np.uint8)}, "test_labels|is empty"),
     ],

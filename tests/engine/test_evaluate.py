@@ -68,7 +68,7 @@ def test_a_checkpoint_file_is_measured_and_its_predictions_lie_beside_it(run: Pa
 def test_measuring_agrees_with_the_model_that_load_run_gives(run: Path) -> None:
     found = bkn.evaluate(run, stats="population", device="cpu").metrics["population"]
     preprocess = load_weights(weights_path(run)).preprocess
-    images = load_test_images("digits", root="data", preprocess=preprocess, test_images=40)
+    images, _ = load_test_images("digits", root="data", preprocess=preprocess, test_images=40)
     with torch.no_grad():
         logits = bkn.load_run(run)(normalize(images.batch(torch.arange(40))[0], preprocess))
     assert logits.argmax(1).tolist() == found.predictions.tolist()
@@ -96,7 +96,7 @@ def test_without_a_target_the_newest_finished_run_is_measured(
 
 def test_other_test_images_are_measured_where_their_classes_agree(run: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "other.npz", list("0123456789"))
-    found = bkn.evaluate(run, device="cpu", overrides=["data.name=npz", f"data.root={tmp_path}/other.npz", *ALL])
+    found = bkn.evaluate(run, device="cpu", overrides=[f"data.root={tmp_path}/other.npz", *ALL])
     assert found.metrics["population"].images == 30
     fewer = bkn.evaluate(run, device="cpu", overrides=["data.test_images=20"])
     assert fewer.metrics["population"].images == 20

@@ -17,11 +17,12 @@ from tiny_runs import stop_at, tiny
 from bkn_core.engine import data
 from bkn_core.engine.checkpoint import load_state, save_state
 from bkn_core.engine.data import load_data
+from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import InputError, InterruptedRun
-from bkn_core.recipe import Recipe
+from bkn_core.recipe import Recipe, load_recipe
 
 SUFFIX = "bmp"  # without compression: a picture in the place of another has its size
 
@@ -91,6 +92,34 @@ def test_a_run_goes_on_where_its_data_has_moved(stopped: Path, tmp_path: Path) -
     shutil.copytree(stopped / "run", tmp_path / "run")
     shutil.copytree(stopped / "pictures", tmp_path / "elsewhere", copy_function=shutil.copy)  # with other times
     train(recipe(tmp_path / "elsewhere"), resume=tmp_path / "run")
+
+
+def test_what_decides_nothing_may_change_when_a_run_goes_on_and_stays_so(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    shutil.copytree(stopped / "pictures", tmp_path / "elsewhere")
+    words = (f"data.root={tmp_path}/elsewhere", "data.name=imagefolder", "log.every=7", "eval.batch_size=3")
+    events: list[Event] = []
+    longer = tiny(*words, "data.train_images=null", "data.test_images=null", "train.epochs=3")
+    train(longer, resume=tmp_path / "run", on_event=events.append)
+    run = RunFolder.open(tmp_path / "run")
+    assert run.recipe == longer
+    assert [row["epoch"] for row in run.records() if row["kind"] == "epoch"] == [1, 2, 3]
+    assert "train.epochs is 3, was 2" in next(event.text for event in events if isinstance(event, Notice))
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("train.epochs=1", r"train\.epochs"), ("optim.lr=0.5", r"optim\.lr"), ("train.seed=3", r"train\.seed")],
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_decides_may_not_change(stopped: Path, tmp_path: Path, word: str, key: str, saved: bool) -> None:
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    if not saved:
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(InputError, match=f"does not fit the recipe: {key} changed"):
+        train(load_recipe(tmp_path / "run" / "config.yaml", [word]), resume=tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.parametrize("data", [None, {}, {"classes": "all", "training": {}, "test": {}}, {"classes": []}])

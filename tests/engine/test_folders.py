@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import struct
 import time
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bkn_core.engine import folders
+from bkn_core.engine import trees
 from bkn_core.engine.folders import open_image_folder
+from bkn_core.engine.sources import Source
 from bkn_core.errors import InputError
 
 TREE = {
@@ -47,11 +49,16 @@ def write_zip(path: Path, prefix: str = "", extra: tuple[tuple[str | zipfile.Zip
     return path
 
 
+def opened(root: Path) -> tuple[Source, Source]:
+    found = open_image_folder(root)
+    return found.train, found.test
+
+
 def refused(root: Path, match: str) -> None:
     """Opening or reading everything under the root is refused, within a second."""
     start = time.perf_counter()
     with pytest.raises(InputError, match=match):
-        for source in open_image_folder(root):
+        for source in opened(root):
             source.read(torch.arange(len(source.labels)), "RGB", (4, 4))
     assert time.perf_counter() - start < 1
 
@@ -68,7 +75,7 @@ def test_folder_and_zip_give_the_same_images(tmp_path: Path, kind: str) -> None:
         root = write_zip(tmp_path / "data.zip", "outer/" if kind == "enclosed" else "", junk)
     if kind == "backslashes":
         root.write_bytes(root.read_bytes().replace(b"train/cat/", b"train\\cat\\"))
-    train, test = open_image_folder(root)
+    train, test = opened(root)
     assert train.classes == test.classes == ("cat", "dog")
     assert train.labels.tolist() == [0] * 6 + [1] * 6
     assert test.labels.tolist() == [0] * 3 + [1] * 3
@@ -96,11 +103,19 @@ def test_missing_root_split_and_class_are_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data")
     (root / "val" / "dog").rename(root / "val" / "cow")
     refused(root, "class 'dog' is in train but not in val")
-    (root / "val").rename(root / "validation")
-    refused(root, "data has no test or val folder")
     (root / "train").rename(root / "training")
-    (root / "validation").rename(root / "val")
-    refused(root, "data has no train folder")
+    refused(root, "data has no train folder, but training, val")
+    (root / "val").rename(root / "testing")
+    refused(root, "data has no train folder, but testing, training")
+    shutil.rmtree(root / "training")
+    (root / "testing").rename(root / "train")
+    shutil.rmtree(root / "train" / "cow")
+    refused(root, "data/train has 1 class folder; there are to be two or more")
+
+
+def test_a_relative_root_is_said_with_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(Path("nowhere"), rf"data.root nowhere \(in {re.escape(str(tmp_path))}\) does not exist")
 
 
 def test_empty_class_is_named(tmp_path: Path) -> None:
@@ -123,7 +138,7 @@ def test_unreadable_and_truncated_files_are_named(tmp_path: Path) -> None:
 
 def test_file_that_vanishes_after_listing_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data")
-    train, _ = open_image_folder(root)
+    train, _ = opened(root)
     (root / "train/dog/2.png").unlink()
     with pytest.raises(InputError, match=r"train/dog/2.png cannot be read: No such file"):
         train.read(torch.arange(12), "RGB", (4, 4))
@@ -253,7 +268,7 @@ def test_flipped_bits_in_a_zip_are_refused_or_harmless(tmp_path: Path) -> None:
         content[draw.integers(len(content))] ^= 1 << draw.integers(8)
         path.write_bytes(content)
         try:
-            for source in open_image_folder(path):
+            for source in opened(path):
                 source.read(torch.arange(len(source.labels)), "RGB", (4, 4))
         except InputError as error:
             assert "data.zip" in str(error)
@@ -262,5 +277,5 @@ def test_flipped_bits_in_a_zip_are_refused_or_harmless(tmp_path: Path) -> None:
 
 
 def test_picture_bytes_beyond_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "BYTE_LIMIT", 60)
+    monkeypatch.setattr(trees, "BYTE_LIMIT", 60)
     refused(write_zip(tmp_path / "data.zip"), "at most 60 are read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from pathlib import Path
@@ -23,9 +24,11 @@ from tiny_runs import (
 
 from bkn_core.engine import loop, records
 from bkn_core.engine.checkpoint import load_state, load_weights
+from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import EpochEnded, Event, Started, Stepped
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.training import Training
 from bkn_core.errors import InputError, InterruptedRun, RecipeError
 
 ADAM = ("optim.name=adamw", "optim.lr=0.01", "train.clip_norm=1.0", "norm.transition=learned", "batch.per_device=16")
@@ -130,8 +133,22 @@ def test_what_a_run_leaves_and_tells(tmp_path: Path) -> None:
     rows = RunFolder.open(tmp_path / "run").records()
     assert [row["step"] for row in rows if row["kind"] == "step"] == [2, 4, 6]
     assert RunFolder.open(tmp_path / "run").recipe == tiny("log.plots=true")
-    best = max((e for e in events if isinstance(e, EpochEnded)), key=lambda e: e.top1["population"])
-    assert (result.best_epoch, result.best_top1) == (best.epoch, best.top1["population"])
+    last = [event for event in events if isinstance(event, EpochEnded)][-1]
+    assert (result.best_epoch, result.best_top1) == (last.epoch, last.top1["population"])
+
+
+def test_the_test_images_choose_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, worse = Training.measure, iter((0.9, 0.1))
+
+    def measured(self: Training, *arguments: Any) -> dict[str, Metrics]:
+        metrics = measure(self, *arguments)
+        return {kind: dataclasses.replace(found, top1=next(worse)) for kind, found in metrics.items()}
+
+    monkeypatch.setattr(Training, "measure", measured)
+    result = train(tiny(), out=tmp_path / "run")
+    assert (result.best_epoch, result.best_top1) == (2, 0.1)
+    run = RunFolder.open(tmp_path / "run")
+    assert load_weights(run.best).digest == load_weights(run.weights).digest
 
 
 def test_logged_losses_average_to_the_loss_of_the_epoch(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bkn_core.engine import pictures
 from bkn_core.engine.pictures import decode, is_grey, open_picture, recolor, resize
@@ -16,6 +16,7 @@ from bkn_core.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
 WRITABLE = {"PNG": "RGB RGBA L LA P 1", "JPEG": "RGB L CMYK", "BMP": "RGB L P 1", "WEBP": "RGB RGBA", "PPM": "RGB L 1"}
+WRITABLE |= {"TIFF": "RGB L P", "GIF": "L P", "AVIF": "RGB RGBA", "JPEG2000": "RGB L", "SGI": "RGB L", "QOI": "RGB"}
 MODES = [(kind, mode) for kind, modes in WRITABLE.items() for mode in modes.split()]
 
 
@@ -42,6 +43,32 @@ def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
     picture = open_picture(encode(Image.fromarray(greys)), "a")
     assert is_grey(picture)
     np.testing.assert_array_equal(as_pixels(decode(picture, "L", "a")), greys // 256)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_picture_is_turned_as_its_camera_was_held(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = orientation
+    source = encode(Image.fromarray(PIXELS), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(source))).convert("RGB")
+    np.testing.assert_array_equal(as_pixels(decode(open_picture(source, "a"), "RGB", "a")), upright)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF")
+@pytest.mark.parametrize(
+    "damage", [b"Exif\0\0", b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\1"]
+)
+def test_damaged_metadata_leaves_a_picture_as_it_is(damage: bytes) -> None:
+    source = encode(Image.fromarray(PIXELS), exif=damage)
+    np.testing.assert_array_equal(as_pixels(decode(open_picture(source, "a"), "RGB", "a")), PIXELS)
+
+
+def test_the_first_of_several_pictures_is_read() -> None:
+    first, second = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+    for kind in ("GIF", "TIFF"):
+        source = encode(first, kind, save_all=True, append_images=[second])
+        assert decode(open_picture(source, "a"), "RGB", "a")[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_transparent_palette_decodes_without_a_warning() -> None:
@@ -109,7 +136,7 @@ def test_interlaced_png_lacks_its_last_pass() -> None:
 
 
 def test_other_formats_are_not_even_tried() -> None:
-    for kind in ("EPS", "GIF", "TIFF", "PDF"):
+    for kind in ("EPS", "TGA", "PCX", "PDF"):
         with pytest.raises(InputError, match="it is none of PNG, JPEG"):
             open_picture(encode(Image.fromarray(PIXELS), kind), "a.png")
 

@@ -31,7 +31,7 @@ def run(straight: Path, tmp_path: Path) -> Path:
 def test_the_report_of_a_run_is_that_of_its_model_on_its_test_images(run: Path, stats: str, kind: str) -> None:
     found = bkn.evaluate(run, stats=stats, device="cpu", priors=True).priors
     weights = load_weights(weights_path(run))
-    images = load_test_images("digits", root="", preprocess=weights.preprocess, test_images=40)
+    images, _ = load_test_images("digits", root="", preprocess=weights.preprocess, test_images=40)
     batch = normalize(images.batch(torch.arange(40))[0], weights.preprocess)
     model = weights.model()
     with bkn.statistics(model, kind):  # type: ignore[arg-type]
