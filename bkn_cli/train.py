@@ -125,7 +125,9 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     from bkn_core.engine.models import count_parameters
     from bkn_core.engine.priors import initial_priors
     from bkn_core.engine.run_folder import run_name
+    from bkn_core.engine.tensorboard import check_tensorboard
 
+    check_tensorboard(recipe)
     choose_device(recipe.train.device)
     splits = load_splits(recipe)
     model = bkn_core.build_model(recipe, splits.preprocess, len(splits.classes), pretrained=False)

@@ -18,6 +18,7 @@ from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.records import Records
 from bkn_core.engine.run_folder import RunFolder, fresh_folder
+from bkn_core.engine.tensorboard import check_tensorboard
 from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
 from bkn_core.recipe import Recipe
@@ -77,6 +78,7 @@ def train(
         _numerics(recipe),
         contextlib.ExitStack() as held,
     ):
+        check_tensorboard(recipe)
         known = None if resume is None else RunFolder.open(resume)
         if known is not None and world.is_main:
             _keep(known.path, held, on_event)

@@ -1,4 +1,4 @@
-"""Pictures and logs of a run, drawn from its metrics.jsonl."""
+"""Pictures of a run, drawn from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from bkn_core.engine.files import replacing
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,22 +70,3 @@ def _line(axis: Any, rows: list[dict[str, Any]], key: str, label: str, *, factor
     points = [(row["step"], factor * row[key]) for row in rows if row.get(key) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), label=label, **style)
-
-
-def write_tensorboard(folder: RunFolder) -> None:
-    """Write all metrics as TensorBoard scalars into tensorboard/.
-
-    Raises:
-        RecipeError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RecipeError(
-            "log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard"
-        ) from error
-    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
-        for row in folder.records():
-            for key, value in row.items():
-                if key not in ("kind", "step", "epoch") and isinstance(value, (int, float)):
-                    writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])

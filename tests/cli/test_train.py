@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
     assert "input -> conv1" in result.stdout
     assert "log(v/v')" in result.stdout
     assert list(inside.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_could_not_write(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = call("train", *TINY, "log.tensorboard=true", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "TensorBoard cannot be imported" in result.stderr
 
 
 def test_dry_run_counts_the_images_that_are_held_out(inside: Path) -> None:
