@@ -23,7 +23,9 @@ def train(
     words: Words = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=path, metavar="DIR", help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN."),
+        typer.Option(
+            parser=path, metavar="DIR", help="The run folder; default runs/RECIPE-DATA-MODEL-NORM-gG-sS-seedN."
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(parser=path, metavar="DIR", help="Continue the interrupted run of this folder.")
@@ -101,7 +103,8 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
     place = shlex.quote(str(result.run))
     reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
     files = {
-        "weights": result.run / "checkpoints" / "best.safetensors",
+        "weights": result.run / "checkpoints" / "last.safetensors",  # what the metrics were measured on
+        "best_weights": result.run / "checkpoints" / "best.safetensors",
         "metrics": result.run / "metrics.csv",
         "predictions": result.run / "predictions.npz",
         **({"curves": result.run / "plots" / "curves.png"} if recipe.log.plots else {}),

@@ -17,7 +17,7 @@ from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.records import Records
-from bkn_core.engine.run_folder import RunFolder, fresh_folder
+from bkn_core.engine.run_folder import RunFolder, numbered_folder, run_name
 from bkn_core.engine.tensorboard import check_tensorboard
 from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
@@ -61,7 +61,7 @@ def train(
 
     Args:
         recipe: what to do; where a run is resumed, its own recipe with another device at most.
-        out: the run folder, default `runs/<recipe>-<norm>-g<g>-s<s>-seed<seed>`.
+        out: the run folder, default `runs/<recipe>-<data>-<model>-<norm>-g<g>-s<s>-seed<seed>`.
         resume: the folder of an interrupted run to continue, bit for bit on the CPU.
         on_event: called with every event, in the main process.
         should_stop: asked after every step; true saves and ends the run.
@@ -89,7 +89,9 @@ def train(
             training.restore(load_state(known.state, largest_file(training.model)))
         folder = known if world.is_main else None
         if known is None and world.is_main:
-            folder = RunFolder.create(recipe, _keep(out or fresh_folder(recipe), held, on_event))
+            folder = RunFolder.create(
+                recipe, _keep(out or numbered_folder(Path("runs") / run_name(recipe)), held, on_event)
+            )
         records = Records(folder, on_event, training)
         with records.ending():
             return _run(training, records, should_stop)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from bkn_core.engine.checkpoint import save_state, save_weights
+from bkn_core.engine.environment import command
 from bkn_core.engine.evaluation import Metrics, save_predictions
 from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.metrics_log import MetricsLog
@@ -47,9 +48,11 @@ class Records:
         self.folder.sweep()
         self.folder.forget_after(training.step, training.measured)
         self.log = MetricsLog(self.folder, training.recipe)
-        self.folder.write_environment(training.world.device)
+        self.folder.write_environment(training.world.device, training.data)
         self._summarize("running", "")
-        self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        self.folder.log(
+            f"started at step {training.step} of {training.steps} on {training.world.device} by {command()}"
+        )
         if training.step:  # those on the disk may be of another step than the state, or lost
             self._save_weights(training, self.folder.weights)
         self.on_event(

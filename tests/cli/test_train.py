@@ -26,8 +26,15 @@ def test_json_is_one_object_with_the_promised_facts(answer: dict[str, Any], run:
 
 
 def test_every_artifact_exists(answer: dict[str, Any]) -> None:
-    assert set(answer["artifacts"]) == {"weights", "metrics", "predictions"}
+    assert set(answer["artifacts"]) == {"weights", "best_weights", "metrics", "predictions"}
     assert all(Path(path).is_file() for path in answer["artifacts"].values())
+
+
+def test_the_weights_of_the_answer_are_those_that_its_metrics_were_measured_on(answer: dict[str, Any]) -> None:
+    weights = Path(answer["artifacts"]["weights"])
+    measured = bkn_core.evaluate(weights.parents[1]).metrics["population"]
+    assert weights.name == "last.safetensors"
+    assert (measured.top1, measured.loss) == (answer["result"]["top1"], answer["result"]["loss"])
 
 
 def test_paths_with_brackets_stay_whole_on_one_line(trained: tuple[Path, Any]) -> None:
@@ -42,7 +49,7 @@ def test_results_go_to_standard_output_and_the_rest_to_standard_error(inside: Pa
     assert "population" in result.stdout
     assert "4 steps in" in result.stdout
     assert "epoch   1/1" in result.stderr
-    assert [path.name for path in (inside / "runs").iterdir()] == ["digits_micro-bkn-g16-s2-seed0"]
+    assert [path.name for path in (inside / "runs").iterdir()] == ["digits_micro-digits-cifar_resnet8-bkn-g16-s2-seed0"]
 
 
 def test_words_and_flags_become_the_recipe(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -110,3 +111,18 @@ def test_tensorboard_itself_reads_the_events(tmp_path: Path) -> None:
     events = reading.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_environment_tells_command_commits_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "repository")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(sys, "orig_argv", ["bkn", "train", "my recipe.yaml"])
+    train(tiny("train.epochs=1"), out=tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert (found["command"], found["commit"]) == ("bkn train 'my recipe.yaml'", commit)
+    assert found["data"]["training"]["images"] == 36
+    assert "on cpu by bkn train 'my recipe.yaml'\n" in (tmp_path / "run" / "train.log").read_text()
