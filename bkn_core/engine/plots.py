@@ -84,7 +84,7 @@ def plot_curves(folder: RunFolder) -> None:
         _line(axes[2], steps, "gain", "mean Kalman gain", color=color)
         axes[2].set(xlabel="step", ylabel="gain q", title="Weight of the observation", ylim=(0, None))
     for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(folder.path.name, fontsize=10)

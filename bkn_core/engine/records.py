@@ -102,7 +102,7 @@ class Records:
         self.log.add({**row, "images_per_second": speed})
         if is_test:
             self.results = {kind: measured.summary() for kind, measured in metrics.items()}
-            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
+            save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
         if is_best:
             self._save_weights(training, self.log.folder.best)
         self.save(training)
@@ -132,7 +132,7 @@ class Records:
             return
         self.results = {kind: measured.summary() for kind, measured in metrics.items()}
         if training.splits.validation is not None:  # without, the last epoch wrote them
-            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
+            save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
         self.log.publish(is_last=True)
         self._close("finished", "finished")
 
