@@ -131,7 +131,7 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     from bkn_core.engine.tensorboard import check_tensorboard
 
     check_tensorboard(recipe)
-    choose_device(recipe.train.device)
+    device = choose_device(recipe.train.device)
     splits = load_splits(recipe)
     model = bkn_core.build_model(recipe, splits.preprocess, len(splits.classes), pretrained=False)
     steps = -(-len(splits.train) // recipe.batch.gradient) * recipe.train.epochs
@@ -143,6 +143,10 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
         "classes": len(splits.classes),
         "parameters": count_parameters(model),
         "steps": steps,
+        "device": str(device),
+        "input_size": " x ".join(map(str, (len(splits.preprocess.mean), *splits.preprocess.image_size))),
+        "learning_rate": recipe.optim.lr,
+        "schedule": recipe.optim.schedule,
     }
     layers = bkn_core.conversion_report(model) if recipe.norm.kind == "bkn" else []
     initial = {row.name: row for row in initial_priors(recipe, splits)}

@@ -69,7 +69,7 @@ def test_words_and_flags_become_the_recipe(inside: Path, monkeypatch: pytest.Mon
 def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
     result = call("train", *TINY, "--dry-run")
     assert result.exit_code == 0
-    assert "steps: 4" in result.stdout
+    assert "steps: 4\ndevice: cpu\ninput size: 1 x 8 x 8\nlearning rate: 0.1\nschedule: onecycle\n" in result.stdout
     assert "input -> conv1" in result.stdout
     assert "log(v/v')" in result.stdout
     assert list(inside.iterdir()) == []
