@@ -15,6 +15,8 @@ from bkn_cli.reporting import reporting
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bkn_core.errors import BknError
+
 
 def compare(
     words: Annotated[
@@ -57,7 +59,8 @@ def compare(
 ) -> None:
     """Compare norms and statistics batch sizes over seeds, run after run, with their spread.
 
-    A comparison that was interrupted goes on when the same command is given again.
+    A comparison that was interrupted goes on when the same command is given again. Where a run diverged, or has
+    groups too small for its norm, the others are compared and the exit code is 6 or 2.
 
     Examples:
       bkn compare
@@ -82,12 +85,11 @@ def compare(
             )
         for text in result.warnings:
             reporter.warn(text)
-        if result.summary:
-            reporter.text("top-1 in %, mean ± standard deviation over seeds:")
-            reporter.table(_table(result))
+        reporter.text("top-1 in %, mean ± standard deviation over seeds:")
+        reporter.table(_table(result))
         reporter.say(f"report: {result.out}")
-        _refuse_failures(result)
-        reporter.finish(result.to_dict(), {name: str(path) for name, path in result.artifacts.items()})
+        artifacts = {name: str(path) for name, path in result.artifacts.items()}
+        reporter.finish(result.to_dict(), artifacts, _failure(result))
 
 
 def _source(names: list[str]) -> str | list[Path] | None:
@@ -116,13 +118,19 @@ def _refuse_matrix(matrix: dict[str, Any]) -> None:
         raise RecipeError(f"finished runs take no --{option}", "Leave it out, or give one recipe in place of the runs.")
 
 
-def _refuse_failures(result: Any) -> None:
-    """End with an error where not one run came to its end."""
+def _failure(result: Any) -> BknError | None:
+    """Return the error of a comparison in which runs did not come to their end."""
     from bkn_core.errors import DivergedError, StatisticsError
 
-    if all(cell.status != "finished" for cell in result.cells):
-        kind = DivergedError if any(cell.status == "diverged" for cell in result.cells) else StatisticsError
-        raise kind(f"none of {len(result.cells)} runs finished: {result.cells[0].message}", f"See {result.out}.")
+    failed = [cell for cell in result.cells if cell.status != "finished"]
+    if not failed:
+        return None
+    first = next((cell for cell in failed if cell.status == "diverged"), failed[0])
+    kind = DivergedError if first.status == "diverged" else StatisticsError
+    return kind(
+        f"{len(failed)} of {len(result.cells)} runs did not finish, such as {first.run.name}: {first.message}",
+        f"The rest is compared; see {result.artifacts['table']}.",
+    )
 
 
 def _listed(text: str) -> list[str]:
@@ -150,7 +158,7 @@ def _table(result: Any) -> Table:
     for row in result.summary:
         norm = f"{row.norm} ({row.variant})" if row.variant else row.norm
         spreads = [_spread(row.top1[mode]) if mode in row.top1 else "" for mode in modes]
-        table.add_row(norm, str(row.statistics), str(row.n), *spreads, _speed(row.images_per_second))
+        table.add_row(norm, str(row.statistics), row.finished, *spreads, _speed(row.images_per_second))
     return table
 
 

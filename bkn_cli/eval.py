@@ -13,6 +13,9 @@ from bkn_cli.reporting import reporting
 if TYPE_CHECKING:
     from rich.table import Table
 
+_CLASSES = 20  # that are shown
+_WIDE = 120  # columns that hold a layer's prior beside its numbers
+
 
 def evaluate(
     words: Annotated[
@@ -74,12 +77,19 @@ def evaluate(
         reporter.text(f"{result.target} ({result.provider}):")
         reporter.text(f"test images: {result.data}")
         reporter.table(metrics_table(result.metrics))
+        reporter.table(_classes(result.classes))
         reporter.say(f"every image's prediction: {result.predictions}")
+        reporter.say("what each class is taken for: {confusion}, {confusion_plot}".format(**result.classes.files))
         details: dict[str, Any] = {"target": str(result.target), "provider": result.provider, "data": result.data}
+        details["classes"] = result.classes.summary()
         files = {"predictions": str(result.predictions)}
+        files |= {name: str(path) for name, path in result.classes.files.items()}
         if result.priors is not None:
             reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")
-            reporter.table(_priors(result.priors))
+            is_wide = reporter.output.width >= _WIDE
+            reporter.table(_priors(result.priors, is_wide=is_wide))
+            for row in () if is_wide else result.priors.rows:
+                reporter.text(f"{row.name}: {_prior(row)}")
             if any(row.gain for row in result.priors.rows):
                 reporter.table(_gains(result.priors))
             files |= {name: str(path) for name, path in result.priors.files.items()}
@@ -88,23 +98,44 @@ def evaluate(
         reporter.finish({**metrics_result(result.metrics), **details}, files)
 
 
-def _priors(report: Any) -> Table:
-    """Lay out the quality of priors, one line a layer."""
+def _classes(report: Any) -> Table:
+    """Lay out precision and recall of the classes, of many those of least recall."""
+    from rich.table import Table
+
+    worst = sorted(report.rows, key=lambda row: 2.0 if row.recall is None else row.recall)[:_CLASSES]
+    rows = report.rows if len(report.rows) <= _CLASSES else worst
+    left_out = f"; of least recall, all in {report.files['classes']}" if len(rows) < len(report.rows) else ""
+    table = Table(caption=f"by {report.statistics} statistics{left_out}", caption_justify="left")
+    for name in ("class", "precision %", "recall %", "images"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for row in rows:
+        shares = ("" if share is None else f"{100 * share:.2f}" for share in (row.precision, row.recall))
+        table.add_row(row.name, *shares, str(row.support))
+    return table
+
+
+def _priors(report: Any, *, is_wide: bool) -> Table:
+    """Lay out the quality of priors, one line a layer; on a narrow terminal without the priors' own words."""
     from rich.table import Table
 
     table = Table(
         caption="v, v': observed and predicted variance, mean ± deviation over channels. analytic: log(v/v') without "
         "correction and innovation. local: the same from measured moments of the preceding layers.",
         caption_justify="left",
-        expand=True,
+        expand=is_wide,
     )
     table.add_column("layer", no_wrap=True)
     for name in ("|µ'-µ|/σ", "log(v/v')", "analytic", "local"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("prior, or why there is none", ratio=1, no_wrap=True, overflow="ellipsis")
+    if is_wide:
+        table.add_column("prior, or why there is none", ratio=1, no_wrap=True, overflow="ellipsis")
     for row in report.rows:
-        table.add_row(row.name, *_numbers(row), row.prior if row.refined else f"none: {row.reason}")
+        table.add_row(row.name, *_numbers(row), *([_prior(row)] if is_wide else []))
     return table
+
+
+def _prior(row: Any) -> str:
+    return str(row.prior) if row.refined else f"none: {row.reason}"
 
 
 def _gains(report: Any) -> Table:

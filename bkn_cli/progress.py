@@ -21,7 +21,7 @@ class TrainingProgress:
         self.reporter = reporter
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
@@ -32,7 +32,7 @@ class TrainingProgress:
             disable=not reporter.human.is_terminal,
         )
         self.task = self.bar.add_task("training", total=None, speed="")
-        self.loss, self.images, self.since = "", 0, time.perf_counter()
+        self.loss, self.device, self.images, self.since = "", "", 0, time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -61,6 +61,7 @@ class TrainingProgress:
             f"{known}, on {event.device}{where}"
         )
         self.reporter.say(f"run folder: {event.run}")
+        self.device = f"on {event.device}"
         self.bar.reset(self.task, total=event.steps, completed=event.step)
         self.images, self.since = 0, time.perf_counter()
 
@@ -72,7 +73,7 @@ class TrainingProgress:
         self.bar.update(
             self.task,
             completed=event.step,
-            description=f"epoch {event.epoch} {self.loss}",
+            description=f"epoch {event.epoch} {self.loss} lr {event.learning_rate:.2g} {self.device}",
             speed=f"{speed:.0f} images/s",
         )
 

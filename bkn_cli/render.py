@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import sys
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from bkn_core.errors import BknError
 
 
 class _Console(Console):
@@ -59,18 +62,23 @@ class Reporter:
         if not self.as_json:
             self.output.print(text, soft_wrap=True)
 
-    def finish(self, result: dict[str, Any], artifacts: dict[str, str]) -> None:
-        """Print the JSON object of a success."""
-        if not self.as_json:
-            return
+    def finish(self, result: dict[str, Any], artifacts: dict[str, str], failure: BknError | None = None) -> None:
+        """Print the JSON object of a result; one that is not whole ends with the error of what is missing."""
+        facts = self._facts(result, artifacts) if self.as_json else {}
+        if failure is not None:
+            self.fail(failure.code, failure.exit_code, failure.message, failure.hint, facts)
+        if self.as_json:
+            self._print_json({"schema": f"bkn.{self.verb}/1", "ok": True, **facts})
+
+    def _facts(self, result: dict[str, Any], artifacts: dict[str, str]) -> dict[str, Any]:
+        from bkn_core.engine.environment import versions
         from bkn_core.engine.files import finite
-        from bkn_core.engine.run_folder import versions
 
         facts = {"result": result, "artifacts": artifacts, "versions": versions(), "warnings": self.warnings}
-        self._print_json({"schema": f"bkn.{self.verb}/1", "ok": True, **finite(facts)})
+        return finite(facts)  # type: ignore[no-any-return]
 
-    def fail(self, code: str, exit_code: int, message: str, hint: str) -> NoReturn:
-        """Print an error and end with its exit code."""
+    def fail(self, code: str, exit_code: int, message: str, hint: str, facts: dict[str, Any] | None = None) -> NoReturn:
+        """Print an error and end with its exit code; `facts` are what there is in spite of it."""
         with contextlib.suppress(OSError):  # it may be the output that failed
             self.say(Text.assemble(("error: ", "bold red"), message))
             for line in hint.splitlines():
@@ -78,7 +86,7 @@ class Reporter:
         if self.as_json:
             error = {"code": code, "exit": exit_code, "message": message, "hint": hint}
             with contextlib.suppress(OSError):
-                self._print_json({"schema": f"bkn.{self.verb}/1", "ok": False, "error": error})
+                self._print_json({"schema": f"bkn.{self.verb}/1", "ok": False, "error": error, **(facts or {})})
         self._empty_buffers()
         raise typer.Exit(exit_code)
 

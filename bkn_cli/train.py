@@ -24,7 +24,9 @@ def train(
     words: Words = None,
     out: Annotated[
         Path | None,
-        typer.Option(parser=path, metavar="DIR", help="The run folder; default runs/RECIPE-NORM-gG-sS-seedN."),
+        typer.Option(
+            parser=path, metavar="DIR", help="The run folder; default runs/RECIPE-DATA-MODEL-NORM-gG-sS-seedN."
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(parser=path, metavar="DIR", help="Continue the interrupted run of this folder.")
@@ -126,7 +128,8 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
     place = shlex.quote(str(result.run))
     reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
     files = {
-        "weights": result.run / "checkpoints" / "best.safetensors",
+        "weights": result.run / "checkpoints" / "last.safetensors",  # what the metrics were measured on
+        "best_weights": result.run / "checkpoints" / "best.safetensors",
         "metrics": result.run / "metrics.csv",
         "predictions": result.run / "predictions.npz",
         **({"curves": result.run / "plots" / "curves.png"} if recipe.log.plots else {}),
@@ -150,8 +153,10 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
     from bkn_core.engine.models import count_parameters
     from bkn_core.engine.priors import initial_priors
     from bkn_core.engine.run_folder import run_name
+    from bkn_core.engine.tensorboard import check_tensorboard
 
-    choose_device(recipe.train.device)
+    check_tensorboard(recipe)
+    device = choose_device(recipe.train.device)
     splits = load_splits(recipe)
     for text in splits.notes:
         reporter.warn(text)
@@ -165,6 +170,10 @@ def _describe(reporter: Reporter, recipe: Recipe) -> None:
         "classes": len(splits.classes),
         "parameters": count_parameters(model),
         "steps": steps,
+        "device": str(device),
+        "input_size": " x ".join(map(str, (len(splits.preprocess.mean), *splits.preprocess.image_size))),
+        "learning_rate": recipe.optim.lr,
+        "schedule": recipe.optim.schedule,
     }
     layers = bkn_core.conversion_report(model) if recipe.norm.kind == "bkn" else []
     initial = {row.name: row for row in initial_priors(recipe, splits)}

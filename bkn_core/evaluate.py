@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.checkpoint import find_run, load_weights, weights_path
+from bkn_core.engine.classes import ClassReport, report_classes
 from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.device import choose_device
 from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
@@ -35,6 +36,7 @@ class EvaluationResult:
         predictions: the file with every image's label, prediction and loss.
         provider: "PyTorch" or the ONNX Runtime provider, with the device.
         data: whose test images were read, such as `npz in photos.npz`.
+        classes: precision and recall of each class and what it is taken for, by the first kind of statistics.
         warnings: what the user should know.
         priors: how well the layers' priors predict what they see, where that was asked for.
     """
@@ -44,6 +46,7 @@ class EvaluationResult:
     predictions: Path
     provider: str
     data: str
+    classes: ClassReport
     warnings: tuple[str, ...] = ()
     priors: PriorReport | None = None
 
@@ -107,14 +110,26 @@ def _evaluate_weights(
     }
     _check_finite(path, metrics)
     file = path / "evaluation.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
-    save_predictions(file, images.labels, metrics)
+    save_predictions(file, images, metrics)
+    seen = _report_classes(path, images, metrics)
     report = None
     if priors:
         kind = next(iter(metrics))
         report = report_priors(
             model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
         )
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), notes, report)
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), seen, notes, report)
+
+
+def _report_classes(target: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]) -> ClassReport:
+    kind = next(iter(metrics))
+    if target.is_dir():
+        places = {"classes": "classes.csv", "confusion": "confusion.csv", "confusion_plot": "plots/confusion.png"}
+        files = {name: target / place for name, place in places.items()}
+    else:
+        endings = {"classes": ".classes.csv", "confusion": ".confusion.csv", "confusion_plot": ".confusion.png"}
+        files = {name: target.with_suffix(ending) for name, ending in endings.items()}
+    return report_classes(kind, metrics[kind], images.labels, images.classes, files)
 
 
 def _prior_files(target: Path) -> dict[str, Path]:
@@ -149,9 +164,10 @@ def _evaluate_file(
     metrics = {own: measure(predict, images, batch_size=size, topk=defaults.topk)}
     _check_finite(path, metrics)
     file = path.with_suffix(".predictions.npz")
-    save_predictions(file, images.labels, metrics)
+    save_predictions(file, images, metrics)
+    seen = _report_classes(path, images, metrics)
     warnings = (model.fell_back, *notes) if model.fell_back else notes
-    return EvaluationResult(path, metrics, file, model.provider, _named(data), warnings)
+    return EvaluationResult(path, metrics, file, model.provider, _named(data), seen, warnings)
 
 
 def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig:

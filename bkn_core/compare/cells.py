@@ -95,11 +95,6 @@ def failed_cell(path: Path, recipe: Recipe, status: Literal["failed", "diverged"
     return Cell(**_place(recipe), status=status, run=path, message=message)
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Say whether a run came to its end."""
-    return (folder.path / "summary.json").is_file() and folder.summary().get("status") == "finished"
-
-
 def flat_keys(recipe: Recipe) -> dict[str, Any]:
     """Return every value of a recipe by its dotted key."""
     flat: dict[str, Any] = {}

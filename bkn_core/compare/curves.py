@@ -9,7 +9,7 @@ from typing import Any
 from bkn_core.compare.cells import Cell
 from bkn_core.compare.summary import Row
 from bkn_core.engine.files import replacing
-from bkn_core.engine.plots import new_figure
+from bkn_core.engine.plots import NORM_COLORS, count_epochs, new_figure
 from bkn_core.engine.run_folder import RunFolder
 
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker of each statistics batch size
@@ -18,6 +18,8 @@ _TITLES = {"population": "By population statistics", "batch": "Each image by its
 
 def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
     """Draw top-1 over the epochs: the mean over seeds, in a band from the worst to the best.
+
+    A run that did not finish is drawn thin by itself as far as it came, ends in a cross, and is named in the legend.
 
     Raises:
         OutputError: the file could not be written.
@@ -31,8 +33,11 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
             history = _history(row, cells, mode)
             if history:
                 _draw_row(axis, history, row.label, look)
-        axis.set(xlabel="epoch", title=_TITLES[mode])
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            for cell in cells:
+                if row.holds(cell) and not cell.top1:
+                    _draw_unfinished(axis, cell, mode, f"{row.label}: {_ends(row)}", look)
+        axis.set(title=_TITLES[mode])
+        count_epochs(axis)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{_images(cells)} top-1 in %")
@@ -53,15 +58,26 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
 
 
 def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Give each norm a colour and each statistics batch size a line; variants of one norm get colours of their own."""
-    norms = list(dict.fromkeys((row.norm, row.gradient, row.variant) for row in rows))
+    """Give each statistics batch size a line, and the variants of a norm paler shades of its colour."""
     sizes = sorted({row.statistics for row in rows})
     looks = []
     for row in rows:
-        colour = norms.index((row.norm, row.gradient, row.variant)) if len(norms) > 1 else sizes.index(row.statistics)
+        variants = list(dict.fromkeys((r.gradient, r.variant) for r in rows if r.norm == row.norm))
+        paleness = variants.index((row.gradient, row.variant)) / (len(variants) + 1)
         line, marker = _STYLES[sizes.index(row.statistics) % len(_STYLES)]
-        looks.append({"color": f"C{colour}", "linestyle": line, "marker": marker})
+        looks.append({"color": _paler(NORM_COLORS[row.norm], paleness), "linestyle": line, "marker": marker})
     return looks
+
+
+def _paler(color: str, share: float) -> tuple[float, ...]:
+    """Mix a colour with a share of white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(part + share * (1 - part) for part in to_rgb(color))
+
+
+def _ends(row: Row) -> str:
+    return ", ".join(f"{count} {status}" for status, count in row.unfinished.items())
 
 
 def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float]]:
@@ -69,16 +85,17 @@ def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float
     histories = []
     for cell in cells:
         if row.holds(cell) and mode in cell.top1:
-            epochs = [record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"]
-            histories.append({record["epoch"]: 100 * _top1(record, mode) for record in epochs})
+            histories.append(_epochs(cell, mode))
     common = [epoch for epoch in (histories[0] if histories else ()) if all(epoch in other for other in histories)]
     return {epoch: [history[epoch] for history in histories] for epoch in common}
 
 
-def _top1(record: dict[str, Any], mode: str) -> float:
-    """Return an epoch's top-1 on the validation images where the run has some, or else on the test images."""
-    key = f"validation_{mode}_top1"
-    return float(record[key] if key in record else record[f"{mode}_top1"])
+def _epochs(cell: Cell, mode: str) -> dict[int, float]:
+    """Return the top-1 in % of each epoch, on the validation images where the run has some, else on the test images."""
+    names = (f"validation_{mode}_top1", f"{mode}_top1")
+    records = [record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"]
+    values = [(record["epoch"], next((record[name] for name in names if name in record), None)) for record in records]
+    return {epoch: 100 * float(top1) for epoch, top1 in values if top1 is not None}
 
 
 def _images(cells: Sequence[Cell]) -> str:
@@ -96,3 +113,9 @@ def _draw_row(axis: Any, history: dict[int, list[float]], label: str, look: dict
     if any(len(top1) > 1 for top1 in values):
         lowest, highest = [min(top1) for top1 in values], [max(top1) for top1 in values]
         axis.fill_between(epochs, lowest, highest, color=look["color"], alpha=0.1, linewidth=0)
+
+
+def _draw_unfinished(axis: Any, cell: Cell, mode: str, label: str, look: dict[str, Any]) -> None:
+    history = _epochs(cell, mode)
+    style = {**look, "marker": "x", "markersize": 8, "markeredgewidth": 2, "linewidth": 1}
+    axis.plot(list(history), list(history.values()), label=label, markevery=[-1] if history else None, **style)

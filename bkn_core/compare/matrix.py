@@ -14,16 +14,17 @@ from bkn_core.compare.cells import (
     failed_cell,
     finished_cell,
     flat_keys,
-    is_finished,
 )
 from bkn_core.compare.plan import plan_recipes, recipe_loader
 from bkn_core.compare.report import CompareResult, publish
 from bkn_core.compare.runs import read_runs
+from bkn_core.engine.build import load_splits
 from bkn_core.engine.events import Event
+from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.loop import train
-from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import DivergedError, InterruptedRun, OutputError, RecipeError, StatisticsError
+from bkn_core.engine.run_folder import RunFolder, numbered_folder, subject
+from bkn_core.errors import DivergedError, InputError, InterruptedRun, OutputError, RecipeError, StatisticsError
 from bkn_core.recipe import Recipe
 
 OnEvent = Callable[[Event | CellStarted | CellEnded], None]
@@ -50,7 +51,8 @@ def compare(
         norms: kinds of normalization.
         statistics_batch_sizes: images per statistics group; None is 2 and the recipe's `batch.gradient`.
         seeds: the seeds, or how many from the recipe's own one upwards.
-        out: folder of the report and of the runs, default `runs/compare-<recipe>`.
+        out: folder of the report and of the runs, default `runs/compare-<recipe>-<data>-<model>`; for finished runs a
+            new one, `runs/compare-finished`.
         on_event: called with the events of every run, and with `CellStarted` and `CellEnded` around them.
         should_stop: asked after every step; true saves and ends the comparison.
 
@@ -61,7 +63,8 @@ def compare(
     Raises:
         InterruptedRun: `should_stop` said so.
         RecipeError: the recipe or the matrix does not fit, or `out` holds runs of another recipe.
-        InputError: a run that is to be read is missing or not finished.
+        InputError: a run that is to be read is missing or not finished, a finished cell was trained on other data, or
+            finished runs are to be compared in a folder that holds a comparison.
         BusyError: another process works in `out`.
         BknError: any other fault of a run.
     """
@@ -70,7 +73,7 @@ def compare(
         return _compare_runs([Path(run) for run in source], overrides, out)
     load = recipe_loader(source, overrides)
     recipes = plan_recipes(load, norms=norms, statistics_batch_sizes=statistics_batch_sizes, seeds=seeds)
-    out = Path("runs") / f"compare-{recipes[0].name}" if out is None else out
+    out = Path("runs") / f"compare-{subject(recipes[0])}" if out is None else out
     with alone_in(out):
         return _run_matrix(recipes, out, on_event, should_stop)
 
@@ -82,9 +85,10 @@ def _run_matrix(
     matrix = [(recipe, out / "cells" / cell_name(recipe)) for recipe in recipes]
     for recipe, path in matrix:
         _check_unchanged(recipe, path)
+    _check_data(matrix)
     cells: list[Cell] = []
     for index, (recipe, path) in enumerate(matrix, 1):
-        reused = is_finished(RunFolder(path))
+        reused = RunFolder(path).status == "finished"
         norm, statistics, seed = recipe.norm.kind, recipe.batch.statistics, recipe.train.seed
         on_event(CellStarted(index, len(matrix), norm, statistics, seed, reused))
         cell = finished_cell(RunFolder(path), recipe) if reused else _run(recipe, path, on_event, should_stop)
@@ -98,8 +102,10 @@ def _run_matrix(
 def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | None) -> CompareResult:
     if overrides:
         raise RecipeError(f"finished runs take no KEY=VALUE words, but there is {overrides[0]!r}", "Leave them out.")
+    if out is not None and (out / "compare.json").exists():
+        raise InputError(f"{out} holds a comparison already", "Name another folder with --out.")
     cells, warnings = read_runs(runs)
-    return publish(Path("runs") / "compare-finished" if out is None else out, cells, warnings)
+    return publish(numbered_folder(Path("runs") / "compare-finished") if out is None else out, cells, warnings)
 
 
 # A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.
@@ -119,6 +125,25 @@ def _check_unchanged(recipe: Recipe, path: Path) -> None:
     if changed:
         differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)
         raise RecipeError(f"{path} holds a run of another recipe: {differences}", "Use another folder with --out.")
+
+
+def _check_data(matrix: Sequence[tuple[Recipe, Path]]) -> None:
+    """Refuse finished cells that were trained on other data than is there now; one that is resumed finds out itself.
+
+    Raises:
+        InputError: naming the first such cell, and what changed.
+    """
+    finished = [(recipe, RunFolder(path)) for recipe, path in matrix if RunFolder(path).status == "finished"]
+    known = [(recipe, folder.path, data) for recipe, folder in finished if (data := folder.data) is not None]
+    if not known:
+        return
+    found = fingerprint(load_splits(known[0][0]))  # all cells have the same data
+    for _, path, data in known:
+        try:
+            check_data(data, found)
+        except InputError as error:
+            hint = "Put the data back as it was, or use another folder with --out."
+            raise InputError(f"{path}: {error.message}", hint) from error
 
 
 def _run(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[[], bool]) -> Cell:

@@ -83,7 +83,7 @@ def _summary_line(row: Row, modes: Sequence[str]) -> list[str]:
     size = "any" if row.norm in GROUPLESS else str(row.statistics)
     accuracies = [_accuracy(row.top1[mode]) if mode in row.top1 else "–" for mode in modes]
     speed = "–" if math.isnan(row.images_per_second) else f"{row.images_per_second:.0f}"
-    return [norm, str(row.gradient), size, str(row.n), *accuracies, speed]
+    return [norm, str(row.gradient), size, row.finished, *accuracies, speed]
 
 
 def _accuracy(spread: Spread) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bkn_core.compare.cells import Cell, finished_cell, flat_keys, is_finished
+from bkn_core.compare.cells import Cell, finished_cell, flat_keys
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import InputError
 from bkn_core.recipe import Recipe
@@ -27,10 +27,9 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     if not folders:
         raise InputError("there is no run to compare", "Give the folders of finished runs, or a recipe.")
     for folder in folders:
-        if not is_finished(folder):
-            raise InputError(
-                f"{folder.path} is not finished", f"Finish it with `bkn train --resume {folder.path}`, or leave it out."
-            )
+        if (status := folder.status) != "finished":
+            finish = "Let it end" if status == "running" else f"Finish it with `bkn train --resume {folder.path}`"
+            raise InputError(f"{folder.path} is not finished: it is {status}", f"{finish}, or leave it out.")
     recipes = [folder.recipe for folder in folders]
     cells = [finished_cell(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
     variants = _variants(recipes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Row:
         n: finished cells.
         top1: by kind of evaluation statistics.
         images_per_second: mean over the finished cells.
+        unfinished: how many cells ended otherwise, by how: "diverged", "failed".
     """
 
     norm: str
@@ -49,6 +51,12 @@ class Row:
     n: int
     top1: dict[str, Spread]
     images_per_second: float
+    unfinished: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def finished(self) -> str:
+        """How many cells finished, and how the others ended."""
+        return ", ".join([str(self.n), *(f"{count} {status}" for status, count in self.unfinished.items())])
 
     @property
     def label(self) -> str:
@@ -88,7 +96,7 @@ class Comparison:
 def summarize(cells: Sequence[Cell]) -> list[Row]:
     """Return one row for every norm, batch sizes and variant, in the order of the cells."""
     places = dict.fromkeys(_place(cell) for cell in cells)
-    return [_row(place, [c for c in cells if _place(c) == place and c.status == "finished"]) for place in places]
+    return [_row(place, [cell for cell in cells if _place(cell) == place]) for place in places]
 
 
 def compare_rows(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Comparison]:
@@ -145,10 +153,12 @@ def _place(cell: Cell) -> tuple[str, int, int, str]:
 
 
 def _row(place: tuple[str, int, int, str], cells: Sequence[Cell]) -> Row:
-    modes = dict.fromkeys(mode for cell in cells for mode in cell.top1)
-    top1 = {mode: _spread([cell.top1[mode] for cell in cells if mode in cell.top1]) for mode in modes}
-    speed = float(np.mean([cell.images_per_second for cell in cells])) if cells else math.nan
-    return Row(*place, len(cells), top1, speed)
+    finished = [cell for cell in cells if cell.status == "finished"]
+    modes = dict.fromkeys(mode for cell in finished for mode in cell.top1)
+    top1 = {mode: _spread([cell.top1[mode] for cell in finished if mode in cell.top1]) for mode in modes}
+    speed = float(np.mean([cell.images_per_second for cell in finished])) if finished else math.nan
+    unfinished: Counter[str] = Counter(cell.status for cell in cells if cell.status != "finished")
+    return Row(*place, len(finished), top1, speed, dict(unfinished))
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -32,11 +32,12 @@ STATISTICS_IMAGES, STATISTICS_BYTES = 10_000, 2**31
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images held decoded: uint8 (N, C, H, W), labels int64 (N,)."""
+    """Images held decoded: uint8 (N, C, H, W), labels int64 (N,), and names where they are files."""
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,6 +67,11 @@ class LazyImageSet:
     def classes(self) -> tuple[str, ...]:
         """Name of each class."""
         return self.source.classes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each image, where it is a file."""
+        return self.source.names()
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (n, C, H, W), and the labels at these indices, int64 (n,).
@@ -261,4 +267,4 @@ def _image_set(source: Source, color: Color, image_size: tuple[int, int]) -> Ima
     if len(source.labels) * CHANNELS[color] * height * width > MEMORY_LIMIT:
         return LazyImageSet(source, color, image_size)
     everything = torch.arange(len(source.labels))
-    return ImageSet(source.read(everything, color, image_size), source.labels, source.classes)
+    return ImageSet(source.read(everything, color, image_size), source.labels, source.classes, source.names())

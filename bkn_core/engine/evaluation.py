@@ -114,17 +114,19 @@ def modes(stats: str) -> tuple[str, ...]:
     return ("population", "batch") if stats == "both" else (stats,)
 
 
-def save_predictions(path: Path, labels: Tensor, metrics: dict[str, Metrics]) -> None:
-    """Write label, prediction and loss of every image, by kind of statistics.
+def save_predictions(path: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]) -> None:
+    """Write label, prediction and loss of every image, by kind of statistics, and its file where it is one.
 
     Raises:
         OutputError: the file could not be written.
     """
-    arrays = {"labels": labels.numpy()}
+    arrays: dict[str, Any] = {"labels": images.labels.numpy()}
+    if images.names:
+        arrays["names"] = np.array(images.names)
     for kind, measured in metrics.items():
         arrays[f"{kind}_predictions"] = measured.predictions.numpy()
         arrays[f"{kind}_losses"] = measured.losses.numpy()
-    write_with(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+    write_with(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 @contextlib.contextmanager

@@ -44,6 +44,25 @@ def alone_in(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def is_held(folder: Path) -> bool:
+    """Say whether a process is in a folder; yes where that cannot be told, as on a file system without locks."""
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def _take(handle: int, folder: Path) -> bool:
     try:
         import fcntl

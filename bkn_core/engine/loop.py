@@ -18,7 +18,8 @@ from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.records import Records
-from bkn_core.engine.run_folder import RunFolder, fresh_folder
+from bkn_core.engine.run_folder import RunFolder, numbered_folder, run_name
+from bkn_core.engine.tensorboard import check_tensorboard
 from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
 from bkn_core.recipe import Recipe
@@ -65,7 +66,7 @@ def train(
     Args:
         recipe: what to do; where a run is resumed, its own recipe; where data, device, logs and measures lie or are
             may differ, and `train.epochs` may be larger.
-        out: the run folder, default `runs/<recipe>-<norm>-g<g>-s<s>-seed<seed>`.
+        out: the run folder, default `runs/<recipe>-<data>-<model>-<norm>-g<g>-s<s>-seed<seed>`.
         resume: the folder of an interrupted run to continue, bit for bit on the CPU.
         on_event: called with every event, in the main process.
         should_stop: asked after every step; true saves and ends the run.
@@ -82,6 +83,7 @@ def train(
         _numerics(recipe),
         contextlib.ExitStack() as held,
     ):
+        check_tensorboard(recipe)
         known = None if resume is None else RunFolder.open(resume)
         if known is not None and world.is_main:
             _keep(known.path, held, on_event)
@@ -94,7 +96,9 @@ def train(
             training.restore(load_state(known.state, largest_file(training.model)))
         folder = known if world.is_main else None
         if known is None and world.is_main:
-            folder = RunFolder.create(recipe, _keep(out or fresh_folder(recipe), held, on_event))
+            folder = RunFolder.create(
+                recipe, _keep(out or numbered_folder(Path("runs") / run_name(recipe)), held, on_event)
+            )
         if known is not None and world.is_main:
             if recipe.train.epochs > known.recipe.train.epochs:
                 on_event(Notice(_LONGER.format(recipe.train.epochs, known.recipe.train.epochs)))

@@ -1,4 +1,4 @@
-"""Pictures and logs of a run, drawn from its metrics.jsonl."""
+"""Pictures of a run, drawn from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 from bkn_core.engine.files import replacing
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = {"population": "tab:blue", "batch": "tab:orange"}
+NORM_COLORS = {
+    "bkn": "tab:blue",
+    "bn": "tab:red",
+    "brn": "tab:orange",
+    "gn": "tab:green",
+    "ln": "tab:purple",
+    "in": "tab:brown",
+    "fixed": "tab:olive",
+    "none": "tab:gray",
+}
+"""The colour of each norm, the same in every picture."""
+
+_LINES = {"population": "-", "batch": "--"}
 _IMAGES = {"": "test", "validation_": "validation"}  # what a run's epochs were measured on, one of them
+
+
+_MARKED = 30  # a line of more points has no markers
 
 
 def new_figure(**options: Any) -> Figure:
@@ -37,29 +51,40 @@ def _import_with(backend: str) -> None:
         matplotlib.rcParams["backend"] = backend
 
 
+def count_epochs(axis: Any) -> None:
+    """Give an axis over epochs whole numbers for ticks, also where there is but one epoch."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.5), max(high, 1.5))
+
+
 def plot_curves(folder: RunFolder) -> None:
-    """Draw loss, top-1 and gain over the steps into plots/curves.png.
+    """Draw loss, top-1 and gain into plots/curves.png, in the colour of the run's norm.
 
     Raises:
         OutputError: the file could not be written.
     """
-    rows = folder.records()
+    rows, color = folder.records(), NORM_COLORS[folder.recipe.norm.kind]
     steps = [row for row in rows if row["kind"] == "step"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     has_gain = any(row.get("gain") is not None for row in steps)
     figure = new_figure(figsize=(5 * (3 if has_gain else 2), 3.8), layout="constrained")
     axes = figure.subplots(1, 3 if has_gain else 2)
-    _line(axes[0], steps, "loss", "training loss", color="tab:gray")
-    for (kind, color), (prefix, images) in itertools.product(_COLORS.items(), _IMAGES.items()):
-        style: dict[str, Any] = {"marker": "o", "color": color}
+    _line(axes[0], steps, "loss", "training loss", color="black", alpha=0.5)
+    for (kind, line), (prefix, images) in itertools.product(_LINES.items(), _IMAGES.items()):
+        style: dict[str, Any] = {"linestyle": line, "color": color}
         _line(axes[0], epochs, f"{prefix}{kind}_loss", f"{images} loss, {kind} statistics", **style)
-        _line(axes[1], epochs, f"{prefix}{kind}_top1", f"{images}, {kind} statistics", factor=100, **style)
+        words = f"{images}, {kind} statistics"
+        _line(axes[1], epochs, f"{prefix}{kind}_top1", words, over="epoch", factor=100, **style)
     axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
-    axes[1].set(xlabel="step", ylabel="top-1 in %", title="Accuracy")
+    axes[1].set(ylabel="top-1 in %", title="Accuracy")
+    count_epochs(axes[1])
     if has_gain:
-        _line(axes[2], steps, "gain", "mean Kalman gain", color="tab:green")
+        _line(axes[2], steps, "gain", "mean Kalman gain", color=color)
         axes[2].set(xlabel="step", ylabel="gain q", title="Weight of the observation", ylim=(0, None))
     for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(folder.path.name, fontsize=10)
@@ -67,26 +92,10 @@ def plot_curves(folder: RunFolder) -> None:
         figure.savefig(aside, format="png", dpi=120)
 
 
-def _line(axis: Any, rows: list[dict[str, Any]], key: str, label: str, *, factor: float = 1, **style: Any) -> None:
-    points = [(row["step"], factor * row[key]) for row in rows if row.get(key) is not None]
+def _line(
+    axis: Any, rows: list[dict[str, Any]], key: str, label: str, *, over: str = "step", factor: float = 1, **style: Any
+) -> None:
+    points = [(row[over], factor * row[key]) for row in rows if row.get(key) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), label=label, **style)
-
-
-def write_tensorboard(folder: RunFolder) -> None:
-    """Write all metrics as TensorBoard scalars into tensorboard/.
-
-    Raises:
-        RecipeError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RecipeError(
-            "log.tensorboard is true, but TensorBoard is not installed", "pip install tensorboard"
-        ) from error
-    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
-        for row in folder.records():
-            for key, value in row.items():
-                if key not in ("kind", "step", "epoch") and isinstance(value, (int, float)):
-                    writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+        marker = "o" if len(points) <= _MARKED else ""  # a single point has no line
+        axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, **style)

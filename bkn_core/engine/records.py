@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 
 from bkn_core.engine.checkpoint import save_state, save_weights
+from bkn_core.engine.environment import command
 from bkn_core.engine.evaluation import Metrics, save_predictions
 from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
+from bkn_core.engine.metrics_log import MetricsLog
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.training import Step, Training
@@ -31,6 +33,7 @@ class Records:
     def __init__(self, folder: RunFolder | None, on_event: Callable[[Event], None], training: Training) -> None:
         self.folder, self.on_event, self.training = folder, on_event, training
         self.results: dict[str, Any] = {}
+        self.log: MetricsLog | None = None
 
     @property
     def path(self) -> Path:
@@ -44,9 +47,12 @@ class Records:
         layers = [m for m in training.model.modules() if isinstance(m, BatchKalmanNorm)]
         self.folder.sweep()
         self.folder.forget_after(training.step, training.measured)
-        self.folder.write_environment(training.world.device)
-        self.folder.write_summary("running", step=training.step, steps=training.steps)
-        self.folder.log(f"started at step {training.step} of {training.steps} on {training.world.device}")
+        self.log = MetricsLog(self.folder, training.recipe)
+        self.folder.write_environment(training.world.device, training.data)
+        self._summarize("running", "")
+        self.folder.log(
+            f"started at step {training.step} of {training.steps} on {training.world.device} by {command()}"
+        )
         for text in training.splits.notes:
             self.folder.log(text)
             self.on_event(Notice(text))
@@ -74,21 +80,21 @@ class Records:
         if training.step % training.recipe.log.every == 0 or training.step == training.steps:
             shown = torch.stack(training.losses).mean().item()
             training.losses.clear()
-        if self.folder is None:
+        if self.log is None:
             return
         if step.skipped:
-            self.folder.log(step.skipped)
+            self.log.folder.log(step.skipped)
             self.on_event(Notice(step.skipped))
         if shown is not None:
             row = {"kind": "step", "step": training.step, "epoch": epoch + 1, "loss": shown}
-            self.folder.record({**row, "learning_rate": step.learning_rate, "gain": training.mean_gain})
+            self.log.add({**row, "learning_rate": step.learning_rate, "gain": training.mean_gain})
         self.on_event(Stepped(training.step, epoch + 1, step.images, shown, step.learning_rate))
 
     def epoch_ended(self, training: Training, metrics: dict[str, Metrics]) -> None:
         """An epoch is done and measured on the images that epochs are compared on: keep the best weights, save."""
         train_loss = (training.epoch_loss / training.plan.images).item()
         is_best = training.end_epoch(next(iter(metrics.values())).top1)
-        if self.folder is None:
+        if self.log is None:
             return
         epoch, speed = training.measured, training.images_per_second
         row: dict[str, Any] = {"kind": "epoch", "step": training.step, "epoch": epoch, "train_loss": train_loss}
@@ -96,13 +102,15 @@ class Records:
         for kind, measured in metrics.items():
             name = kind if is_test else f"validation_{kind}"
             row |= {f"{name}_{key}": value for key, value in measured.summary().items() if key != "images"}
-        self.folder.record({**row, "images_per_second": speed})
+        self.log.add({**row, "images_per_second": speed})
         if is_test:
             self.results = {kind: measured.summary() for kind, measured in metrics.items()}
-            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
+            save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
         if is_best:
-            self._save_weights(training, self.folder.best)
+            self._save_weights(training, self.log.folder.best)
         self.save(training)
+        self.log.publish(is_last=False)
+        self._summarize("running", "")
         top1 = {kind: m.top1 for kind, m in metrics.items()}
         loss = {kind: m.loss for kind, m in metrics.items()}
         epochs = training.recipe.train.epochs
@@ -111,10 +119,11 @@ class Records:
 
     def save(self, training: Training) -> None:
         """Save the weights of this step, then the whole state: a run that it calls finished has its weights."""
-        if self.folder is not None:
+        if self.log is not None:
             state = training.state()
-            self._save_weights(training, self.folder.weights)
-            save_state(self.folder.state, state)
+            self.log.flush()  # what the state counts as done can be seen
+            self._save_weights(training, self.log.folder.weights)
+            save_state(self.log.folder.state, state)
 
     def _save_weights(self, training: Training, path: Path) -> None:
         splits = training.splits
@@ -122,20 +131,12 @@ class Records:
 
     def finished(self, training: Training, metrics: dict[str, Metrics]) -> None:
         """Write what a finished run, measured on the test images, has beside its checkpoints."""
-        if self.folder is None:
+        if self.log is None:
             return
         self.results = {kind: measured.summary() for kind, measured in metrics.items()}
         if training.splits.validation is not None:  # without, the last epoch wrote them
-            save_predictions(self.path / "predictions.npz", training.splits.test.labels, metrics)
-        self.folder.write_table()
-        if training.recipe.log.plots:
-            from bkn_core.engine.plots import plot_curves
-
-            plot_curves(self.folder)
-        if training.recipe.log.tensorboard:
-            from bkn_core.engine.plots import write_tensorboard
-
-            write_tensorboard(self.folder)
+            save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
+        self.log.publish(is_last=True)
         self._close("finished", "finished")
 
     @contextlib.contextmanager
@@ -156,8 +157,15 @@ class Records:
     def _close(self, status: str, text: str) -> None:
         if self.folder is None:
             return
+        self._summarize(status, text)
+        self.folder.log(text)
+        if self.log is not None:
+            self.log.close()
+
+    def _summarize(self, status: str, text: str) -> None:
+        if self.folder is None:
+            return
         run = self.training
         values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
         values["images_per_second"] = run.images_per_second
         self.folder.write_summary(status, **values, results=self.results, message=text)
-        self.folder.log(text)

@@ -7,46 +7,45 @@ import dataclasses
 import datetime
 import io
 import json
-import platform
-from importlib import metadata
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
+from bkn_core.engine.environment import environment
 from bkn_core.engine.files import finite, read_text, sweep, write_json, write_text
+from bkn_core.engine.locks import is_held
 from bkn_core.engine.rows import read_rows
 from bkn_core.errors import InputError, OutputError, located
-from bkn_core.norm import native
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
 
-_PACKAGES = ("bkn", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+_LONGEST = 40  # letters of a data set or model in the name of a run
+_DATA = TypeAdapter(dict[str, list[str] | dict[str, int | str]])
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def subject(recipe: Recipe) -> str:
+    """Return a recipe's name, data and model in words of a file name: `<recipe>-<data>-<model>`."""
+    data = recipe.data
+    where = Path(data.root).resolve().stem if data.name in ("imagefolder", "npz") else data.name
+    words = (re.sub(r"[^\w.]+", "_", word).strip("_.")[:_LONGEST] for word in (where, recipe.model.name))
+    return "-".join([recipe.name, *filter(None, words)])
 
 
 def run_name(recipe: Recipe) -> str:
-    """Return the name of a recipe's run: `<recipe>-<norm>-g<g>-s<s>-seed<seed>`."""
+    """Return the name of a recipe's run: `<recipe>-<data>-<model>-<norm>-g<g>-s<s>-seed<seed>`."""
     batch = recipe.batch
-    return f"{recipe.name}-{recipe.norm.kind}-g{batch.gradient}-s{batch.statistics}-seed{recipe.train.seed}"
+    return f"{subject(recipe)}-{recipe.norm.kind}-g{batch.gradient}-s{batch.statistics}-seed{recipe.train.seed}"
 
 
-def fresh_folder(recipe: Recipe) -> Path:
-    """Make a folder under `runs/` by the name of a recipe's run, with a number behind it where that is taken.
+def numbered_folder(path: Path) -> Path:
+    """Make a folder, with a number behind its name where that is taken.
 
     Raises:
         OutputError: it cannot be made.
     """
-    path, number = Path("runs") / run_name(recipe), 1
+    number = 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -57,7 +56,7 @@ def fresh_folder(recipe: Recipe) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise OutputError(f"the run folder cannot be made: {error}", "Choose another folder with --out.") from error
+        raise OutputError(f"the folder {path} cannot be made: {error}", "Choose another with --out.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,27 +137,32 @@ class RunFolder:
         for folder in (self.path, self.weights.parent, self.path / "plots"):
             sweep(folder)
 
-    def write_environment(self, device: torch.device) -> None:
-        """Write env.json: versions, device, threads, and whether the CPU kernels are there."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-        environment = {"versions": versions(), "platform": platform.platform(), "device": str(device)}
-        write_json(
-            self.path / "env.json",
-            {
-                **environment,
-                "device_name": name,
-                "threads": torch.get_num_threads(),
-                "cuda": torch.version.cuda,
-                "cpu_kernels": native.library() is not None,
-            },
-        )
+    def write_environment(self, device: torch.device, data: dict[str, Any]) -> None:
+        """Write env.json: what the run goes on with, from versions to the fingerprint of its data."""
+        write_json(self.path / "env.json", {**environment(device), "data": data})
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """The fingerprint of the data that the run was trained on, None where it does not say.
+
+        Raises:
+            InputError: env.json is damaged.
+        """
+        path = self.path / "env.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(read_text(path)).get("data")
+            return None if found is None else _DATA.validate_python(found)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
 
     def write_summary(self, status: str, **values: Any) -> None:
         """Write summary.json: status is running, finished, interrupted or failed."""
         write_json(self.path / "summary.json", {"schema": "bkn.run/1", "status": status, **values})
 
     def summary(self) -> dict[str, Any]:
-        """Read summary.json.
+        """Read summary.json; where it says "running" and no process is in the folder, the status is "killed".
 
         Raises:
             InputError: it is missing or damaged.
@@ -170,7 +174,18 @@ class RunFolder:
             raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
         if not isinstance(value, dict):
             raise InputError(f"{path} holds no summary", "Give a folder that `bkn train` made.")
+        if value.get("status") == "running" and not is_held(self.path):
+            value["status"] = "killed"
         return value
+
+    @property
+    def status(self) -> str:
+        """Return running, finished, interrupted, failed or killed; "not begun" where there is no summary.json.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return str(self.summary().get("status")) if (self.path / "summary.json").is_file() else "not begun"
 
     def log(self, text: str) -> None:
         """Append a line with its time to train.log."""
@@ -222,9 +237,9 @@ def newest_run(root: Path = Path("runs")) -> Path:
     finished = []
     for summary in root.glob("**/summary.json"):
         try:
-            if json.loads(read_text(summary)).get("status") == "finished":
+            if RunFolder(summary.parent).status == "finished":
                 finished.append((summary.stat().st_mtime, summary.parent))
-        except (InputError, OSError, ValueError, AttributeError):
+        except (InputError, OSError):
             continue
     if not finished:
         raise InputError(f"there is no finished run under {root}/", "Run `bkn train` first, or name a run folder.")

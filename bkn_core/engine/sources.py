@@ -45,6 +45,9 @@ class Source(Protocol):
     def size(self) -> tuple[int, int]:
         """Return height and width of the first image."""
 
+    def names(self) -> tuple[str, ...]:
+        """Return the name of each image, such as its file; none where they lie in one array."""
+
     def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
         """Return these images as uint8 (n, C, H, W)."""
 
@@ -69,6 +72,9 @@ class ArraySource:
     def size(self) -> tuple[int, int]:
         height, width = self.images.shape[2:]
         return height, width
+
+    def names(self) -> tuple[str, ...]:
+        return ()
 
     def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)
@@ -118,6 +124,9 @@ class PictureSource:
     def size(self) -> tuple[int, int]:
         height, width = decode(self.open_picture(0), "L", self.name(0)).shape[1:]  # upright, whatever the header says
         return height, width
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(self.name, range(len(self.labels))))
 
     def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)

@@ -10,6 +10,7 @@ import pytest
 from calls import TINY, call
 
 import bkn_core
+from bkn_core.compare import matrix
 
 
 @pytest.fixture
@@ -65,9 +66,32 @@ def test_finished_runs_are_set_side_by_side(run: Path, inside: Path) -> None:
     assert Path(document["artifacts"]["table"]).is_file()
 
 
-def test_runs_that_all_diverge_are_an_error(inside: Path) -> None:
-    words = (*TINY, "optim.lr=1e30", "--norms", "bn", "--statistics-batch-sizes", "2", "--json")
-    result = call("compare", *words)
+def test_finished_runs_get_a_report_of_their_own_each_time(run: Path, inside: Path) -> None:
+    outs = [Path(json.loads(call("compare", str(run), "--json").stdout)["artifacts"]["table"]) for _ in range(2)]
+    assert [path.parent.name for path in outs] == ["compare-finished", "compare-finished-2"]
+    result = call("compare", str(run), "--out", str(outs[0].parent), "--json")
     error = json.loads(result.stdout)["error"]
-    assert (result.exit_code, error["code"]) == (6, "diverged")
-    assert "none of 1 runs finished" in error["message"]
+    assert (result.exit_code, error["message"]) == (3, f"{outs[0].parent} holds a comparison already")
+
+
+@pytest.mark.parametrize("norms", ["bn", "none,bn"])
+def test_runs_that_diverge_are_an_error_beside_what_there_is(
+    inside: Path, monkeypatch: pytest.MonkeyPatch, norms: str
+) -> None:
+    ordinary = matrix.train
+
+    def train(recipe: bkn_core.Recipe, **options: Any) -> Any:
+        if recipe.norm.kind == "bn":
+            raise bkn_core.errors.DivergedError("step 3: the loss is not finite")
+        return ordinary(recipe, **options)
+
+    monkeypatch.setattr(matrix, "train", train)
+    words = ("compare", *TINY, "--norms", norms, "--statistics-batch-sizes", "2", "--out", "out")
+    result = call(*words, "--json")
+    document = json.loads(result.stdout)
+    count = norms.count(",") + 1
+    assert (result.exit_code, document["ok"], document["error"]["code"]) == (6, False, "diverged")
+    assert document["error"]["message"].startswith(f"1 of {count} runs did not finish, such as bn-g16-s2-seed0: step 3")
+    assert [cell["status"] for cell in document["result"]["cells"]] == ["finished", "diverged"][2 - count :]
+    assert Path(document["artifacts"]["table"]).is_file()
+    assert "0, 1 diverged" in call(*words).stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,15 @@ def test_json_is_one_object_with_the_promised_facts(answer: dict[str, Any], run:
 
 
 def test_every_artifact_exists(answer: dict[str, Any]) -> None:
-    assert set(answer["artifacts"]) == {"weights", "metrics", "predictions"}
+    assert set(answer["artifacts"]) == {"weights", "best_weights", "metrics", "predictions"}
     assert all(Path(path).is_file() for path in answer["artifacts"].values())
+
+
+def test_the_weights_of_the_answer_are_those_that_its_metrics_were_measured_on(answer: dict[str, Any]) -> None:
+    weights = Path(answer["artifacts"]["weights"])
+    measured = bkn_core.evaluate(weights.parents[1]).metrics["population"]
+    assert weights.name == "last.safetensors"
+    assert (measured.top1, measured.loss) == (answer["result"]["top1"], answer["result"]["loss"])
 
 
 def test_paths_with_brackets_stay_whole_on_one_line(trained: tuple[Path, Any]) -> None:
@@ -44,7 +52,7 @@ def test_results_go_to_standard_output_and_the_rest_to_standard_error(inside: Pa
     assert "population" in result.stdout
     assert "4 steps in" in result.stdout
     assert "epoch   1/1" in result.stderr
-    assert [path.name for path in (inside / "runs").iterdir()] == ["digits_micro-bkn-g16-s2-seed0"]
+    assert [path.name for path in (inside / "runs").iterdir()] == ["digits_micro-digits-cifar_resnet8-bkn-g16-s2-seed0"]
 
 
 def test_words_and_flags_become_the_recipe(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +72,17 @@ def test_words_and_flags_become_the_recipe(inside: Path, monkeypatch: pytest.Mon
 def test_dry_run_describes_and_writes_nothing(inside: Path) -> None:
     result = call("train", *TINY, "--dry-run")
     assert result.exit_code == 0
-    assert "steps: 4" in result.stdout
+    assert "steps: 4\ndevice: cpu\ninput size: 1 x 8 x 8\nlearning rate: 0.1\nschedule: onecycle\n" in result.stdout
     assert "input -> conv1" in result.stdout
     assert "log(v/v')" in result.stdout
     assert list(inside.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_could_not_write(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = call("train", *TINY, "log.tensorboard=true", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "TensorBoard cannot be imported" in result.stderr
 
 
 def test_dry_run_counts_the_images_that_are_held_out(inside: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_runs import fake_train
 
@@ -15,7 +16,7 @@ from bkn_core.compare.matrix import compare
 from bkn_core.engine.events import EpochEnded, Stepped
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import BusyError, DivergedError, InterruptedRun, RecipeError, StatisticsError
+from bkn_core.errors import BusyError, DivergedError, InputError, InterruptedRun, RecipeError, StatisticsError
 from bkn_core.recipe import Recipe
 
 TINY = [
@@ -104,7 +105,7 @@ def test_the_default_folder_is_named_after_the_recipe(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert compare(norms=["ln"]).out == Path("runs/compare-digits_micro")
+    assert compare(norms=["ln"]).out == Path("runs/compare-digits_micro-digits-cifar_resnet8")
 
 
 def test_more_seeds_train_only_what_is_new(tmp_path: Path, calls: Calls) -> None:
@@ -148,6 +149,20 @@ def test_a_cell_of_another_recipe_is_refused_before_anything_is_trained(tmp_path
         compare(None, [*TINY, "optim.lr=0.2"], norms=["bn", "ln"], out=tmp_path)
     assert "--out" in caught.value.hint
     assert calls == []
+
+
+def test_a_finished_cell_of_other_data_is_refused(tmp_path: Path) -> None:
+    """Only its words stay the same: the file that they name was written anew."""
+    root, random = tmp_path / "data.npz", np.random.default_rng(0)
+    arrays = {f"{part}_images": random.integers(0, 256, (32, 8, 8), dtype=np.uint8) for part in ("train", "test")}
+    arrays |= {f"{part}_labels": np.arange(32) % 4 for part in ("train", "test")}
+    np.savez(root, **arrays)
+    words = ["data.name=npz", f"data.root={root}", "train.epochs=1", "train.device=cpu", "batch.gradient=32"]
+    first = compare(None, words, norms=["ln"], out=tmp_path / "out")
+    assert compare(None, words, norms=["ln"], out=tmp_path / "out").cells == first.cells
+    np.savez(root, **{**arrays, "test_images": arrays["test_images"][::-1]})
+    with pytest.raises(InputError, match=r"ln-g32-s2-seed0: the data .*: other content of the test images\n.*--out"):
+        compare(None, words, norms=["ln"], out=tmp_path / "out")
 
 
 def test_a_diverged_cell_is_recorded_and_the_others_go_on(

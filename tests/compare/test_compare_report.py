@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_failed_cell_is_in_the_table_with_its_message(tmp_path: Path) -> None:
         "norm": "bn",
         "g": "32",
         "s": "2",
-        "n": "0",
+        "n": "0, 1 diverged",
         "top-1 % (population)": "–",
         "images/s": "–",
     }
@@ -86,12 +87,28 @@ def test_the_picture_has_a_colour_for_every_norm_and_a_band_for_seeds(tmp_path: 
         values, counts = np.unique(pixels, axis=0, return_counts=True)
         return {tuple(int(part) for part in value) for value in values[counts > 200]}
 
-    blue, orange = (31, 119, 180), (255, 127, 14)
-    alone = colours("alone", ["bn"], 1)
-    assert blue in alone and orange not in alone
+    red, green = (214, 39, 40), (44, 160, 44)
+    alone = colours("alone", ["gn"], 1)
+    assert green in alone and red not in alone
     both = colours("both", ["bn", "gn"], 3)
-    assert {blue, orange} <= both
+    assert {red, green} <= both
     assert len(both) > len(alone) + 1  # the bands
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))[1])
+    good, bad = (make_run(tmp_path / norm, [f"norm.kind={norm}"]) for norm in ("gn", "bn"))
+    bad = dataclasses.replace(bad, status="diverged", top1={}, loss={}, message="step 9: the loss is not finite")
+    publish(tmp_path, [good, bad, failed("none", 2)])
+    (axis,) = drawn[0].axes
+    _, line, nothing = axis.get_lines()
+    assert (line.get_label(), nothing.get_label()) == ("bn s=2: 1 diverged", "none: 1 diverged")
+    top1 = [100 * row["population_top1"] for row in RunFolder(bad.run).records()]
+    assert np.allclose(line.get_xydata(), np.c_[[1, 2, 3], top1]) and line.get_marker() == "x"
+    assert len(nothing.get_xydata()) == 0
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_the_curves_are_the_mean_over_seeds_between_the_least_and_the_most(

@@ -8,6 +8,7 @@ import pytest
 from made_runs import make_run
 
 from bkn_core.compare.matrix import compare
+from bkn_core.engine.locks import alone_in
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import InputError, RecipeError
 
@@ -23,9 +24,12 @@ def test_finished_runs_are_read_and_nothing_is_trained(tmp_path: Path) -> None:
 def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:
     make_run(tmp_path / "good", ["norm.kind=bn"])
     make_run(tmp_path / "half", ["norm.kind=bkn"])
-    RunFolder(tmp_path / "half").write_summary("interrupted", step=3)
-    with pytest.raises(InputError, match=r"half is not finished"):
-        compare([tmp_path / "good", tmp_path / "half"], out=tmp_path / "report")
+    for written, status in {"interrupted": "interrupted", "running": "killed"}.items():
+        RunFolder(tmp_path / "half").write_summary(written, step=3)
+        with pytest.raises(InputError, match=rf"half is not finished: it is {status}\nFinish it with"):
+            compare([tmp_path / "good", tmp_path / "half"], out=tmp_path / "report")
+    with alone_in(tmp_path / "half"), pytest.raises(InputError, match=r"it is running\nLet it end"):
+        compare([tmp_path / "half"], out=tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 

@@ -131,7 +131,7 @@ def test_a_measure_that_is_broken_off_leaves_the_model_as_it_was(error: type[Bas
 def test_predictions_of_every_image_are_saved(tmp_path: Path) -> None:
     labels = torch.arange(IMAGES) % CLASSES
     metrics = {kind: measured(torch.randn(IMAGES, CLASSES), labels) for kind in ("population", "batch")}
-    save_predictions(tmp_path / "predictions.npz", labels, metrics)
+    save_predictions(tmp_path / "predictions.npz", numbered(labels), metrics)
     with np.load(tmp_path / "predictions.npz") as arrays:
         assert set(arrays.files) == {"labels", *(f"{k}_{n}" for k in metrics for n in ("predictions", "losses"))}
         np.testing.assert_array_equal(arrays["labels"], labels.numpy())

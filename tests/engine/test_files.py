@@ -22,6 +22,7 @@ from torch import nn
 
 from bkn_core.engine import files
 from bkn_core.engine.checkpoint import load_state, load_weights, save_state, save_weights
+from bkn_core.engine.data import ImageSet
 from bkn_core.engine.evaluation import Metrics, save_predictions
 from bkn_core.engine.files import replacing, write_json, write_text
 from bkn_core.engine.plots import plot_curves
@@ -47,7 +48,7 @@ def write_arrays(path: Path, value: int) -> None:
     torch.manual_seed(value)
     losses = torch.rand(100_000)
     measured = Metrics(0.5, {}, 1.0, len(losses), losses > 0.5, losses, torch.ones(len(losses)))
-    save_predictions(path, torch.ones(len(losses)), {"population": measured})
+    save_predictions(path, ImageSet(losses, torch.ones(len(losses)), ()), {"population": measured})
 
 
 def write_letters(path: Path, value: int) -> None:

@@ -40,6 +40,28 @@ def test_another_process_keeps_out_until_it_is_killed(tmp_path: Path) -> None:
         assert is_alone and (tmp_path / ".lock").exists()
 
 
+def test_a_run_that_says_running_is_killed_where_nobody_is_in_its_folder(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.status == "not begun"
+    run.write_summary("running", step=3)
+    assert run.status == "killed" and run.summary()["step"] == 3
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert run.status == "running"
+        process.kill()
+    assert run.status == "killed"
+    with alone_in(tmp_path):
+        assert run.status == "running"
+
+
+def test_a_run_on_a_file_system_without_locks_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with alone_in(tmp_path):
+        pass
+    RunFolder(tmp_path).write_summary("running")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    assert RunFolder(tmp_path).status == "running"
+
+
 def test_whoever_is_inside_is_named(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("process 1 on an older and longer name of a machine " * 3)
     with alone_in(tmp_path), pytest.raises(BusyError, match=rf"in use by process {os.getpid()} on \S+\n"):

@@ -170,7 +170,7 @@ def test_folders_are_numbered_where_their_name_is_taken(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     recipe = tiny("train.epochs=1", "train.seed=5", "data.train_images=8")
     runs = [train(recipe).run for _ in range(3)]
-    name = "digits_micro-bkn-g16-s2-seed5"
+    name = "digits_micro-digits-cifar_plain-bkn-g16-s2-seed5"
     assert runs == [Path("runs") / f"{name}{number}" for number in ("", "-2", "-3")]
     for run in runs[1:]:
         assert_same_run(run, runs[0])
