@@ -11,7 +11,11 @@ so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the lo
 likewise for δ. The h of a forward is noise that belongs to the very images that ∇ι is computed from. So a layer
 remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
 the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
-or processes.
+or processes. There is one exception. Where the h of a forward suddenly is many times larger, as when a few images are
+misread with confidence, the step would go where ι takes it back, by many times its usual length: nine tenths of a
+training were lost to one such step. So what is beyond the usual is used at once:
+
+    h̄ + (h - h̄) - clip(h - h̄, ±30 rms_C(h̄))
 
 Backward passes gather h, and the next forward takes it into h̄.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
@@ -30,6 +34,7 @@ from bkn_core.norm.kalman import Gaussian, average_over_groups, limited
 from bkn_core.norm.nodes import once_differentiable
 
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
+USUAL = 30.0  # times the root mean square of h̄, by which the h of a forward may differ from it
 LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
 
 
@@ -77,6 +82,22 @@ def remembered(used: Tensor, gathered: Tensor) -> Tensor:
     number = gathered[2]
     newest = gathered[:2] / torch.where(number > 0, number, torch.ones_like(number))
     return torch.where(number > 0, torch.lerp(used, newest, WEIGHT), used)
+
+
+def used(running: Tensor, seen: Tensor) -> Tensor:
+    """Return the sensitivity that a backward pass uses: h̄, and what of its own h is beyond the usual.
+
+    Args:
+        running: h̄; 0 in all channels before the first is known, and then used as it is.
+        seen: h, ignored where it is not finite.
+
+    Shape:
+        running (2, C), seen (2, C) -> (2, C).
+    """
+    usual = USUAL * running.square().mean(-1, keepdim=True).sqrt()
+    surplus = seen.to(running.dtype) - running
+    beyond = surplus - torch.minimum(torch.maximum(surplus, -usual), usual)
+    return torch.where(surplus.isfinite() & (usual > 0), running + beyond, running)
 
 
 def scales(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
@@ -144,4 +165,5 @@ class _Follow(torch.autograd.Function):
         if ctx.processes is not None:  # the gradients of S of all processes are added up
             seen, number = ctx.processes.total(seen), ctx.processes.number
         gather(ctx.sensitivity.gathered, seen)
-        return to_mean, to_variance, (ctx.sensitivity.used / number).to(to_variance.dtype), None, None, None, None
+        to_innovations = used(ctx.sensitivity.used, seen) / number
+        return to_mean, to_variance, to_innovations.to(to_variance.dtype), None, None, None, None

@@ -264,8 +264,8 @@ def _gradients(
             deviation = divisor.sqrt()
             seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
             following.gather(sensitivity.gathered, seen)
-            running, push = (sensitivity.used.to(gv.dtype) / groups).unbind()
-            share = running / divisor
+            to_ratio, push = (following.used(sensitivity.used, seen).to(gv.dtype) / groups).unbind()
+            share = to_ratio / divisor
             shift = torch.addcmul(push / deviation, share, d, value=2)
             gx, gs, to_mean = gx + shift, gs + share, to_mean - shift
             to_variance = to_variance - share * (spread + settings.eps) / (predicted + settings.eps)

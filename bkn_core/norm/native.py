@@ -118,7 +118,7 @@ def normalize(x: Tensor, parameters: Parameters, eps: float, shape: Shape) -> tu
     prior_mean, prior_variance, gain, weight, bias = parameters
     y, statistics = torch.empty_like(x), x.new_empty((6, shape[0], shape[2]))
     slots = [*shape, *map(address, (x, prior_mean, prior_variance)), _stride(prior_mean)]
-    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), 0, 0, 0])
+    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), *[0] * 4])
     return y, statistics
 
 
@@ -152,7 +152,7 @@ def normalize_backward(
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
     slots = [*shape, *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
     slots += map(address, (gain, weight, statistics, to_statistics, dx, to_weight, to_bias, *prior, *sensitivity))
-    run("bkn_backward", [*slots, bits_of(eps), 0, 0, 0, 0])
+    run("bkn_backward", [*slots, bits_of(eps), *[0] * 7])
     return dx, prior, to_weight, to_bias
 
 
