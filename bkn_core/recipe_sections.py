@@ -26,6 +26,18 @@ BelowOne = Annotated[float, Field(ge=0, lt=1, description="a number of at least 
 InsideOne = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[InsideOne | None, Field(description="a number above 0 and below 1, or null for none")]
 Gain = Annotated[Literal["auto"] | Annotated[float, Field(gt=0, le=1)], Field(description="auto or a number in (0, 1]")]
+Alpha = Annotated[
+    Annotated[float, Field(ge=0.01, le=100)] | None, Field(description="a number from 0.01 to 100, or null for none")
+]
+Magnitude = Annotated[
+    Annotated[int, Field(ge=0, le=30)] | None, Field(description="an integer from 0 to 30, or null for none")
+]
+Weights = Annotated[
+    Literal["balanced"]
+    | Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(strict=False, min_length=1)]
+    | None,
+    Field(description="balanced, a list of one number from 0.000001 to 1000000 for each class, or null for none"),
+]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}+$", description="text (in quotes where it looks like a number)")]
 ShareOrFolder = Annotated[
     InsideOne | Text | None,
@@ -111,6 +123,9 @@ class DataConfig(Section):
 
     `validation` images are those that epochs are compared on, in place of the test images: a share, drawn from all
     training images in proportion to the classes, or a folder of their own. `train_images` counts what is left.
+    Training images are flipped and shifted (`augment`), then changed by two drawn operations (`rand_augment`, its
+    magnitude), then mixed with each other within a forward (`mixup`, `cutmix`: α of the share's Beta distribution;
+    with both, one of them is drawn for each forward).
     """
 
     name: Text = "digits"
@@ -120,6 +135,9 @@ class DataConfig(Section):
     test_images: Limit = None
     validation: ShareOrFolder = None
     augment: Literal["none", "flip", "crop_flip"] = "none"
+    rand_augment: Magnitude = None
+    mixup: Alpha = None
+    cutmix: Alpha = None
     download: Flag = False
 
     @model_validator(mode="before")
@@ -131,7 +149,11 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, where and how carefully."""
+    """How long, where and how carefully.
+
+    `label_smoothing` moves this share of each label to all classes evenly. `class_weights` weigh the loss of a label's
+    class; they are scaled to 1 on average over the training images. Evaluation knows neither.
+    """
 
     epochs: Count = 10
     seed: Seed = 0
@@ -141,6 +163,8 @@ class TrainConfig(Section):
     channels_last: Flag = True
     ema: Decay = None
     clip_norm: PositiveOrNone = None
+    label_smoothing: BelowOne = 0.0
+    class_weights: Weights = None
     deterministic: Flag = False
     nonfinite: Literal["stop", "skip"] = "stop"
 

@@ -171,10 +171,11 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     Raises:
         InputError: naming every key that changed.
     """
-    own = deciding_keys(recipe)
-    # A key that came after the state was saved is null there: what it adds was not asked for.
+    own, defaults = deciding_keys(recipe), deciding_keys(Recipe())
+    # A key that came after the state was saved has its default there: what it adds was not asked for.
+    known = {name: defaults[name] | saved[name] for name in own if name in saved}
     changed = [
-        f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved.get(name, {}).get(key)
+        f"{name}.{key}" for name, keys in own.items() for key in keys if known.get(name, {}).get(key) != keys[key]
     ]
     if changed:
         raise InputError(f"the saved state does not fit the recipe: {', '.join(changed)} changed", "Change it back.")
