@@ -11,6 +11,7 @@ Count = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 Limit = Annotated[Count | None, Field(description="an integer of at least 1, or null for all")]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]  # not strict: YAML has lists in place of tuples
 Size = Annotated[Count | Pair | None, Field(description="an integer of at least 1, [height, width] or null")]
+CountOrNone = Annotated[Count | None, Field(description="an integer of at least 1, or null for none")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")]
 Flag = Annotated[bool, Field(description="true or false")]
 FlagOrAuto = Annotated[Literal["auto"] | bool, Field(description="auto, true or false")]
@@ -153,6 +154,8 @@ class TrainConfig(Section):
 
     `label_smoothing` moves this share of each label to all classes evenly. `class_weights` weigh the loss of a label's
     class; they are scaled to 1 on average over the training images. Evaluation knows neither.
+    `patience` ends a run when so many epochs in a row were no better on the validation images; the schedules stay
+    those of all `epochs`.
     """
 
     epochs: Count = 10
@@ -165,6 +168,7 @@ class TrainConfig(Section):
     clip_norm: PositiveOrNone = None
     label_smoothing: BelowOne = 0.0
     class_weights: Weights = None
+    patience: CountOrNone = None
     deterministic: Flag = False
     nonfinite: Literal["stop", "skip"] = "stop"
 

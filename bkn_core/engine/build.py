@@ -34,6 +34,12 @@ def load_splits(recipe: Recipe) -> DataSplits:
         RecipeError: keys that do not fit each other or the data.
     """
     data, name = check_recipe(recipe).data, recipe.model.name
+    if recipe.train.patience is not None and data.validation is None:
+        raise RecipeError(
+            f"train.patience is {recipe.train.patience}, but there are no validation images to judge epochs by",
+            "Hold some out, such as data.validation=0.1: on the test images the end would be chosen by what it is "
+            "measured on.",
+        )
     splits = load_data(
         data.name,
         root=data.root,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, fi
 from bkn_core.engine.objective import RANDOM_STATE, Objective
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.engine.state import checked_state
+from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
@@ -31,25 +31,6 @@ from bkn_core.recipe import Recipe
 # What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.
 _SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One forward pass: its place in the epoch, its images and labels on the CPU."""
-
-    index: int
-    images: Tensor
-    labels: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What an optimizer step did: mean loss (on the device), images, learning rate; why it was skipped, if it was."""
-
-    loss: Tensor
-    images: int
-    learning_rate: float
-    skipped: str = ""
 
 
 class Training:
@@ -107,6 +88,12 @@ class Training:
         """The mean Kalman gain of the layers with a prior."""
         gains = [m.gain for m in self.model.modules() if isinstance(m, BatchKalmanNorm) and m.expects_prior]
         return torch.stack(gains).mean().item() if gains else None
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether none of the last `train.patience` epochs was better than those before."""
+        patience = self.recipe.train.patience
+        return patience is not None and self.world.any(self.measured - self.best["epoch"] >= patience)
 
     def epoch(self, epoch: int) -> Iterator[list[Pass]]:
         """Yield the passes of each remaining step of an epoch."""

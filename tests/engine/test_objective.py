@@ -18,7 +18,8 @@ from bkn_core.engine.batches import generator_at, normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.loop import train
 from bkn_core.engine.objective import class_weights, drawing_from, rand_augment
-from bkn_core.engine.training import Pass, Training
+from bkn_core.engine.steps import Pass
+from bkn_core.engine.training import Training
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe import load_recipe
 

@@ -79,6 +79,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "train.clip_norm": ("0.1",),
     "train.label_smoothing": ("0.1",),
     "train.class_weights": ("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]",),
+    "train.patience": ("1", "data.validation=0.01", "optim.lr=1e-9", "train.epochs=3"),
     "train.deterministic": ("true",),
     "train.nonfinite": ("skip", "optim.lr=1e30"),
     "optim.name": ("adamw",),
