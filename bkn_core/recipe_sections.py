@@ -124,6 +124,8 @@ class DataConfig(Section):
 
     `validation` images are those that epochs are compared on, in place of the test images: a share, drawn from all
     training images in proportion to the classes, or a folder of their own. `train_images` counts what is left.
+    Pictures of another aspect than `image_size` are stretched, or keep theirs (`resize`): `crop` cuts off what is too
+    long evenly on both sides, `pad` adds black there; a model takes along which.
     Training images are flipped and shifted (`augment`), then changed by two drawn operations (`rand_augment`, its
     magnitude), then mixed with each other within a forward (`mixup`, `cutmix`: α of the share's Beta distribution;
     with both, one of them is drawn for each forward).
@@ -132,6 +134,7 @@ class DataConfig(Section):
     name: Text = "digits"
     root: Text = "data"
     image_size: Size = None
+    resize: Literal["stretch", "crop", "pad"] = "stretch"
     train_images: Limit = None
     test_images: Limit = None
     validation: ShareOrFolder = None

@@ -37,8 +37,8 @@ model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
        gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: null, momentum: null}
 batch: {gradient: 128, statistics: 2, per_device: 128}
-data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, validation: null,
-       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}
+data: {name: digits, root: data, image_size: 16, resize: stretch, train_images: null, test_images: null,
+       validation: null,       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
         label_smoothing: 0.0, class_weights: null, patience: null,
         deterministic: false, nonfinite: stop}

@@ -44,6 +44,7 @@ def load_splits(recipe: Recipe) -> DataSplits:
         data.name,
         root=data.root,
         image_size=data.image_size,
+        resize=data.resize,
         train_images=data.train_images,
         test_images=data.test_images,
         validation=data.validation,

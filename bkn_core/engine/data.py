@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bkn_core.engine.arrays import open_digits, open_npz
 from bkn_core.engine.folders import open_image_folder, open_validation_folder
-from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color
+from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
 from bkn_core.engine.sources import Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
@@ -53,6 +53,7 @@ class LazyImageSet:
     source: Source
     color: Color
     image_size: tuple[int, int]
+    fit: Fit = "stretch"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +74,7 @@ class LazyImageSet:
         Raises:
             InputError: A file cannot be read.
         """
-        return self.source.read(indices, self.color, self.image_size), self.labels.index_select(0, indices)
+        return self.source.read(indices, self.color, self.image_size, self.fit), self.labels.index_select(0, indices)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def load_data(
     *,
     root: str | Path,
     image_size: int | tuple[int, int] | None,
+    resize: Fit = "stretch",
     train_images: int | None = None,
     test_images: int | None = None,
     validation: float | str | None = None,
@@ -112,6 +114,7 @@ def load_data(
         name: `digits`, `imagefolder`, `npz`, or a classification data set of torchvision by its class name.
         root: Folder, .zip or .npz file that the data lies in; not used by `digits`.
         image_size: Height and width, or one number for both; None takes the size of the first training image.
+        resize: How pictures of another aspect are fitted: "stretch", "crop" or "pad".
         train_images: How many training images, equally many of each class as far as they go; the choice is fixed
             and made before anything is decoded. None takes all.
         test_images: The same for test images.
@@ -142,10 +145,10 @@ def load_data(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     most = max(len(source.labels) for source in (train, test, held_out) if source is not None)
     _refuse_oversized(color, size, min(together, most))
-    train_set = _image_set(train, color, size)
-    preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)))
-    validation_set = None if held_out is None else _image_set(held_out, color, size)
-    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set)
+    train_set = _image_set(train, color, size, resize)
+    preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)), resize=resize)
+    validation_set = None if held_out is None else _image_set(held_out, color, size, resize)
+    return DataSplits(train_set, _image_set(test, color, size, resize), preprocess, train.classes, validation_set)
 
 
 def load_test_images(
@@ -159,7 +162,7 @@ def load_test_images(
     _refuse_oversized(preprocess.color, preprocess.image_size, 1)
     _, test = _open(name, _home(root), download=download)
     test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
-    return _image_set(test, preprocess.color, preprocess.image_size)
+    return _image_set(test, preprocess.color, preprocess.image_size, preprocess.resize)
 
 
 def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -254,9 +257,9 @@ def _statistics_images(images: ImageSet | LazyImageSet) -> Tensor:
     return images.batch(choose(images.labels, count, proportional=True))[0]
 
 
-def _image_set(source: Source, color: Color, image_size: tuple[int, int]) -> ImageSet | LazyImageSet:
+def _image_set(source: Source, color: Color, image_size: tuple[int, int], fit: Fit) -> ImageSet | LazyImageSet:
     height, width = image_size
     if len(source.labels) * CHANNELS[color] * height * width > MEMORY_LIMIT:
-        return LazyImageSet(source, color, image_size)
+        return LazyImageSet(source, color, image_size, fit)
     everything = torch.arange(len(source.labels))
-    return ImageSet(source.read(everything, color, image_size), source.labels, source.classes)
+    return ImageSet(source.read(everything, color, image_size, fit), source.labels, source.classes)

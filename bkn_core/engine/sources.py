@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bkn_core.engine.pictures import CHANNELS, Color, decode, is_grey, recolor, resize
+from bkn_core.engine.pictures import CHANNELS, Color, Fit, decode, is_grey, recolor, resize
 
 ARRAY_CHUNK = 1024
 PICTURE_CHUNK = 16
@@ -42,7 +42,7 @@ class Source(Protocol):
     def size(self) -> tuple[int, int]:
         """Return height and width of the first image."""
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         """Return these images as uint8 (n, C, H, W)."""
 
     def digest(self) -> str:
@@ -67,10 +67,10 @@ class ArraySource:
         height, width = self.images.shape[2:]
         return height, width
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)
         for chunk, wanted in zip(torch.split(images, ARRAY_CHUNK), torch.split(indices, ARRAY_CHUNK), strict=True):
-            chunk.copy_(resize(recolor(self.images[wanted], color), image_size))
+            chunk.copy_(resize(recolor(self.images[wanted], color), image_size, fit))
         return images
 
     def digest(self) -> str:
@@ -116,14 +116,14 @@ class PictureSource:
         width, height = self.open_picture(0).size
         return height, width
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)
 
         def fill(chunk: Tensor, wanted: Tensor) -> None:
             pictures = (decode(self.open_picture(i), color, self.name(i)) for i in wanted.tolist())
             start = 0
             for stack in _stacks(pictures):
-                resized = resize(stack, image_size)
+                resized = resize(stack, image_size, fit)
                 chunk[start : start + len(resized)] = resized
                 start += len(resized)
 

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "data.name": ("npz", "data.root=one.npz"),
     "data.root": ("other.npz", "data.name=npz"),
     "data.image_size": ("9",),
+    "data.resize": ("crop", "data.image_size=[8, 6]"),
     "data.train_images": ("16",),
     "data.test_images": ("8",),
     "data.validation": ("0.01",),
