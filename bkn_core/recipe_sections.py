@@ -12,6 +12,9 @@ Limit = Annotated[Count | None, Field(description="an integer of at least 1, or 
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]  # not strict: YAML has lists in place of tuples
 Size = Annotated[Count | Pair | None, Field(description="an integer of at least 1, [height, width] or null")]
 CountOrNone = Annotated[Count | None, Field(description="an integer of at least 1, or null for none")]
+Workers = Annotated[
+    Annotated[int, Field(ge=1, le=64)] | None, Field(description="an integer from 1 to 64, or null for 2")
+]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")]
 Flag = Annotated[bool, Field(description="true or false")]
 FlagOrAuto = Annotated[Literal["auto"] | bool, Field(description="auto, true or false")]
@@ -158,7 +161,7 @@ class TrainConfig(Section):
     `label_smoothing` moves this share of each label to all classes evenly. `class_weights` weigh the loss of a label's
     class; they are scaled to 1 on average over the training images. Evaluation knows neither.
     `patience` ends a run when so many epochs in a row were no better on the validation images; the schedules stay
-    those of all `epochs`.
+    those of all `epochs`. `workers` threads decode the pictures of a folder or zip file; how many changes no result.
     """
 
     epochs: Count = 10
@@ -172,6 +175,7 @@ class TrainConfig(Section):
     label_smoothing: BelowOne = 0.0
     class_weights: Weights = None
     patience: CountOrNone = None
+    workers: Workers = None
     deterministic: Flag = False
     nonfinite: Literal["stop", "skip"] = "stop"
 

@@ -40,7 +40,7 @@ batch: {gradient: 128, statistics: 2, per_device: 128}
 data: {name: digits, root: data, image_size: 16, resize: stretch, train_images: null, test_images: null,
        validation: null,       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
-        label_smoothing: 0.0, class_weights: null, patience: null,
+        label_smoothing: 0.0, class_weights: null, patience: null, workers: null,
         deterministic: false, nonfinite: stop}
 optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
         gain_lr_scale: 1.0, schedule: onecycle, warmup: 0.2, milestones: [0.5, 0.75], gamma: 0.1}

@@ -50,6 +50,7 @@ def load_splits(recipe: Recipe) -> DataSplits:
         validation=data.validation,
         color=None if is_builtin(name) else "RGB",
         download=data.download,
+        workers=recipe.train.workers,
         together=max(recipe.batch.per_device, recipe.eval.batch_size),
     )
     Objective(recipe, splits, recipe.batch.per_device, torch.device("cpu"))  # refused here, also by those who only look

@@ -43,7 +43,7 @@ _FREE: Any = {
     "eval": True,
     "log": True,
     "data": {"root", "download"},
-    "train": {"device"},
+    "train": {"device", "workers"},
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from bkn_core.engine.arrays import open_digits, open_npz
 from bkn_core.engine.folders import open_image_folder, open_validation_folder
 from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
-from bkn_core.engine.sources import Source, choose, hold_out
+from bkn_core.engine.sources import PICTURE_CHUNK, PictureSource, Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError, RecipeError
 
@@ -107,6 +109,7 @@ def load_data(
     color: Color | None = None,
     download: bool = False,
     together: int = 1,
+    workers: int | None = None,
 ) -> DataSplits:
     """Load a data set; mean and std of its `preprocess` are those of the chosen training images.
 
@@ -124,6 +127,7 @@ def load_data(
         color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
         download: Let torchvision fetch what is missing.
         together: The most images that a forward will hold.
+        workers: Threads that decode pictures where that is safe, which torchvision's data sets do not promise.
 
     Raises:
         RecipeError: There is no such data set, it has fewer images than asked for, or they are too large.
@@ -137,6 +141,8 @@ def load_data(
     elif validation is not None:
         train, held_out = _hold_out(train, validation, name)
         has += " beside those of data.validation"
+    train, test = (_with_workers(source, workers) for source in (train, test))
+    held_out = held_out and _with_workers(held_out, workers)
     train = _subset(train, train_images, has, "data.train_images")
     test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
     color = color or train.color()
@@ -165,20 +171,28 @@ def load_test_images(
     return _image_set(test, preprocess.color, preprocess.image_size, preprocess.resize)
 
 
-def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batch at each of the given indices, decoding the next one while the caller works on this one."""
+def prefetch(images: ImageSet | LazyImageSet, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batch at each of the given indices, decoding those that follow while the caller works on this one."""
     if isinstance(images, ImageSet):
         yield from map(images.batch, batches)
         return
-    with ThreadPoolExecutor(1) as reader:
-        current = None
+    # As many batches at once as keep the threads of the source busy: a small one has work for one thread.
+    threads = images.source.threads if isinstance(images.source, PictureSource) else 1
+    ahead = max(1, threads // max(1, -(-max(map(len, batches), default=1) // PICTURE_CHUNK)))
+    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    with ThreadPoolExecutor(ahead) as readers:
         for indices in batches:
-            following = reader.submit(images.batch, indices)
-            if current is not None:
-                yield current.result()
-            current = following
-        if current is not None:
-            yield current.result()
+            waiting.append(readers.submit(images.batch, indices))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _with_workers(source: Source, workers: int | None) -> Source:
+    if workers is None or not isinstance(source, PictureSource) or source.threads == 1:
+        return source
+    return dataclasses.replace(source, threads=workers)
 
 
 def _home(path: str | Path) -> Path:
