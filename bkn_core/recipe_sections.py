@@ -11,6 +11,10 @@ Count = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 Limit = Annotated[Count | None, Field(description="an integer of at least 1, or null for all")]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]  # not strict: YAML has lists in place of tuples
 Size = Annotated[Count | Pair | None, Field(description="an integer of at least 1, [height, width] or null")]
+CountOrNone = Annotated[Count | None, Field(description="an integer of at least 1, or null for none")]
+Workers = Annotated[
+    Annotated[int, Field(ge=1, le=64)] | None, Field(description="an integer from 1 to 64, or null for 2")
+]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")]
 Flag = Annotated[bool, Field(description="true or false")]
 FlagOrAuto = Annotated[Literal["auto"] | bool, Field(description="auto, true or false")]
@@ -26,6 +30,18 @@ BelowOne = Annotated[float, Field(ge=0, lt=1, description="a number of at least 
 InsideOne = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[InsideOne | None, Field(description="a number above 0 and below 1, or null for none")]
 Gain = Annotated[Literal["auto"] | Annotated[float, Field(gt=0, le=1)], Field(description="auto or a number in (0, 1]")]
+Alpha = Annotated[
+    Annotated[float, Field(ge=0.01, le=100)] | None, Field(description="a number from 0.01 to 100, or null for none")
+]
+Magnitude = Annotated[
+    Annotated[int, Field(ge=0, le=30)] | None, Field(description="an integer from 0 to 30, or null for none")
+]
+Weights = Annotated[
+    Literal["balanced"]
+    | Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(strict=False, min_length=1)]
+    | None,
+    Field(description="balanced, a list of one number from 0.000001 to 1000000 for each class, or null for none"),
+]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}+$", description="text (in quotes where it looks like a number)")]
 ShareOrFolder = Annotated[
     InsideOne | Text | None,
@@ -135,6 +151,10 @@ class DataConfig(Section):
     `validation` images are those that epochs are compared on, in place of the test images: a share, drawn from all
     training images in proportion to the classes, or a folder of their own. `train_images` counts what is left. Without
     `name` the data is what `root` is: an .npz, else a folder or zip of pictures; without both, the digits.
+    Pictures of another aspect than `image_size` are stretched, or keep theirs (`resize`): `crop` cuts off what is too
+    long evenly on both sides, `pad` adds black there; a model takes along which.
+    Training images are flipped and shifted (`augment`), then changed by two drawn operations (`rand_augment`), then
+    mixed with each other within a forward (`mixup`, `cutmix`; with both, one of them is drawn for each forward).
     """
 
     name: Text = Field(default="digits", title="digits, npz, imagefolder, or a classification set of torchvision")
@@ -142,12 +162,18 @@ class DataConfig(Section):
     image_size: Size = Field(
         default=None, title="size of images after resizing, null: their own; digits have 16 by default"
     )
+    resize: Literal["stretch", "crop", "pad"] = Field(
+        default="stretch", title="how pictures of another aspect fit into image_size"
+    )
     train_images: Limit = Field(default=None, title="how many training images are used")
     test_images: Limit = Field(default=None, title="how many test images are used")
     validation: ShareOrFolder = Field(
         default=None, title="images that epochs are compared on: a share of the training images, or a folder"
     )
     augment: Literal["none", "flip", "crop_flip"] = Field(default="none", title="random changes of training images")
+    rand_augment: Magnitude = Field(default=None, title="magnitude of two drawn operations on each training image")
+    mixup: Alpha = Field(default=None, title="alpha of MixUp within a forward")
+    cutmix: Alpha = Field(default=None, title="alpha of CutMix within a forward")
     download: Flag = Field(default=False, title="download a set of torchvision into data.root")
 
     @model_validator(mode="before")
@@ -179,7 +205,13 @@ def _kind_of_the_root(values: Any) -> Any:
 
 
 class TrainConfig(Section):
-    """How long, where and how carefully."""
+    """How long, where and how carefully.
+
+    `label_smoothing` moves this share of each label to all classes evenly. `class_weights` weigh the loss of a label's
+    class; they are scaled to 1 on average over the training images. Evaluation knows neither.
+    `patience` ends a run when so many epochs in a row were no better on the validation images; the schedules stay
+    those of all `epochs`. `workers` threads decode the pictures of a folder or zip file; how many changes no result.
+    """
 
     epochs: Count = Field(default=10, title="passes over the training images")
     seed: Seed = Field(default=0, title="of weights, order of images and augmentation")
@@ -189,6 +221,12 @@ class TrainConfig(Section):
     channels_last: Flag = Field(default=True, title="keep images with their channels last in memory")
     ema: Decay = Field(default=None, title="decay of a moving average of the weights, which is measured and saved")
     clip_norm: PositiveOrNone = Field(default=None, title="largest norm of the gradient")
+    label_smoothing: BelowOne = Field(default=0.0, title="share of each label that all classes get evenly")
+    class_weights: Weights = Field(default=None, title="weight of the loss of each class, 1 on average")
+    patience: CountOrNone = Field(
+        default=None, title="epochs without a better validation accuracy after which the run ends"
+    )
+    workers: Workers = Field(default=None, title="threads that decode pictures; null: 2")
     deterministic: Flag = Field(default=False, title="use deterministic operations only")
     nonfinite: Literal["stop", "skip"] = Field(default="stop", title="what to do with a step that is not finite")
 

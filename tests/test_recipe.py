@@ -39,9 +39,10 @@ model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
        gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: null, momentum: null}
 batch: {gradient: 128, statistics: 2, per_device: 128}
-data: {name: digits, root: data, image_size: 16, train_images: null, test_images: null, validation: null,
-       augment: none, download: false}
+data: {name: digits, root: data, image_size: 16, resize: stretch, train_images: null, test_images: null,
+       validation: null,       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
+        label_smoothing: 0.0, class_weights: null, patience: null, workers: null,
         deterministic: false, nonfinite: stop}
 optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
         gain_lr_scale: 1.0, schedule: onecycle, warmup: 0.2, milestones: [0.5, 0.75], gamma: 0.1}
@@ -126,6 +127,8 @@ def test_arguments_of_the_model_are_replaced_as_a_whole_by_a_file_and_one_by_one
         ("norm={kind: in, eps: 1e-3}", "norm", "kind", "in"),
         ("train.device=cuda:1", "train", "device", "cuda:1"),
         ("train.amp=false", "train", "amp", False),
+        ("train.class_weights=[1, 2.5]", "train", "class_weights", (1.0, 2.5)),
+        ("train.class_weights=balanced", "train", "class_weights", "balanced"),
     ],
 )
 def test_word_is_read_as_yaml(word: str, section: str, key: str, value: object) -> None:

@@ -16,6 +16,7 @@ from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
 from bkn_core.engine.models import build_network, check_network, example_images, is_builtin, pretrained_colours
+from bkn_core.engine.objective import Objective
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.errors import RecipeError
@@ -30,19 +31,29 @@ def load_splits(recipe: Recipe) -> DataSplits:
 
     Raises:
         InputError, RecipeError: see `load_data`.
+        RecipeError: keys that do not fit each other or the data.
     """
     data, name = check_recipe(recipe).data, recipe.model.name
+    if recipe.train.patience is not None and data.validation is None:
+        raise RecipeError(
+            f"train.patience is {recipe.train.patience}, but there are no validation images to judge epochs by",
+            "Hold some out, such as data.validation=0.1: on the test images the end would be chosen by what it is "
+            "measured on.",
+        )
     splits = load_data(
         data.name,
         root=data.root,
         image_size=data.image_size,
+        resize=data.resize,
         train_images=data.train_images,
         test_images=data.test_images,
         validation=data.validation,
         color=None if is_builtin(name) else "RGB",
         download=data.download,
+        workers=recipe.train.workers,
         together=max(recipe.batch.per_device, recipe.eval.batch_size),
     )
+    Objective(recipe, splits, recipe.batch.per_device, torch.device("cpu"))  # refused here, also by those who only look
     colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
     if colours is None:
         return splits

@@ -43,7 +43,7 @@ _FREE: Any = {
     "eval": True,
     "log": True,
     "data": {"root", "download"},
-    "train": {"device"},
+    "train": {"device", "workers"},
 }
 
 
@@ -178,13 +178,14 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     Raises:
         InputError: naming every key that changed.
     """
-    own = deciding_keys(recipe)
+    own, defaults = deciding_keys(recipe), deciding_keys(Recipe())
     before = saved.get("train", {}).get("epochs")
     if type(before) is int and own["train"]["epochs"] > before:  # training goes on for longer
         own["train"]["epochs"] = before
-    # A key that came after the state was saved is null there: what it adds was not asked for.
+    # A key that came after the state was saved has its default there: what it adds was not asked for.
+    known = {name: defaults[name] | saved[name] for name in own if name in saved}
     changed = [
-        f"{name}.{key}" for name, keys in own.items() for key in keys if keys[key] != saved.get(name, {}).get(key)
+        f"{name}.{key}" for name, keys in own.items() for key in keys if known.get(name, {}).get(key) != keys[key]
     ]
     if changed:
         raise InputError(

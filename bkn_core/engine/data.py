@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,9 @@ from torch import Tensor
 
 from bkn_core.engine.arrays import open_digits, open_npz
 from bkn_core.engine.folders import open_image_folder, open_validation_folder
-from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color
+from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
-from bkn_core.engine.sources import Opened, Source, choose, hold_out
+from bkn_core.engine.sources import PICTURE_CHUNK, Opened, PictureSource, Source, choose, hold_out
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe_sections import OWN_DATA
@@ -54,6 +56,7 @@ class LazyImageSet:
     source: Source
     color: Color
     image_size: tuple[int, int]
+    fit: Fit = "stretch"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +82,7 @@ class LazyImageSet:
         Raises:
             InputError: A file cannot be read.
         """
-        return self.source.read(indices, self.color, self.image_size), self.labels.index_select(0, indices)
+        return self.source.read(indices, self.color, self.image_size, self.fit), self.labels.index_select(0, indices)
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,14 @@ def load_data(
     *,
     root: str | Path,
     image_size: int | tuple[int, int] | None,
+    resize: Fit = "stretch",
     train_images: int | None = None,
     test_images: int | None = None,
     validation: float | str | None = None,
     color: Color | None = None,
     download: bool = False,
     together: int = 1,
+    workers: int | None = None,
 ) -> DataSplits:
     """Load a data set; mean and std of its `preprocess` are those of the chosen training images.
 
@@ -119,6 +124,7 @@ def load_data(
         name: `digits`, `imagefolder`, `npz`, or a classification data set of torchvision by its class name.
         root: Folder, .zip or .npz file that the data lies in; not used by `digits`.
         image_size: Height and width, or one number for both; None takes the size of the first training image.
+        resize: How pictures of another aspect are fitted: "stretch", "crop" or "pad".
         train_images: How many training images, equally many of each class as far as they go; the choice is fixed
             and made before anything is decoded. None takes all.
         test_images: The same for test images.
@@ -128,6 +134,7 @@ def load_data(
         color: "RGB" or "L"; None takes the natural one: "L" where all training images are grey.
         download: Let torchvision fetch what is missing.
         together: The most images that a forward will hold.
+        workers: Threads that decode pictures where that is safe, which torchvision's data sets do not promise.
 
     Raises:
         RecipeError: There is no such data set, it has fewer images than asked for, or they are too large.
@@ -142,6 +149,8 @@ def load_data(
     elif validation is not None:
         train, held_out = _hold_out(train, validation, name)
         has += " beside those of data.validation"
+    train, test = (_with_workers(source, workers) for source in (train, test))
+    held_out = held_out and _with_workers(held_out, workers)
     train = _subset(train, train_images, has, "data.train_images")
     test = _subset(test, test_images, f"{name} has {{}} test images", "data.test_images")
     color = color or train.color()
@@ -150,10 +159,11 @@ def load_data(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     most = max(len(source.labels) for source in (train, test, held_out) if source is not None)
     _refuse_oversized(color, size, min(together, most))
-    train_set = _image_set(train, color, size)
-    preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)))
-    validation_set = None if held_out is None else _image_set(held_out, color, size)
-    return DataSplits(train_set, _image_set(test, color, size), preprocess, train.classes, validation_set, notes)
+    train_set = _image_set(train, color, size, resize)
+    preprocess = Preprocess(color, size, *channel_statistics(_statistics_images(train_set)), resize=resize)
+    validation_set = None if held_out is None else _image_set(held_out, color, size, resize)
+    test_set = _image_set(test, color, size, resize)
+    return DataSplits(train_set, test_set, preprocess, train.classes, validation_set, notes)
 
 
 def load_test_images(
@@ -167,23 +177,31 @@ def load_test_images(
     _refuse_oversized(preprocess.color, preprocess.image_size, 1)
     opened = _open(name, _home(root), download=download)
     test = _subset(opened.test, test_images, f"{name} has {{}} test images", "data.test_images")
-    return _image_set(test, preprocess.color, preprocess.image_size), opened.notes
+    return _image_set(test, preprocess.color, preprocess.image_size, preprocess.resize), opened.notes
 
 
-def prefetch(images: ImageSet | LazyImageSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batch at each of the given indices, decoding the next one while the caller works on this one."""
+def prefetch(images: ImageSet | LazyImageSet, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batch at each of the given indices, decoding those that follow while the caller works on this one."""
     if isinstance(images, ImageSet):
         yield from map(images.batch, batches)
         return
-    with ThreadPoolExecutor(1) as reader:
-        current = None
+    # As many batches at once as keep the threads of the source busy: a small one has work for one thread.
+    threads = images.source.threads if isinstance(images.source, PictureSource) else 1
+    ahead = max(1, threads // max(1, -(-max(map(len, batches), default=1) // PICTURE_CHUNK)))
+    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    with ThreadPoolExecutor(ahead) as readers:
         for indices in batches:
-            following = reader.submit(images.batch, indices)
-            if current is not None:
-                yield current.result()
-            current = following
-        if current is not None:
-            yield current.result()
+            waiting.append(readers.submit(images.batch, indices))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _with_workers(source: Source, workers: int | None) -> Source:
+    if workers is None or not isinstance(source, PictureSource) or source.threads == 1:
+        return source
+    return dataclasses.replace(source, threads=workers)
 
 
 def _home(path: str | Path) -> Path:
@@ -262,9 +280,9 @@ def _statistics_images(images: ImageSet | LazyImageSet) -> Tensor:
     return images.batch(choose(images.labels, count, proportional=True))[0]
 
 
-def _image_set(source: Source, color: Color, image_size: tuple[int, int]) -> ImageSet | LazyImageSet:
+def _image_set(source: Source, color: Color, image_size: tuple[int, int], fit: Fit) -> ImageSet | LazyImageSet:
     height, width = image_size
     if len(source.labels) * CHANNELS[color] * height * width > MEMORY_LIMIT:
-        return LazyImageSet(source, color, image_size)
+        return LazyImageSet(source, color, image_size, fit)
     everything = torch.arange(len(source.labels))
-    return ImageSet(source.read(everything, color, image_size), source.labels, source.classes, source.names())
+    return ImageSet(source.read(everything, color, image_size, fit), source.labels, source.classes, source.names())

@@ -34,7 +34,7 @@ class TrainResult:
 
     Args:
         run: its folder.
-        steps: optimizer steps.
+        steps: optimizer steps that were taken.
         seconds: time spent in training steps, over all its parts.
         images_per_second: training images per second.
         metrics: the last epoch's measures on the test images, by kind of statistics.
@@ -116,7 +116,7 @@ def _keep(path: Path, held: contextlib.ExitStack, on_event: Callable[[Event], No
 
 
 def _run(training: Training, records: Records, should_stop: Callable[[], bool]) -> TrainResult:
-    world, epochs = training.world, training.recipe.train.epochs
+    world = training.world
     watch = _Watch(world, records, should_stop)
     records.started(training)
     splits = training.splits
@@ -126,7 +126,8 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
             watch(training)
 
     metrics: dict[str, Metrics] = {}
-    for epoch in range(training.measured, epochs):
+    while training.measured < training.recipe.train.epochs and not training.is_stalled:
+        epoch = training.measured
         for passes in training.epoch(epoch):
             step = training.take_step(epoch, passes)
             records.stepped(training, epoch, step)
@@ -141,7 +142,7 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
     world.barrier()
     return TrainResult(
         records.path,
-        training.steps,
+        training.step,
         training.seconds,
         training.images_per_second,
         metrics,

@@ -18,6 +18,7 @@ from bkn_core.engine.png import has_all_rows
 from bkn_core.errors import InputError
 
 Color = Literal["RGB", "L"]
+Fit = Literal["stretch", "crop", "pad"]
 CHANNELS: dict[Color, int] = {"L": 1, "RGB": 3}
 
 # Only these decoders are tried, whatever the suffix says: EPS would start a program, TGA takes what is no picture.
@@ -107,10 +108,30 @@ def recolor(images: Tensor, color: Color) -> Tensor:
     return (luma >> 16).to(torch.uint8).unsqueeze(1)
 
 
-def resize(images: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Resize uint8 images (N, C, H, W), bilinear and antialiased; a batch gives what its images give one by one."""
-    resized: Tensor = functional.resize(images, list(image_size), antialias=True)
-    return resized
+def resize(images: Tensor, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
+    """Resize uint8 images (N, C, H, W), bilinear and antialiased; a batch gives what its images give one by one.
+
+    Args:
+        images: The images.
+        image_size: Height and width of the result.
+        fit: What is done where the aspect differs: "stretch" changes it, "crop" takes the largest middle part of the
+            right aspect, "pad" puts the whole image in the middle of black.
+    """
+    height, width = image_size
+    own_height, own_width = images.shape[-2:]
+    if fit == "crop":  # before it is resized: a picture of one row would be as long as it is wide
+        part = [max(1, round(own_width * height / width)), max(1, round(own_height * width / height))]
+        images = functional.center_crop(images, [min(part[0], own_height), min(part[1], own_width)])
+    inner = [height, width]
+    if fit == "pad":
+        whole = [max(1, round(width * own_height / own_width)), max(1, round(height * own_width / own_height))]
+        inner = [min(whole[0], height), min(whole[1], width)]
+    resized: Tensor = functional.resize(images, inner, antialias=True)
+    if inner == [height, width]:
+        return resized
+    top, left = round((height - inner[0]) / 2), round((width - inner[1]) / 2)
+    padded: Tensor = functional.pad(resized, [left, top, width - inner[1] - left, height - inner[0] - top])
+    return padded
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:

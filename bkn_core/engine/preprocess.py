@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from bkn_core.engine.pictures import CHANNELS, Color
+from bkn_core.engine.pictures import CHANNELS, Color, Fit
 from bkn_core.errors import InputError
 
 SCALE = 255
@@ -24,7 +24,10 @@ SMALLEST, LARGEST = 1e-6, 1e6  # of numbers that pictures are divided by, or mov
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What is done to a picture: colour, bilinear antialiased resize, then (x / scale - mean) / std per channel."""
+    """What is done to a picture: colour, bilinear antialiased resize, then (x / scale - mean) / std per channel.
+
+    `resize` is what becomes of another aspect than that of `image_size`: "stretch", "crop" or "pad".
+    """
 
     color: Color
     image_size: tuple[int, int]
@@ -33,6 +36,7 @@ class Preprocess:
     interpolation: str = "bilinear"
     antialias: bool = True
     scale: int = SCALE
+    resize: Fit = "stretch"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that run folders and ONNX files carry."""
@@ -41,6 +45,7 @@ class Preprocess:
             "image_size": list(self.image_size),
             "interpolation": self.interpolation,
             "antialias": self.antialias,
+            "resize": self.resize,
             "scale": self.scale,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -53,6 +58,7 @@ class Preprocess:
         Raises:
             InputError: A key is missing or unknown, or its value is none that this library can carry out.
         """
+        values = {"resize": "stretch", **values}  # files of before there was another way do not say it
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             raise InputError(f"preprocess has the keys {sorted(values)}; expected are {sorted(expected)}")
@@ -88,6 +94,7 @@ def _faults(values: Mapping[str, Any]) -> dict[str, str]:
         "image_size": (_is_size(size), f"[height, width] of at most {LARGEST_IMAGE} pixels"),
         "interpolation": (values["interpolation"] == "bilinear", "'bilinear'"),
         "antialias": (values["antialias"] is True, "true"),
+        "resize": (values["resize"] in get_args(Fit), " or ".join(get_args(Fit))),
         "scale": (_numbers([values["scale"]], 1) and values["scale"] >= SMALLEST, f"a number of at least {SMALLEST}"),
         "mean": (_numbers(mean, channels), f"{channels} numbers"),
         "std": (_numbers(std, channels) and min(std) >= SMALLEST, f"{channels} numbers of at least {SMALLEST}"),

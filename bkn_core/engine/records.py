@@ -16,7 +16,8 @@ from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.metrics_log import MetricsLog
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.engine.training import Step, Training
+from bkn_core.engine.steps import Step
+from bkn_core.engine.training import Training
 from bkn_core.errors import BknError, DivergedError, InterruptedRun, OutputError
 from bkn_core.norm.layers import BatchKalmanNorm
 
@@ -133,11 +134,17 @@ class Records:
         """Write what a finished run, measured on the test images, has beside its checkpoints."""
         if self.log is None:
             return
+        text = "finished"
+        if training.measured < training.recipe.train.epochs:
+            best, share = training.best["epoch"], 100 * training.best["top1"]
+            text = f"stopped early after epoch {training.measured}: none since epoch {best} had a better validation "
+            text += f"top-1 than its {share:.2f} %"
+            self.on_event(Notice(text))
         self.results = {kind: measured.summary() for kind, measured in metrics.items()}
         if training.splits.validation is not None:  # without, the last epoch wrote them
             save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
         self.log.publish(is_last=True)
-        self._close("finished", "finished")
+        self._close("finished", text)
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bkn_core.engine.pictures import CHANNELS, Color, decode, is_grey, recolor, resize
+from bkn_core.engine.pictures import CHANNELS, Color, Fit, decode, is_grey, recolor, resize
 
 ARRAY_CHUNK = 1024
 PICTURE_CHUNK = 16
@@ -48,7 +48,7 @@ class Source(Protocol):
     def names(self) -> tuple[str, ...]:
         """Return the name of each image, such as its file; none where they lie in one array."""
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         """Return these images as uint8 (n, C, H, W)."""
 
     def digest(self) -> str:
@@ -76,10 +76,10 @@ class ArraySource:
     def names(self) -> tuple[str, ...]:
         return ()
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)
         for chunk, wanted in zip(torch.split(images, ARRAY_CHUNK), torch.split(indices, ARRAY_CHUNK), strict=True):
-            chunk.copy_(resize(recolor(self.images[wanted], color), image_size))
+            chunk.copy_(resize(recolor(self.images[wanted], color), image_size, fit))
         return images
 
     def digest(self) -> str:
@@ -128,14 +128,14 @@ class PictureSource:
     def names(self) -> tuple[str, ...]:
         return tuple(map(self.name, range(len(self.labels))))
 
-    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int]) -> Tensor:
+    def read(self, indices: Tensor, color: Color, image_size: tuple[int, int], fit: Fit = "stretch") -> Tensor:
         images = torch.empty((len(indices), CHANNELS[color], *image_size), dtype=torch.uint8)
 
         def fill(chunk: Tensor, wanted: Tensor) -> None:
             pictures = (decode(self.open_picture(i), color, self.name(i)) for i in wanted.tolist())
             start = 0
             for stack in _stacks(pictures):
-                resized = resize(stack, image_size)
+                resized = resize(stack, image_size, fit)
                 chunk[start : start + len(resized)] = resized
                 start += len(resized)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bkn_core.accumulation import accumulation
-from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
+from bkn_core.engine.batches import BatchPlan, epoch_order, generator_at
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
 from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
@@ -23,8 +20,10 @@ from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
+from bkn_core.engine.objective import RANDOM_STATE, Objective
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.engine.state import checked_state
+from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.recipe import Recipe
@@ -32,26 +31,6 @@ from bkn_core.recipe import Recipe
 # What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.
 _SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
-_RANDOM_STATE = threading.Lock()  # it is the process's: two runs in threads must not draw their weights at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One forward pass: its place in the epoch, its images and labels on the CPU."""
-
-    index: int
-    images: Tensor
-    labels: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What an optimizer step did: mean loss (on the device), images, learning rate; why it was skipped, if it was."""
-
-    loss: Tensor
-    images: int
-    learning_rate: float
-    skipped: str = ""
 
 
 class Training:
@@ -67,7 +46,7 @@ class Training:
         self.splits = load_splits(recipe)
         self.data = fingerprint(self.splits)
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        with _RANDOM_STATE:
+        with RANDOM_STATE:
             torch.manual_seed(recipe.train.seed)
             model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
             torch.manual_seed(recipe.train.seed + world.rank)
@@ -84,6 +63,7 @@ class Training:
         self.shared = [b for name, b in self.model.named_buffers() if name.endswith(_SHARED)]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
+        self.objective = Objective(recipe, self.splits, size, world.device)
         self.accumulated = recipe.batch.gradient // self.plan.joint
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
@@ -108,6 +88,12 @@ class Training:
         """The mean Kalman gain of the layers with a prior."""
         gains = [m.gain for m in self.model.modules() if isinstance(m, BatchKalmanNorm) and m.expects_prior]
         return torch.stack(gains).mean().item() if gains else None
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether none of the last `train.patience` epochs was better than those before."""
+        patience = self.recipe.train.patience
+        return patience is not None and self.world.any(self.measured - self.best["epoch"] >= patience)
 
     def epoch(self, epoch: int) -> Iterator[list[Pass]]:
         """Yield the passes of each remaining step of an epoch."""
@@ -172,18 +158,17 @@ class Training:
         return loss.detach()
 
     def _loss(self, epoch: int, part: Pass) -> Tensor:
-        """Return the summed cross entropy of this process's part of a pass."""
+        """Return the summed loss of this process's part of a pass."""
         device, images, labels, weight = self.world.device, part.images, part.labels, 1.0
         if len(labels) == 0:  # nothing left for this process: take part in the exchange with nothing
             images, labels = self.splits.train.batch(torch.zeros(1, dtype=torch.int64))
             weight = 0.0
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         generator = generator_at(self.recipe.train.seed, epoch, part.index, self.world.rank)
-        images = augment(images, self.recipe.data.augment, generator)
-        inputs = normalize(images, self.splits.preprocess, memory_format=self.layout)
+        inputs, targets = self.objective.inputs(images, labels, generator, self.layout)
         with autocast(device, self.amp):
             logits = self.network(inputs)
-        return weight * F.cross_entropy(logits.float(), labels, reduction="sum")
+        return weight * self.objective.loss(logits.float(), targets)
 
     def _without_exchange(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Exchange gradients only in the last pass of a step."""
@@ -288,7 +273,7 @@ class Training:
             setattr(self, counter, state[counter])
         self.losses = list(state["losses"].to(device).unbind())
         self.epoch_loss = state["epoch_loss"].to(device)
-        with _RANDOM_STATE:
+        with RANDOM_STATE:
             torch.set_rng_state(state["random"])
         if device.type == "cuda" and len(state["random_cuda"]):
             torch.cuda.set_rng_state(state["random_cuda"], device)

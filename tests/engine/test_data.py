@@ -189,6 +189,31 @@ def test_prefetch_passes_an_error_on_and_leaves_no_thread(tmp_path: Path, monkey
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("workers", [1, 5])
+def test_any_number_of_workers_reads_the_same_and_works_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    root = write_pictures(tmp_path)
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    expected = load_data("imagefolder", root=root, image_size=6).train
+    train = load_data("imagefolder", root=root, image_size=6, workers=workers).train
+    batches = torch.arange(60).split(2)
+    at_once, everybody = set(), threading.Barrier(workers)
+    read = data.LazyImageSet.batch
+
+    def watched(images: data.LazyImageSet, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(at_once) < workers:  # nobody goes on before all are there
+            at_once.add(threading.get_ident())
+            everybody.wait(20)
+        return read(images, indices)
+
+    monkeypatch.setattr(data.LazyImageSet, "batch", watched)
+    for (images, labels), indices in zip(prefetch(train, batches), batches, strict=True):
+        assert torch.equal(images, expected.source.read(indices, "RGB", (6, 6)))
+        assert torch.equal(labels, expected.labels[indices])
+    assert len(at_once) == workers
+
+
 def test_loading_leaves_the_state_of_the_process_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.get_num_threads(), torch.get_default_dtype()
     load_data("imagefolder", root=write_pictures(tmp_path), image_size=6, train_images=30)

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import stop_at, tiny
+from torch.nn import functional as F
 
 import bkn_core as bkn
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.checkpoint import load_weights, save_weights, weights_path
 from bkn_core.engine.data import load_test_images
+from bkn_core.engine.loop import train
+from bkn_core.engine.pictures import resize
 from bkn_core.engine.run_folder import RunFolder, newest_run
 from bkn_core.errors import BknError, DeviceError, InputError, InterruptedRun, RecipeError
+from bkn_core.export.sessions import open_session
 
 # A run of few images asks for as few where it is measured.
 ALL = ("data.train_images=null", "data.test_images=null")
@@ -198,3 +202,23 @@ def test_a_target_that_is_missing_or_damaged_is_named(run: Path, tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match=r"last\.safetensors is damaged"):
         bkn.evaluate(run)
+
+
+@pytest.mark.parametrize("fit", ["crop", pytest.param("pad", marks=pytest.mark.slow)])
+def test_a_run_and_its_exported_file_fit_pictures_as_training_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("a.npz"), ["a", "b"])
+    words = ("data.name=npz", "data.root=a.npz", f"data.resize={fit}", "data.image_size=[8, 5]", "train.epochs=1", *ALL)
+    trained = train(tiny(*words), out="run").metrics["population"]
+    bkn.export_onnx("model.onnx", run="run")
+    assert open_session("model.onnx", device="cpu").preprocess.resize == fit
+    with np.load("a.npz") as arrays:
+        pixels = torch.from_numpy(arrays["test_images"]).unsqueeze(1)
+    own = load_weights(weights_path(Path("run")))
+    logits = own.model()(normalize(resize(pixels, (8, 5), fit), own.preprocess))
+    for target in ("run", "model.onnx"):
+        found = bkn.evaluate(target, device="cpu").metrics["population"]
+        assert torch.equal(found.predictions, trained.predictions)
+        torch.testing.assert_close(found.losses, F.cross_entropy(logits, torch.arange(30) % 2, reduction="none"))

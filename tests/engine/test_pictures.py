@@ -173,3 +173,38 @@ def test_resize_is_pillows_bilinear_up_to_rounding(size: tuple[int, int]) -> Non
     resized = as_pixels(resize(torch.from_numpy(PIXELS).permute(2, 0, 1).unsqueeze(0), size)[0])
     expected = np.asarray(Image.fromarray(PIXELS).resize((size[1], size[0]), Image.Resampling.BILINEAR))
     assert np.abs(resized.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(6, 6), (16, 16), (12, 5), (4, 10), (24, 20)])
+def test_pad_is_pillows_up_to_rounding(size: tuple[int, int]) -> None:
+    found = as_pixels(resize(torch.from_numpy(PIXELS).permute(2, 0, 1).unsqueeze(0), size, "pad")[0])
+    expected = np.asarray(ImageOps.pad(Image.fromarray(PIXELS), (size[1], size[0]), Image.Resampling.BILINEAR))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+# Left, top, right and bottom of what is kept of 12 rows of 10.
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        ((6, 6), (0, 1, 10, 11)),
+        ((16, 16), (0, 1, 10, 11)),
+        ((12, 5), (2, 0, 7, 12)),
+        ((4, 10), (0, 4, 10, 8)),
+        ((24, 20), (0, 0, 10, 12)),
+    ],
+)
+def test_crop_resizes_the_middle_as_pillow_does(size: tuple[int, int], kept: tuple[int, int, int, int]) -> None:
+    found = as_pixels(resize(torch.from_numpy(PIXELS).permute(2, 0, 1).unsqueeze(0), size, "crop")[0])
+    middle = Image.fromarray(PIXELS).crop(kept)
+    expected = np.asarray(middle.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 1), (12, 10)])
+@pytest.mark.parametrize("size", [(2, 3), (7, 5), (16, 16)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_any_shape_fits_any_size(shape: tuple[int, int], size: tuple[int, int], fit: str) -> None:
+    images = torch.full((2, 3, *shape), 200, dtype=torch.uint8)
+    found = resize(images, size, fit)
+    assert found.shape == (2, 3, *size)
+    assert (found == 200).all() if fit == "crop" else ((found == 200) | (found == 0)).all()

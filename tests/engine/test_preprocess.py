@@ -15,6 +15,7 @@ COLOUR: dict[str, Any] = {
     "image_size": [16, 12],
     "interpolation": "bilinear",
     "antialias": True,
+    "resize": "crop",
     "scale": 255,
     "mean": [0.4914, 0.4822, 0.4465],
     "std": [0.247, 0.2435, 0.2616],
@@ -40,6 +41,8 @@ def test_json_object_goes_there_and_back() -> None:
         ("image_size", 16),
         ("interpolation", "nearest"),
         ("antialias", False),
+        ("resize", "squeeze"),
+        ("resize", ["crop"]),
         ("scale", 0),
         ("scale", "255"),
         ("mean", [0.5]),
@@ -58,6 +61,10 @@ def test_missing_and_unknown_keys_are_refused() -> None:
         Preprocess.from_dict({key: value for key, value in COLOUR.items() if key != "mean"})
     with pytest.raises(InputError, match="'crop'"):
         Preprocess.from_dict({**COLOUR, "crop": 8})
+
+
+def test_a_file_of_before_pictures_could_keep_their_aspect_stretches_them() -> None:
+    assert Preprocess.from_dict({key: value for key, value in COLOUR.items() if key != "resize"}).resize == "stretch"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import BaseModel
 from tiny_runs import CLOCK, bits
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.models import WeightsEnum
 
-from bkn_core.engine import data
+from bkn_core.engine import data, sources
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_state
 from bkn_core.engine.loop import train
@@ -61,10 +63,14 @@ CASES: dict[str, tuple[str, ...]] = {
     "data.name": ("CIFAR10",),
     "data.root": ("other.npz",),
     "data.image_size": ("9",),
+    "data.resize": ("crop", "data.image_size=[8, 6]"),
     "data.train_images": ("16",),
     "data.test_images": ("8",),
     "data.validation": ("0.01",),
     "data.augment": ("flip",),
+    "data.rand_augment": ("9",),
+    "data.mixup": ("1.0",),
+    "data.cutmix": ("1.0",),
     "data.download": ("true", "data.name=CIFAR10"),
     "train.epochs": ("2",),
     "train.seed": ("1",),
@@ -74,6 +80,16 @@ CASES: dict[str, tuple[str, ...]] = {
     "train.channels_last": ("false",),
     "train.ema": ("0.5",),
     "train.clip_norm": ("0.1",),
+    "train.label_smoothing": ("0.1",),
+    "train.class_weights": ("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]",),
+    "train.patience": ("1", "data.validation=0.01", "optim.lr=1e-9", "train.epochs=3"),
+    "train.workers": (
+        "3",
+        "data.name=imagefolder",
+        "data.root=photos",
+        "data.train_images=null",
+        "data.test_images=null",
+    ),
     "train.deterministic": ("true",),
     "train.nonfinite": ("skip", "optim.lr=1e30"),
     "optim.name": ("adamw",),
@@ -119,6 +135,11 @@ def observed_model(recipe: Recipe) -> dict[str, Any]:
 def observed_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """All that a run leaves behind, but for its recipe and its clocks, and what its model was given."""
     inputs: list[Any] = []
+    threads: list[int] = []
+
+    def pool(count: int) -> ThreadPoolExecutor:
+        threads.append(count)
+        return ThreadPoolExecutor(count)
 
     def look(module: nn.Module, words: tuple[Any, ...]) -> None:
         if isinstance(words[0], Tensor) and words[0].dim() == 4:
@@ -127,7 +148,9 @@ def observed_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
     handle = nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        train(recipe, out=folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "ThreadPoolExecutor", pool)
+            train(recipe, out=folder)
     except BknError as error:
         return {"error": str(error)}
     finally:
@@ -137,6 +160,7 @@ def observed_run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     state = {key: value for key, value in load_state(run.state).items() if key != "recipe"}
     return {
         "inputs": inputs,
+        "threads": threads,
         "files": files,
         "name": run_name(recipe),
         **plain({"state": state, "rows": run.records()}),
@@ -175,6 +199,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
         if recipe.model.name.startswith("mnasnet"):
             return observed_model(recipe)
         return observed_run(recipe, folder / str(len(list(folder.iterdir()))))
+
+    for name in (f"photos/{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in range(8)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / name)
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no network here")

@@ -46,9 +46,9 @@ def test_pictures_that_are_resized_together_are_few_where_they_are_large(monkeyp
     together, resize = [], sources.resize
     expected = picture_source().read(torch.arange(50), "RGB", (8, 10))
 
-    def watched(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def watched(images: torch.Tensor, *how: object) -> torch.Tensor:
         together.append(images.numel())
-        return resize(images, size)
+        return resize(images, *how)
 
     monkeypatch.setattr(sources, "resize", watched)
     monkeypatch.setattr(sources, "STACK_BYTES", 2 * 20 * 14 * 3)
