@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkn_core.errors import BknError, InputError, RecipeError
+from bkn_core.norm.kinds import KINDS
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -187,7 +188,7 @@ plain = st.none() | st.booleans() | st.integers(-(10**17), 10**17) | st.floats(a
 valid: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {"name": letters, "args": st.dictionaries(st.sampled_from(["a", "b_1", "On"]), plain | letters)},
     "norm": {
-        "kind": st.sampled_from(["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]),
+        "kind": st.sampled_from(KINDS),
         "gain": st.just("auto") | st.floats(1e-9, 0.999),
         "eps": st.floats(1e-300, 1e300),
         "learn_gain": st.booleans(),

@@ -15,6 +15,8 @@ from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
 from bkn_core.norm.baselines import BatchRenorm, FixedNorm
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.rivals.groups import Rival
+from bkn_core.norm.rivals.weights import StandardizedWeight
 
 SCHEMA = "bkn.onnx/1"
 _KEYS = ("bkn.schema", "bkn.version", "classes", "norm", "parity", "preprocess", "source", "task")
@@ -91,6 +93,9 @@ class FileMetadata:
 def norm_kind(model: nn.Module) -> str:
     """Name the normalization of a model as recipes do, by its layers."""
     layers = list(model.modules())
+    rival = next((layer.kind for layer in layers if isinstance(layer, Rival | StandardizedWeight)), None)
+    if rival is not None:
+        return rival
     groups = [(layer.num_groups, layer.num_channels) for layer in layers if isinstance(layer, nn.GroupNorm)]
     kalman = [layer for layer in layers if isinstance(layer, BatchKalmanNorm)]
     found = {

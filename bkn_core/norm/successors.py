@@ -59,7 +59,7 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
         bias=norm.bias is not None,
         **options,
     )
-    _inherit(norm, layer)
+    inherit(norm, layer)
     known = list(norm.parameters(recurse=False))
     if known and not any(parameter.requires_grad for parameter in known):
         layer.requires_grad_(False)  # a frozen layer has nothing that an optimizer or its weight decay may move
@@ -106,7 +106,7 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
     layer = layers[kind]()
     if place is not None:
         layer = layer.to(place.device, place.dtype)
-    _inherit(norm, layer)
+    inherit(norm, layer)
     return layer
 
 
@@ -122,7 +122,7 @@ def plain_layer(name: str, norm: _BatchNorm) -> nn.Module:
         made.register_parameter("bias", None)
     if place is not None:
         made = made.to(place.device, place.dtype)
-    _inherit(norm, made)
+    inherit(norm, made)
     return made
 
 
@@ -159,7 +159,7 @@ def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
     return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
 
 
-def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
+def inherit(norm: _BatchNorm, layer: nn.Module) -> None:
     """Give a new layer the parameters and moving statistics of the old one: themselves, so that tied ones stay tied."""
     for own, old in ((layer._parameters, norm._parameters), (layer._buffers, norm._buffers)):
         for name, tensor in old.items():

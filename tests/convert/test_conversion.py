@@ -13,6 +13,7 @@ from bkn_core.convert import KINDS, conversion_report, convert
 from bkn_core.errors import ConversionError
 from bkn_core.norm.baselines import BatchRenorm, FixedNorm
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
+from bkn_core.norm.rivals.moving_average import MovingAverageNorm
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -127,6 +128,8 @@ EXPECTED = {
     "ln": nn.GroupNorm,
     "in": nn.GroupNorm,
     "fixed": FixedNorm,
+    "gn_ws": nn.GroupNorm,
+    "mabn": MovingAverageNorm,
     "none": nn.Identity,
 }
 

@@ -1,0 +1,66 @@
+"""The layer of another kind that takes a batch normalization layer's place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bkn_core.norm.rivals.moving_average import MovingAverageNorm
+from bkn_core.norm.rivals.weights import CentredWeight, StandardizedWeight
+from bkn_core.norm.successors import inherit
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a layer stands.
+
+    Args:
+        statistics_batch_size: images per statistics group; None is the whole batch.
+        positions: values per channel of one image.
+        activates: whether the layer takes over the ReLU behind it.
+    """
+
+    statistics_batch_size: int | None
+    positions: int
+    activates: bool
+
+
+def _mabn(norm: _BatchNorm, place: Place) -> nn.Module:
+    return MovingAverageNorm(norm.num_features, norm.eps, statistics_batch_size=place.statistics_batch_size)
+
+
+def _gn_ws(norm: _BatchNorm, _: Place) -> nn.Module:
+    return nn.GroupNorm(math.gcd(8, norm.num_features), norm.num_features, norm.eps)
+
+
+BUILDERS: dict[str, Callable[[_BatchNorm, Place], nn.Module]] = {"gn_ws": _gn_ws, "mabn": _mabn}
+"""By kind: from the old layer and its place to the new layer."""
+
+WEIGHTS: dict[str, type[nn.Module]] = {"gn_ws": StandardizedWeight, "mabn": CentredWeight}
+"""By kind: what becomes of the weights of the convolution before a layer."""
+
+ACTIVATING: frozenset[str] = frozenset()
+"""Kinds that take over the ReLU behind them, where it alone reads them and is a module of its own."""
+
+
+def rival_layer(norm: _BatchNorm, kind: str, place: Place) -> nn.Module:
+    """Build a layer of a kind, with the old layer's γ, β and statistics where it has any.
+
+    Args:
+        norm: the old layer.
+        kind: one of `BUILDERS`.
+        place: where it stands.
+    """
+    layer = BUILDERS[kind](norm, place)
+    held = norm.weight if norm.weight is not None else norm.running_mean
+    if held is not None:
+        layer = layer.to(held.device, held.dtype)
+    inherit(norm, layer)
+    take_over = getattr(layer, "take_over_", None)
+    if take_over is not None:
+        take_over()
+    return layer

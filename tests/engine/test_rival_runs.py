@@ -1,0 +1,36 @@
+"""Runs with other authors' normalizations: they stop anywhere and go on to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from tiny_runs import assert_same_run, tiny, train_in_parts, training
+
+from bkn_core.engine.loop import train
+from bkn_core.norm.kinds import Rivals
+from bkn_core.norm.rivals.groups import Rival
+
+
+@pytest.mark.parametrize("kind", get_args(Rivals))
+def test_a_run_in_parts_equals_the_run_that_never_stopped(tmp_path: Path, kind: str) -> None:
+    recipe = tiny(f"norm.kind={kind}", "train.ema=0.9", "eval.stats=population")
+    result = train(recipe, out=tmp_path / "straight")
+    assert all(measured.loss < 10 for measured in result.metrics.values())
+    train_in_parts(recipe, tmp_path / "parts", (1, 3))
+    assert_same_run(tmp_path / "parts", tmp_path / "straight")
+
+
+def test_layers_with_a_warm_up_know_the_length_of_the_run() -> None:
+    found = training("norm.kind=mabn")
+    layers = [module for module in found.model.modules() if isinstance(module, Rival)]
+    assert len(layers) == 6
+    assert {layer.length for layer in layers} == {2 * 5 * 4}  # epochs, passes, groups in a pass
+    for passes in found.epoch(0):
+        found.take_step(0, passes)
+    counted = {
+        int(layer.num_batches_tracked) for layer in layers if isinstance(layer.num_batches_tracked, torch.Tensor)
+    }
+    assert counted == {18}  # groups of two among 36 images
