@@ -57,7 +57,7 @@ class ModelConfig(Section):
 class NormConfig(Section):
     """The kind of norm layer and the filter inside it; null leaves the network its own `eps` and `momentum`."""
 
-    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none", "gn_ws", "mabn"] = "bkn"
+    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none", "gn_ws", "mabn", "online"] = "bkn"
     transition: Literal["learned", "network"] = "network"
     message: Literal["normalized", "raw"] = "normalized"
     covariance: Literal["diagonal", "full"] = "diagonal"

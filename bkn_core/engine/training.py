@@ -31,7 +31,7 @@ from bkn_core.norm.rivals.groups import set_length_
 from bkn_core.recipe import Recipe
 
 # What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.
-_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var", "_ring")
+_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var", "_past")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
 _RANDOM_STATE = threading.Lock()  # it is the process's: two runs in threads must not draw their weights at once
 

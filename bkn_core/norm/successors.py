@@ -15,6 +15,7 @@ from bkn_core.errors import ConversionError
 from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from bkn_core.norm.rivals.groups import Rival
 
 _INITIAL_NOISE = 0.1  # its square is r
 _LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
@@ -142,8 +143,8 @@ def _restored(shell: _BatchNorm, layer: _BatchNorm) -> _BatchNorm:
     return norm
 
 
-def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
-    """Return the affine map that a layer applies in evaluation mode, computed in float64.
+def folded_affine(name: str, norm: _BatchNorm) -> nn.Module:
+    """Return the affine map that a layer applies in evaluation mode, computed in float64, or what it says it becomes.
 
     Raises:
         ConversionError: for a layer that keeps no population statistics.
@@ -156,7 +157,8 @@ def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     shift = shift if norm.bias is None else shift + norm.bias.detach().double()
-    return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
+    affine = ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
+    return norm.folded(affine) if isinstance(norm, Rival) else affine
 
 
 def inherit(norm: _BatchNorm, layer: nn.Module) -> None:

@@ -14,6 +14,7 @@ from bkn_core.errors import ConversionError
 from bkn_core.norm.baselines import BatchRenorm, FixedNorm
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
 from bkn_core.norm.rivals.moving_average import MovingAverageNorm
+from bkn_core.norm.rivals.online import OnlineNorm
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -130,6 +131,7 @@ EXPECTED = {
     "fixed": FixedNorm,
     "gn_ws": nn.GroupNorm,
     "mabn": MovingAverageNorm,
+    "online": OnlineNorm,
     "none": nn.Identity,
 }
 

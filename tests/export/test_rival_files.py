@@ -21,12 +21,13 @@ from bkn_core.norm.kinds import Rivals
 
 Exporter = Callable[..., ExportResult]
 
-# What a layer is in the file: the operators that replace Conv, Norm, Relu twice, beside the head's.
+# What Conv, Norm, Relu twice are in the file, beside the head. A clip and a ReLU are one clip.
 FOLDS: dict[str, tuple[str | None, dict[str, int]]] = {
     "gn_ws": (None, {"Conv": 2, "Relu": 2}),
     "mabn": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
+    "online": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Clip": 2}),
 }
-MERGED = {"mabn": {"Conv": 2, "Relu": 2}}
+MERGED = {"mabn": {"Conv": 2, "Relu": 2}, "online": {"Conv": 2, "Clip": 2}}
 HEAD = {"ReduceMean": 1, "Gemm": 1}
 
 

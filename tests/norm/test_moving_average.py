@@ -20,7 +20,7 @@ class Loop:
         self.squares: list[Any] = []
         self.gradients: list[Any] = []
         self.v, self.t = layer.running_var.numpy().copy(), int(layer.num_batches_tracked)
-        self.m, self.length, self.eps = len(layer.square_ring), layer.length, layer.eps
+        self.m, self.length, self.eps = len(layer.square_past), layer.length, layer.eps
 
     def __call__(self, x: Any, dy: Any) -> tuple[Any, ...]:
         self.t += 1

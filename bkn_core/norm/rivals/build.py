@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.norm.rivals.moving_average import MovingAverageNorm
+from bkn_core.norm.rivals.online import OnlineNorm
 from bkn_core.norm.rivals.weights import CentredWeight, StandardizedWeight
 from bkn_core.norm.successors import inherit
 
@@ -37,7 +38,15 @@ def _gn_ws(norm: _BatchNorm, _: Place) -> nn.Module:
     return nn.GroupNorm(math.gcd(8, norm.num_features), norm.num_features, norm.eps)
 
 
-BUILDERS: dict[str, Callable[[_BatchNorm, Place], nn.Module]] = {"gn_ws": _gn_ws, "mabn": _mabn}
+def _online(norm: _BatchNorm, _: Place) -> nn.Module:
+    return OnlineNorm(norm.num_features, norm.eps)
+
+
+BUILDERS: dict[str, Callable[[_BatchNorm, Place], nn.Module]] = {
+    "gn_ws": _gn_ws,
+    "mabn": _mabn,
+    "online": _online,
+}
 """By kind: from the old layer and its place to the new layer."""
 
 WEIGHTS: dict[str, type[nn.Module]] = {"gn_ws": StandardizedWeight, "mabn": CentredWeight}

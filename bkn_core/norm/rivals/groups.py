@@ -22,6 +22,10 @@ class Rival(_BatchNorm):
     kind: ClassVar[str]
     length = LENGTH
 
+    def folded(self, affine: nn.Module) -> nn.Module:
+        """Return what the layer is in evaluation mode, given the affine map of γ, β and its statistics."""
+        return affine
+
     def seen(self, groups: int) -> Tensor:
         """Return the number of each of the next groups of a training, from 1: (groups, 1)."""
         assert self.num_batches_tracked is not None

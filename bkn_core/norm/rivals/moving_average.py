@@ -41,14 +41,14 @@ class MovingAverageNorm(Rival):
     """
 
     kind = "mabn"
-    square_ring: Tensor
-    gradient_ring: Tensor
+    square_past: Tensor
+    gradient_past: Tensor
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, statistics_batch_size: int | None = None) -> None:
         super().__init__(num_features, eps, None)
         self.statistics_batch_size = statistics_batch_size
         size = max(1, _SIMULATED // (statistics_batch_size or _SIMULATED))
-        for name in ("square_ring", "gradient_ring"):
+        for name in ("square_past", "gradient_past"):
             self.register_buffer(name, torch.zeros(size, num_features))
 
     def take_over_(self) -> None:
@@ -66,14 +66,14 @@ class MovingAverageNorm(Rival):
         with torch.no_grad():
             observed = group_means(image_means(wide(x).square()), self.statistics_batch_size)
             number = self.seen(len(observed))
-            is_own = (number <= len(self.square_ring)) | (number < self.length * _OWN)
-            variance = torch.where(is_own, observed, last_means_(self.square_ring, observed))
+            is_own = (number <= len(self.square_past)) | (number < self.length * _OWN)
+            variance = torch.where(is_own, observed, last_means_(self.square_past, observed))
             running = moving_average(variance, _DECAY, self.running_var)
             r = ((variance + self.eps) / (running[:-1] + self.eps)).sqrt().clamp(1 / _LIMIT, _LIMIT)
             r = torch.where(number <= self.length * max(_OWN, _PLAIN), torch.ones_like(r), r)
             self.running_var.copy_(running[-1])
             self.num_batches_tracked.add_(len(observed))
-        form = (self.statistics_batch_size, is_own, self.gradient_ring)
+        form = (self.statistics_batch_size, is_own, self.gradient_past)
         return _Divide.apply(x, (variance + self.eps).rsqrt(), r, self.weight, self.bias, form)  # type: ignore[no-any-return]
 
 
