@@ -39,6 +39,27 @@ Arguments = Annotated[dict[ArgumentName, Plain], Field(description="a mapping of
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1, description="a list of integers from 1 up")]
 Fractions = Annotated[tuple[InsideOne, ...], Field(strict=False, description="a list of numbers inside (0, 1)")]
 
+Kind = Literal[
+    "bkn",
+    "bn",
+    "brn",
+    "gn",
+    "ln",
+    "in",
+    "fixed",
+    "none",
+    "gn_ws",
+    "mabn",
+    "online",
+    "frn",
+    "evonorm",
+    "frozen",
+    "reference",
+    "iternorm",
+    "gkn",
+    "normprop",
+]
+
 
 class Section(BaseModel):
     """A part of the recipe: frozen, no other keys, and no flag, text or rounding in place of a number."""
@@ -57,7 +78,7 @@ class ModelConfig(Section):
 class NormConfig(Section):
     """The kind of norm layer and the filter inside it; null leaves the network its own `eps` and `momentum`."""
 
-    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none", "gn_ws", "mabn", "online"] = "bkn"
+    kind: Kind = "bkn"
     transition: Literal["learned", "network"] = "network"
     message: Literal["normalized", "raw"] = "normalized"
     covariance: Literal["diagonal", "full"] = "diagonal"

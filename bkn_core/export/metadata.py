@@ -13,11 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
-from bkn_core.norm.baselines import BatchRenorm, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
 from bkn_core.norm.rivals.groups import Rival
+from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
 from bkn_core.norm.rivals.weights import StandardizedWeight
 
+RIVALS = Rival | StandardizedWeight | FilterResponseNorm | EvoNorm | GroupKalmanNorm
 SCHEMA = "bkn.onnx/1"
 _KEYS = ("bkn.schema", "bkn.version", "classes", "norm", "parity", "preprocess", "source", "task")
 
@@ -93,7 +96,7 @@ class FileMetadata:
 def norm_kind(model: nn.Module) -> str:
     """Name the normalization of a model as recipes do, by its layers."""
     layers = list(model.modules())
-    rival = next((layer.kind for layer in layers if isinstance(layer, Rival | StandardizedWeight)), None)
+    rival = next((layer.kind for layer in layers if isinstance(layer, RIVALS)), None)
     if rival is not None:
         return rival
     groups = [(layer.num_groups, layer.num_channels) for layer in layers if isinstance(layer, nn.GroupNorm)]
@@ -101,7 +104,7 @@ def norm_kind(model: nn.Module) -> str:
     found = {
         "bkn": any(layer.expects_prior or float(layer.gain.detach()) < 1 for layer in kalman),
         "brn": any(isinstance(layer, BatchRenorm) for layer in layers),
-        "fixed": any(isinstance(layer, FixedNorm) for layer in layers),
+        "frozen": any(isinstance(layer, FrozenNorm) for layer in layers),
         "bn": any(isinstance(layer, _BatchNorm) for layer in layers),
         "ln": bool(groups) and all(count == 1 for count, _ in groups),
         "in": bool(groups) and all(count == channels for count, channels in groups),

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Own = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
-Rivals = Literal["gn_ws", "mabn", "online"]
+Rivals = Literal["gn_ws", "mabn", "online", "frn", "evonorm", "frozen", "reference", "iternorm", "gkn", "normprop"]
 Kind = Own | Rivals
 KINDS: tuple[Kind, ...] = (*get_args(Own), *get_args(Rivals))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, ChannelAffine
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from bkn_core.norm.rivals.groups import Rival
@@ -86,7 +86,7 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
 
     Args:
         norm: the old layer.
-        kind: bn, brn, gn (at most 8 groups), ln, in, fixed or none.
+        kind: bn, brn, gn (at most 8 groups), ln, in or none.
         statistics_batch_size: images per statistics group, for bn and brn.
     """
     channels, eps = norm.num_features, norm.eps
@@ -100,7 +100,6 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
         "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
         "ln": lambda: nn.GroupNorm(1, channels, eps),
         "in": lambda: nn.GroupNorm(channels, channels, eps),
-        "fixed": lambda: FixedNorm(channels, eps, norm.momentum, norm.affine),
         "none": nn.Identity,
     }
     place = norm.weight if norm.weight is not None else norm.running_mean
@@ -143,12 +142,19 @@ def _restored(shell: _BatchNorm, layer: _BatchNorm) -> _BatchNorm:
     return norm
 
 
-def folded_affine(name: str, norm: _BatchNorm) -> nn.Module:
-    """Return the affine map that a layer applies in evaluation mode, computed in float64, or what it says it becomes.
+def folded_layer(name: str, norm: _BatchNorm) -> nn.Module:
+    """Return what a layer is in evaluation mode: an affine map, or what layers of other authors become.
 
     Raises:
         ConversionError: for a layer that keeps no population statistics.
     """
+    if isinstance(norm, Rival):
+        return norm.folded(lambda: _affine(name, norm))
+    return _affine(name, norm)
+
+
+def _affine(name: str, norm: _BatchNorm) -> ChannelAffine:
+    """Return the affine map of γ, β and the population statistics, computed in float64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ConversionError(
             f"{name} keeps no population statistics and cannot be folded", "Use track_running_stats=True."
@@ -157,8 +163,7 @@ def folded_affine(name: str, norm: _BatchNorm) -> nn.Module:
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
     shift = -scale * norm.running_mean.double()
     shift = shift if norm.bias is None else shift + norm.bias.detach().double()
-    affine = ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
-    return norm.folded(affine) if isinstance(norm, Rival) else affine
+    return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
 
 
 def inherit(norm: _BatchNorm, layer: nn.Module) -> None:

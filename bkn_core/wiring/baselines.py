@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from bkn_core.errors import ConversionError
 from bkn_core.norm.replacement import replaced
 from bkn_core.norm.rivals.build import ACTIVATING, BUILDERS, WEIGHTS, Place, rival_layer
+from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
+from bkn_core.norm.rivals.reference import attach_reference_
 from bkn_core.norm.rivals.weights import reparametrize_
 from bkn_core.norm.successors import baseline_layer
 from bkn_core.wiring.neighbours import neighbours
@@ -17,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def with_baselines(
-    model: Model, chosen: Collection[str], kind: str, example_input: Any, statistics_batch_size: int | None
+    model: Model, chosen: Collection[str], kind: str, example_input: Any, options: tuple[int | None, Any]
 ) -> Model:
     """Return a copy of a model with layers of a kind in the place of the chosen ones.
 
@@ -26,8 +30,12 @@ def with_baselines(
         chosen: paths of its batch normalization layers.
         kind: of `norm.kinds.KINDS`, but bkn.
         example_input: for one forward that finds what stands around each layer.
-        statistics_batch_size: images per statistics group; None is the whole batch.
+        options: images per statistics group (None is the whole batch), and training images or None.
+
+    Raises:
+        ConversionError: the forward fails on the example, or there is nothing to make a reference of.
     """
+    statistics_batch_size, images = options
     if kind not in BUILDERS:
         return replaced(model, set(chosen), lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
     near = neighbours(model, example_input)
@@ -40,7 +48,31 @@ def with_baselines(
     for relu in behind.values():
         parent, _, child = relu.rpartition(".")
         setattr(replica.get_submodule(parent), child, nn.Identity())
-    if kind in WEIGHTS:
-        for norm in sorted(near.before.keys() & set(chosen)):
+    order = [name for name in near.order if name in chosen]
+    for norm in order if kind in WEIGHTS else ():
+        if norm in near.before:
             reparametrize_(replica.get_submodule(near.before[norm]), WEIGHTS[kind])
+    if kind in ("reference", "fixed"):
+        attach_reference_(replica, _first_images(example_input if images is None else images))
+    if kind == "gkn":
+        _chain_([replica.get_submodule(name) for name in order])
     return replica
+
+
+def _first_images(given: Any) -> Tensor:
+    """Return the tensor of images at the beginning of a batch, or of batches."""
+    first = given if isinstance(given, Tensor | Mapping) else next(iter(given), None)
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    if not isinstance(first, Tensor) or len(first) == 0:
+        raise ConversionError(
+            f"the reference images are a {type(first).__name__}", "Give input_prior=images, a tensor of some of them."
+        )
+    return first
+
+
+def _chain_(layers: Sequence[nn.Module]) -> None:
+    """Let each layer, in place, predict from the one that runs before it."""
+    found = [layer[0] if isinstance(layer, nn.Sequential) else layer for layer in layers]
+    for previous, layer in itertools.pairwise(found):
+        assert isinstance(layer, GroupKalmanNorm) and isinstance(previous, GroupKalmanNorm)
+        layer.follow_(previous)

@@ -292,7 +292,7 @@ def test_every_kind_of_norm_builds_and_answers(kind: str) -> None:
     assert model(torch.randn(4, 1, 8, 8)).isfinite().all()
 
 
-WITH_A_DECAY_OF_THEIR_OWN = {"mabn", "online"}
+WITH_A_DECAY_OF_THEIR_OWN = {"mabn", "online", "reference", "fixed", "normprop"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])

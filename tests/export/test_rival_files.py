@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import onnx
@@ -25,9 +25,22 @@ Exporter = Callable[..., ExportResult]
 FOLDS: dict[str, tuple[str | None, dict[str, int]]] = {
     "gn_ws": (None, {"Conv": 2, "Relu": 2}),
     "mabn": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
+    "frn": (None, {"Conv": 2, "Max": 2, "Relu": 0}),
+    "evonorm": (None, {"Conv": 2, "Sigmoid": 2, "Relu": 0}),
+    "gkn": (None, {"Conv": 2, "Relu": 2}),
+    "frozen": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
+    "reference": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
+    "normprop": ("affine", {"Conv": 2, "Mul": 4, "Add": 4, "Relu": 2}),
+    "iternorm": ("matrix", {"Conv": 4, "Relu": 2}),
     "online": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Clip": 2}),
 }
-MERGED = {"mabn": {"Conv": 2, "Relu": 2}, "online": {"Conv": 2, "Clip": 2}}
+MERGED = {
+    "mabn": {"Conv": 2, "Relu": 2},
+    "frozen": {"Conv": 2, "Relu": 2},
+    "reference": {"Conv": 2, "Relu": 2},
+    "normprop": {"Conv": 2, "Relu": 2, "Mul": 2, "Add": 2},
+    "online": {"Conv": 2, "Clip": 2},
+}
 HEAD = {"ReduceMean": 1, "Gemm": 1}
 
 
@@ -55,7 +68,14 @@ def trained(kind: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", get_args(Rivals))
+QUICK = ("gn_ws", "online", "reference", "iternorm", "normprop")  # one of each way to fold
+
+
+def some_slow(kinds: Iterable[str], quick: tuple[str, ...]) -> list[Any]:
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", some_slow(get_args(Rivals), QUICK))
 def test_a_file_holds_what_the_layer_folds_to_and_gives_the_models_logits(export: Exporter, kind: str) -> None:
     model, images = trained(kind), drawn_images()
     result = export(model, images)
@@ -71,13 +91,13 @@ def test_a_file_holds_what_the_layer_folds_to_and_gives_the_models_logits(export
     torch.testing.assert_close(logits, model(images[:3]).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("kind", some_slow(MERGED, ("normprop",)))
 def test_what_is_affine_merges_into_the_convolution(export: Exporter, kind: str) -> None:
     result = export(trained(kind), drawn_images(), fold="conv")
     assert Counter(node.op_type for node in onnx.load(result.path).graph.node) == MERGED[kind] | HEAD
 
 
-@pytest.mark.parametrize("kind", ["gn_ws", "mabn"])
+@pytest.mark.parametrize("kind", ["gn_ws", "mabn", "normprop"])
 def test_weights_are_baked_into_a_folded_model(kind: str) -> None:
     model: Any = trained(kind)
     folded: Any = fold(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -22,9 +23,9 @@ class Rival(_BatchNorm):
     kind: ClassVar[str]
     length = LENGTH
 
-    def folded(self, affine: nn.Module) -> nn.Module:
-        """Return what the layer is in evaluation mode, given the affine map of γ, β and its statistics."""
-        return affine
+    def folded(self, affine: Callable[[], nn.Module]) -> nn.Module:
+        """Return what the layer is in evaluation mode, given what makes the affine map of γ, β and its statistics."""
+        return affine()
 
     def seen(self, groups: int) -> Tensor:
         """Return the number of each of the next groups of a training, from 1: (groups, 1)."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.norm.kalman import spread_over_images
 from bkn_core.norm.nodes import once_differentiable
@@ -51,7 +52,7 @@ class MovingAverageNorm(Rival):
         for name in ("square_past", "gradient_past"):
             self.register_buffer(name, torch.zeros(size, num_features))
 
-    def take_over_(self) -> None:
+    def take_over_(self, _: _BatchNorm) -> None:
         """Turn inherited mean and variance, in place, into a second moment."""
         assert self.running_mean is not None and self.running_var is not None
         self.running_var.add_(self.running_mean.square())

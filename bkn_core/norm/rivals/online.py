@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ class OnlineNorm(Rival):
         self.running_var.copy_(variances[-1])
         return means[:-1], (variances[:-1] + self.eps).sqrt()
 
-    def folded(self, affine: nn.Module) -> nn.Module:
+    def folded(self, affine: Callable[[], nn.Module]) -> nn.Module:
         """Return the affine map and the clip behind it."""
-        return nn.Sequential(affine, nn.Hardtanh(-_LIMIT, _LIMIT))
+        return nn.Sequential(affine(), nn.Hardtanh(-_LIMIT, _LIMIT))
 
 
 class _Steer(torch.autograd.Function):

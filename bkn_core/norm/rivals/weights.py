@@ -33,6 +33,15 @@ class StandardizedWeight(nn.Module):
         return (weight - mean.view(shape)) * (variance + 1e-6).rsqrt().view(shape)
 
 
+class UnitWeight(nn.Module):
+    """W / |W|, by the root of the sum of squares over all inputs of each output."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Scale."""
+        norms = weight.flatten(1).square().sum(1).sqrt()
+        return weight / norms.view(-1, *([1] * (weight.dim() - 1)))
+
+
 def reparametrize_(layer: nn.Module, kind: type[nn.Module]) -> None:
     """Let a convolution or linear layer, in place, use its weights so; those with a single input stay as they are."""
     weight = layer.weight
@@ -49,7 +58,7 @@ def bake_weights_(model: nn.Module) -> None:
     for module in list(model.modules()):
         parts = module._modules.get("parametrizations")
         kinds = [type(part) for part in parts.modules()] if parts is not None else []
-        if kinds[2:] in ([CentredWeight], [StandardizedWeight]):  # behind the dictionary and the list
+        if kinds[2:] in ([CentredWeight], [StandardizedWeight], [UnitWeight]):  # behind the dictionary and the list
             weight = module.weight
             assert isinstance(weight, Tensor)
             del module._modules["parametrizations"]
