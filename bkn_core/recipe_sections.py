@@ -58,6 +58,7 @@ Kind = Literal[
     "iternorm",
     "gkn",
     "normprop",
+    "cbn",
 ]
 
 

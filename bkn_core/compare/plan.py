@@ -12,7 +12,7 @@ from bkn_core.errors import RecipeError
 from bkn_core.recipe import BatchConfig, NormConfig, Recipe, dump_recipe, load_recipe
 
 # Their layers have no evaluation by an image's own statistics.
-_POPULATION_ONLY = frozenset({"brn", "fixed", "mabn", "online", "frozen", "reference", "iternorm", "normprop"})
+_POPULATION_ONLY = frozenset({"brn", "fixed", "mabn", "online", "frozen", "reference", "iternorm", "normprop", "cbn"})
 Load = Callable[[Sequence[str]], Recipe]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bkn_core.errors import ConversionError
 from bkn_core.norm.replacement import replaced
 from bkn_core.norm.rivals.build import ACTIVATING, BUILDERS, WEIGHTS, Place, rival_layer
-from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
 from bkn_core.norm.rivals.reference import attach_reference_
 from bkn_core.norm.rivals.weights import reparametrize_
 from bkn_core.norm.successors import baseline_layer
@@ -52,10 +51,14 @@ def with_baselines(
     for norm in order if kind in WEIGHTS else ():
         if norm in near.before:
             reparametrize_(replica.get_submodule(near.before[norm]), WEIGHTS[kind])
+    if kind == "cbn":
+        for norm in near.before.keys() & set(chosen):
+            _layer(replica, norm).follow_(replica.get_submodule(near.before[norm]))
     if kind in ("reference", "fixed"):
         attach_reference_(replica, _first_images(example_input if images is None else images))
     if kind == "gkn":
-        _chain_([replica.get_submodule(name) for name in order])
+        for previous, norm in itertools.pairwise(order):
+            _layer(replica, norm).follow_(_layer(replica, previous))
     return replica
 
 
@@ -70,9 +73,7 @@ def _first_images(given: Any) -> Tensor:
     return first
 
 
-def _chain_(layers: Sequence[nn.Module]) -> None:
-    """Let each layer, in place, predict from the one that runs before it."""
-    found = [layer[0] if isinstance(layer, nn.Sequential) else layer for layer in layers]
-    for previous, layer in itertools.pairwise(found):
-        assert isinstance(layer, GroupKalmanNorm) and isinstance(previous, GroupKalmanNorm)
-        layer.follow_(previous)
+def _layer(model: nn.Module, name: str) -> Any:
+    """Return a new layer, inside the activation that it may have been dressed with."""
+    layer = model.get_submodule(name)
+    return layer[0] if isinstance(layer, nn.Sequential) else layer

@@ -13,6 +13,7 @@ from bkn_core.convert import KINDS, conversion_report, convert
 from bkn_core.errors import ConversionError
 from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
+from bkn_core.norm.rivals.cross_iteration import CrossIterationNorm
 from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
 from bkn_core.norm.rivals.moving_average import MovingAverageNorm
 from bkn_core.norm.rivals.online import OnlineNorm
@@ -141,6 +142,7 @@ EXPECTED = {
     "iternorm": IterativeNorm,
     "gkn": GroupKalmanNorm,
     "normprop": NormalizationPropagation,
+    "cbn": CrossIterationNorm,
     "gn_ws": nn.GroupNorm,
     "mabn": MovingAverageNorm,
     "online": OnlineNorm,

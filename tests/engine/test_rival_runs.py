@@ -41,7 +41,7 @@ def test_layers_with_a_warm_up_know_the_length_of_the_run() -> None:
     assert counted == {18}  # groups of two among 36 images
 
 
-@pytest.mark.parametrize("kind", ["mabn", "online", "iternorm", "reference"])
+@pytest.mark.parametrize("kind", ["mabn", "online", "iternorm", "cbn", "reference"])
 def test_all_processes_move_alike_what_layers_remember(kind: str) -> None:
     found = training(f"norm.kind={kind}")
     shared = {id(buffer) for buffer in found.shared}

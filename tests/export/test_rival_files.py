@@ -29,6 +29,7 @@ FOLDS: dict[str, tuple[str | None, dict[str, int]]] = {
     "evonorm": (None, {"Conv": 2, "Sigmoid": 2, "Relu": 0}),
     "gkn": (None, {"Conv": 2, "Relu": 2}),
     "frozen": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
+    "cbn": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
     "reference": ("affine", {"Conv": 2, "Mul": 2, "Add": 2, "Relu": 2}),
     "normprop": ("affine", {"Conv": 2, "Mul": 4, "Add": 4, "Relu": 2}),
     "iternorm": ("matrix", {"Conv": 4, "Relu": 2}),
@@ -36,6 +37,7 @@ FOLDS: dict[str, tuple[str | None, dict[str, int]]] = {
 }
 MERGED = {
     "mabn": {"Conv": 2, "Relu": 2},
+    "cbn": {"Conv": 2, "Relu": 2},
     "frozen": {"Conv": 2, "Relu": 2},
     "reference": {"Conv": 2, "Relu": 2},
     "normprop": {"Conv": 2, "Relu": 2, "Mul": 2, "Add": 2},

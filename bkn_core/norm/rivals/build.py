@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.norm.baselines import FrozenNorm
+from bkn_core.norm.rivals.cross_iteration import CrossIterationNorm
 from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
 from bkn_core.norm.rivals.moving_average import MovingAverageNorm
 from bkn_core.norm.rivals.online import OnlineNorm
@@ -78,6 +79,11 @@ def _normprop(norm: _BatchNorm, place: Place) -> nn.Module:
     return NormalizationPropagation(norm.num_features, norm.eps, activates=place.activates)
 
 
+def _cbn(norm: _BatchNorm, place: Place) -> nn.Module:
+    size = place.statistics_batch_size
+    return CrossIterationNorm(norm.num_features, norm.eps, norm.momentum, statistics_batch_size=size)
+
+
 def _groups(norm: _BatchNorm) -> int:
     return math.gcd(8, norm.num_features)
 
@@ -94,6 +100,7 @@ BUILDERS: dict[str, Callable[[_BatchNorm, Place], nn.Module]] = {
     "iternorm": _iternorm,
     "gkn": _gkn,
     "normprop": _normprop,
+    "cbn": _cbn,
 }
 """By kind: from the old layer and its place to the new layer."""
 

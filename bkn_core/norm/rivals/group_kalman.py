@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bkn_core.norm.kalman import Gaussian, normalize, predict, rectangular_identity, update
 from bkn_core.norm.rivals.groups import wide
+from bkn_core.norm.rivals.letter import Letter
 
 _GAIN, _NOISE = 0.9, 0.1  # where q begins, and the root of r
-
-
-class Letter:
-    """What one layer leaves for the next in a forward; copies of a model begin with an empty one."""
-
-    def __init__(self) -> None:
-        self.content: Gaussian | None = None
-
-    def take(self) -> Gaussian | None:
-        """Return what was left, once."""
-        content, self.content = self.content, None
-        return content
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the content out of copies and pickles."""
-        return {"content": None}
 
 
 class GroupKalmanNorm(nn.GroupNorm):
@@ -58,8 +43,8 @@ class GroupKalmanNorm(nn.GroupNorm):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__(num_groups, num_channels, eps)
-        self.source: Letter | None = None
-        self.target: Letter | None = None
+        self.source: Letter[Gaussian] | None = None
+        self.target: Letter[Gaussian] | None = None
         self.transition = self.noise = self.gain_logit = None
 
     def follow_(self, previous: GroupKalmanNorm) -> None:
