@@ -28,7 +28,8 @@ def compare(
     norms: Annotated[
         str | None,
         typer.Option(
-            metavar="NORM,...", help="Any of bkn, bn, brn, gn, ln, in, fixed, none, with commas; default bn,bkn."
+            metavar="NORM,...",
+            help="Any of bkn, bn, brn, gn, ln, in, none and those of docs/rivals.md, with commas; default bn,bkn.",
         ),
     ] = None,
     statistics_batch_sizes: Annotated[

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bkn_core.errors import StatisticsError
 from bkn_core.norm.kalman import Gaussian, group_images, moments, normalize, spread_over_images
-from bkn_core.norm.rivals.groups import Rival, wide
+from bkn_core.norm.rivals.groups import Rival, exactly, wide
 from bkn_core.norm.rivals.letter import Letter
 
 _WINDOW = 8  # groups, the newest among them
@@ -103,8 +103,9 @@ class CrossIterationNorm(Rival):
             raise StatisticsError("a statistics group has one value per channel", "Use a larger statistics_batch_size.")
         observed = moments(x, size)
         own = Gaussian(observed.mean, observed.variance)
-        joint = own if read is None else self._joint(own, read)
-        with torch.no_grad():
+        with exactly(x):
+            joint = own if read is None else self._joint(own, read)
+        with torch.no_grad(), exactly(x):
             assert self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None and self.momentum is not None
             share = (observed.count / observed.count.sum())[:, None]

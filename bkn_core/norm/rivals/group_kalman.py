@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.norm.kalman import Gaussian, normalize, predict, rectangular_identity, update
-from bkn_core.norm.rivals.groups import wide
+from bkn_core.norm.rivals.groups import exactly, wide
 from bkn_core.norm.rivals.letter import Letter
 
 _GAIN, _NOISE = 0.9, 0.1  # where q begins, and the root of r
@@ -63,7 +63,8 @@ class GroupKalmanNorm(nn.GroupNorm):
         previous = None if self.source is None else self.source.take()
         if previous is not None and previous.mean.shape[0] == x.shape[0]:
             assert self.transition is not None and self.noise is not None and self.gain_logit is not None
-            prior = predict(previous, self.transition.to(mean.dtype), self.noise.square())
+            with exactly(x):
+                prior = predict(previous, self.transition.to(mean.dtype), self.noise.square())
             posterior = update(prior, posterior, self.gain_logit.sigmoid())
         if self.target is not None:
             self.target.content = posterior

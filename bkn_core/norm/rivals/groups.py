@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,13 @@ def set_length_(model: nn.Module, groups: int) -> None:
 def wide(x: Tensor) -> Tensor:
     """Return a tensor in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Multiply matrices of statistics in their own precision for a while, whatever surrounds it."""
+    kind = x.device.type
+    is_mixed = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_mixed else contextlib.nullcontext()
 
 
 def positions(x: Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
 from bkn_core.norm.kalman import group_images
-from bkn_core.norm.rivals.groups import Rival, spread, wide
+from bkn_core.norm.rivals.groups import Rival, exactly, spread, wide
 
 _ITERATIONS = 5
 
@@ -62,7 +62,7 @@ class IterativeNorm(Rival):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten, and in training move the averages."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x):
             values = wide(x)
             if self.training:
                 z = self._whiten(values)
