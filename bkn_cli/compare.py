@@ -33,7 +33,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="NORM,...",
-            help="Any of bkn, bn, brn, gn, ln, in, fixed, none, with commas; default bn,bkn.",
+            help="Any of bkn, bn, brn, gn, ln, in, none and those of docs/rivals.md, with commas; default bn,bkn.",
             autocompletion=complete_norms,
         ),
     ] = None,

@@ -14,11 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.errors import ConversionError
 from bkn_core.norm.arguments import check_gain
 from bkn_core.norm.kalman import Gaussian
+from bkn_core.norm.kinds import KINDS, Kind
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.left_behind import watched
 from bkn_core.norm.loading import explain
 from bkn_core.norm.replacement import check_replaceable, copied, replaced
-from bkn_core.norm.successors import add_noise_, baseline_layer, folded_affine, kalman_layer, plain_layer
+from bkn_core.norm.rivals.reference import has_reference, settled
+from bkn_core.norm.rivals.weights import bake_weights_
+from bkn_core.norm.successors import add_noise_, folded_layer, kalman_layer, plain_layer
+from bkn_core.wiring.baselines import with_baselines
 from bkn_core.wiring.discover import discover
 from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
 from bkn_core.wiring.input_moments import (
@@ -31,8 +35,6 @@ from bkn_core.wiring.messenger import Message, Messenger, Transition, layer_of
 from bkn_core.wiring.program import Wiring
 from bkn_core.wiring.support import supported
 
-Kind = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
-KINDS: tuple[Kind, ...] = ("bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -77,7 +79,7 @@ def convert(
     Args:
         model: any model with `nn.BatchNorm*` layers; what they learned is kept.
         example_input: a tensor, or a tuple or dict of the forward's arguments, for one forward that finds the wiring.
-        kind: "bkn", or a baseline: "bn", "brn", "gn", "ln", "in", "fixed", "none".
+        kind: "bkn", or a baseline: "bn", "brn", "gn", "ln", "in", "none", or one of docs/rivals.md.
         transition: "network" predicts through the model's own layers, "learned" through trained matrices (the paper).
         message: "normalized" predicts from (β, γ²), "raw" from the posterior of this forward.
         statistics_batch_size: images per statistics group; None is the whole batch.
@@ -88,7 +90,8 @@ def convert(
         correction: a learned offset and scale of each network prior.
         innovation: move each network prior's mean and scale its variance by their running errors.
         input_prior: training images as the model sees them, a batch or batches, each a tensor or a tuple or dict as
-            `example_input` may be; gives the layers that read the input an exact prior.
+            `example_input` may be; gives the layers that read the input an exact prior. Kind "reference" keeps the
+            first 64 of the first batch; without it the example is the reference.
         covariance: "full" carries covariance matrices through learned transitions.
         include: name patterns of the layers to convert.
         exclude: name patterns of layers to leave as they are.
@@ -108,7 +111,7 @@ def convert(
     chosen = _chosen(model, include, exclude)
     check_replaceable({name: model.get_submodule(name) for name in chosen})
     if kind != "bkn":
-        return replaced(model, chosen, lambda _, norm: baseline_layer(norm, kind, statistics_batch_size))
+        return with_baselines(model, chosen, kind, example_input, (statistics_batch_size, input_prior))
     is_alone = gain == 1 and not learn_gain
     wiring = Wiring((), {}, dict.fromkeys(chosen, "the gain is 1")) if is_alone else discover(model, example_input)
     is_static = network and message == "normalized"
@@ -154,9 +157,11 @@ def fold(model: Model) -> Model:
     Raises:
         ConversionError: for a layer that keeps no population statistics.
     """
+    model = settled(model)
     names = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    folded = replaced(model, names, folded_affine)
+    folded = replaced(model, names, folded_layer)
     detach_messenger(folded)
+    bake_weights_(folded)
     return folded.eval()
 
 
@@ -170,6 +175,7 @@ def to_batch_norm(model: Model) -> Model:
     Returns:
         A plain model: nothing of this library is needed to load or use it.
     """
+    model = settled(model)
     names = {name for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
     plain = replaced(model, names, plain_layer)
     detach_messenger(plain)
@@ -223,6 +229,8 @@ def find_messengers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, Messe
 
 def is_converted(model: nn.Module) -> bool:
     """Whether anything that a conversion put into a model is still there."""
+    if any(has_reference(module) for module in model.modules()):
+        return True
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     layers = (module for module in model.modules() if isinstance(module, BatchKalmanNorm))
     return next(layers, None) is not None or any(isinstance(hook, Messenger) for hook in hooks)

@@ -55,6 +55,28 @@ Arguments = Annotated[dict[ArgumentName, Plain], Field(description="a mapping of
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1, description="a list of integers from 1 up")]
 Fractions = Annotated[tuple[InsideOne, ...], Field(strict=False, description="a list of numbers inside (0, 1)")]
 
+Kind = Literal[
+    "bkn",
+    "bn",
+    "brn",
+    "gn",
+    "ln",
+    "in",
+    "fixed",
+    "none",
+    "gn_ws",
+    "mabn",
+    "online",
+    "frn",
+    "evonorm",
+    "frozen",
+    "reference",
+    "iternorm",
+    "gkn",
+    "normprop",
+    "cbn",
+]
+
 
 class Section(BaseModel):
     """A part of the recipe: frozen, no other keys, and no flag, text or rounding in place of a number."""
@@ -76,8 +98,8 @@ class ModelConfig(Section):
 class NormConfig(Section):
     """The kind of norm layer and the filter inside it; null leaves the network its own `eps` and `momentum`."""
 
-    kind: Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"] = Field(
-        default="bkn", title="Batch Kalman, batch, batch renormalized, group, layer, instance, fixed or none"
+    kind: Kind = Field(
+        default="bkn", title="how layers normalize: Batch Kalman, batch, group ...; all in docs/rivals.md"
     )
     transition: Literal["learned", "network"] = Field(
         default="network", title="what predicts a layer: the network's own weights, or a learned linear map"

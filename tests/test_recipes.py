@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkn_core.errors import BknError, InputError, RecipeError
-from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+from bkn_core.norm.kinds import KINDS
+from bkn_core.recipe import NormConfig, Recipe, dump_recipe, load_recipe, shipped_recipes
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -187,7 +188,7 @@ plain = st.none() | st.booleans() | st.integers(-(10**17), 10**17) | st.floats(a
 valid: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {"name": letters, "args": st.dictionaries(st.sampled_from(["a", "b_1", "On"]), plain | letters)},
     "norm": {
-        "kind": st.sampled_from(["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]),
+        "kind": st.sampled_from(KINDS),
         "gain": st.just("auto") | st.floats(1e-9, 0.999),
         "eps": st.floats(1e-300, 1e300),
         "learn_gain": st.booleans(),
@@ -216,3 +217,7 @@ def test_values_survive_reading_and_a_resolved_recipe_too(
     assert {name: {key: resolved[name][key] for key in section} for name, section in values.items()} == values
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
+
+
+def test_recipes_and_conversions_know_the_same_kinds_of_norm() -> None:
+    assert get_args(NormConfig.model_fields["kind"].annotation) == KINDS

@@ -11,7 +11,8 @@ from bkn_core.compare.cells import GROUPLESS
 from bkn_core.errors import RecipeError
 from bkn_core.recipe import BatchConfig, NormConfig, Recipe, dump_recipe, load_recipe
 
-_POPULATION_ONLY = frozenset({"brn", "fixed"})  # their layers have no evaluation by an image's own statistics
+# Their layers have no evaluation by an image's own statistics.
+_POPULATION_ONLY = frozenset({"brn", "fixed", "mabn", "online", "frozen", "reference", "iternorm", "normprop", "cbn"})
 Load = Callable[[Sequence[str]], Recipe]
 
 

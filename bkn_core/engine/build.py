@@ -20,6 +20,7 @@ from bkn_core.engine.objective import Objective
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.errors import RecipeError
+from bkn_core.norm.rivals.reference import REFERENCE_IMAGES
 from bkn_core.recipe import NormConfig, Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on
@@ -138,6 +139,8 @@ def _norm_options(
 ) -> dict[str, Any]:
     norm = recipe.norm
     options: dict[str, Any] = {"kind": norm.kind, "statistics_batch_size": recipe.batch.statistics}
+    if norm.kind in ("reference", "fixed"):
+        return options | {"input_prior": _reference(images, preprocess, example)}
     if norm.kind != "bkn":
         return options
     seen: Any = None
@@ -153,6 +156,14 @@ def _norm_options(
         "innovation": norm.innovation,
         "input_prior": seen,
     }
+
+
+def _reference(images: ImageSet | LazyImageSet | None, preprocess: Preprocess, example: Tensor) -> Tensor:
+    """Return as many training images as a reference has, some twice where there are fewer; without any, their room."""
+    if images is None:
+        return example.new_zeros(REFERENCE_IMAGES, *example.shape[1:])
+    chosen = choose(images.labels, min(REFERENCE_IMAGES, len(images)))
+    return normalize(images.batch(chosen[torch.arange(REFERENCE_IMAGES) % len(chosen)])[0], preprocess)
 
 
 def _prior_batches(images: ImageSet | LazyImageSet, preprocess: Preprocess) -> Iterator[Tensor]:

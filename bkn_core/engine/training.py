@@ -26,10 +26,11 @@ from bkn_core.engine.state import checked_state
 from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
 from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.norm.rivals.groups import set_length_
 from bkn_core.recipe import Recipe
 
 # What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.
-_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var")
+_SHARED = ("innovation", "sensitivity", "residual", "uncertainty", "fixed_gain", "running_mean", "running_var", "_past")
 _SKIPS = 10  # bad steps in a row that end a run even where they are skipped
 
 
@@ -67,6 +68,7 @@ class Training:
         self.accumulated = recipe.batch.gradient // self.plan.joint
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
+        set_length_(self.model, recipe.train.epochs * len(self.plan) * -(-size // recipe.batch.statistics))
         self.step = self.measured = self.skipped = self.images = 0
         self.seconds = 0.0
         self.losses: list[Tensor] = []

@@ -11,19 +11,23 @@ from pydantic import Field, ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.convert import Kind
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
 from bkn_core.export.inspection import AGAIN
-from bkn_core.norm.baselines import BatchRenorm, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
 from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.recipe_sections import Count, DataConfig, NonNegative, Section, Text
+from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
+from bkn_core.norm.rivals.groups import Rival
+from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
+from bkn_core.norm.rivals.weights import StandardizedWeight
+from bkn_core.recipe_sections import Count, DataConfig, Kind, NonNegative, Section, Text
 from bkn_core.recipe_words import first_fault
 
+RIVALS = Rival | StandardizedWeight | FilterResponseNorm | EvoNorm | GroupKalmanNorm
 SCHEMA = "bkn.onnx/1"
 _KEYS = ("bkn.schema", "bkn.version", "classes", "norm", "parity", "preprocess", "source", "task")
-_Folded = Annotated[Literal["affine", "conv"] | None, Field(description="affine, conv or null")]
+_Folded = Annotated[Literal["affine", "conv", "matrix"] | None, Field(description="affine, conv, matrix or null")]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits")]
 _Fraction = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
 _OwnData = Annotated[DataConfig | None, Field(description="a mapping of the keys of data in a recipe, or null")]
@@ -133,12 +137,15 @@ class FileMetadata:
 def norm_kind(model: nn.Module) -> str:
     """Name the normalization of a model as recipes do, by its layers."""
     layers = list(model.modules())
+    rival = next((layer.kind for layer in layers if isinstance(layer, RIVALS)), None)
+    if rival is not None:
+        return rival
     groups = [(layer.num_groups, layer.num_channels) for layer in layers if isinstance(layer, nn.GroupNorm)]
     kalman = [layer for layer in layers if isinstance(layer, BatchKalmanNorm)]
     found = {
         "bkn": any(layer.expects_prior or float(layer.gain.detach()) < 1 for layer in kalman),
         "brn": any(isinstance(layer, BatchRenorm) for layer in layers),
-        "fixed": any(isinstance(layer, FixedNorm) for layer in layers),
+        "frozen": any(isinstance(layer, FrozenNorm) for layer in layers),
         "bn": any(isinstance(layer, _BatchNorm) for layer in layers),
         "ln": bool(groups) and all(count == 1 for count, _ in groups),
         "in": bool(groups) and all(count == channels for count, channels in groups),

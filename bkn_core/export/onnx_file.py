@@ -43,7 +43,7 @@ class ExportResult:
         top1_agreement: fraction of images with the same top-1.
         images: how many were compared.
         stats: "population", or "batch" where layers observe each image.
-        fold: "affine" or "conv"; None where no layer has fixed statistics.
+        fold: "affine" or "conv", "matrix" where layers whiten; None where none has fixed statistics.
         precision: "fp32" or "fp16".
         opset: version of the operator set.
         nodes: operators in the graph.

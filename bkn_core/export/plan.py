@@ -18,6 +18,7 @@ from bkn_core.export.graph import canonical, nodes_of, trace
 from bkn_core.export.precision import to_half
 from bkn_core.norm.baselines import ChannelAffine
 from bkn_core.norm.layers import Statistics
+from bkn_core.norm.rivals.whitening import ChannelMatrix
 
 Fold = Literal["affine", "conv"]
 Precision = Literal["fp32", "fp16"]
@@ -32,7 +33,7 @@ class Plan:
     Args:
         model: made of layers that ONNX can hold, in evaluation mode.
         stats: "batch" where layers observe each image, else "population".
-        fold: "affine" or "conv", None where no layer has fixed statistics.
+        fold: "affine" or "conv", "matrix" where layers whiten, None where none has fixed statistics.
     """
 
     model: nn.Module
@@ -74,8 +75,9 @@ def plan_export(model: nn.Module, stats: str, fold: str) -> Plan:
         prepared, kalman = batch_statistics.with_image_statistics(model)
     else:
         prepared = fold_model(model)
-    has_affine = any(isinstance(module, ChannelAffine) for module in prepared.modules())
-    return Plan(prepared, "batch" if kalman else "population", fold if has_affine else None)
+    made = {type(module) for module in prepared.modules()}
+    folded = fold if ChannelAffine in made else "matrix" if ChannelMatrix in made else None
+    return Plan(prepared, "batch" if kalman else "population", folded)
 
 
 @torch.no_grad()

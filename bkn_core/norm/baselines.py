@@ -72,7 +72,7 @@ class BatchRenorm(_BatchNorm):
         return normalize(x, rows, self.weight, self.bias, self.eps)
 
 
-class FixedNorm(_BatchNorm):
+class FrozenNorm(_BatchNorm):
     """Normalize by the population statistics at all times, training included: what "frozen batch norm" means.
 
     Shape:

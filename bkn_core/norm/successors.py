@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, ChannelAffine
 from bkn_core.norm.kalman import Gaussian
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from bkn_core.norm.rivals.groups import Rival
 
 _INITIAL_NOISE = 0.1  # its square is r
 _LAYERS: dict[type[nn.Module], type[BatchKalmanNorm]] = {
@@ -59,7 +60,7 @@ def kalman_layer(norm: _BatchNorm, *, has_prior: bool, **options: Any) -> BatchK
         bias=norm.bias is not None,
         **options,
     )
-    _inherit(norm, layer)
+    inherit(norm, layer)
     known = list(norm.parameters(recurse=False))
     if known and not any(parameter.requires_grad for parameter in known):
         layer.requires_grad_(False)  # a frozen layer has nothing that an optimizer or its weight decay may move
@@ -85,7 +86,7 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
 
     Args:
         norm: the old layer.
-        kind: bn, brn, gn (at most 8 groups), ln, in, fixed or none.
+        kind: bn, brn, gn (at most 8 groups), ln, in or none.
         statistics_batch_size: images per statistics group, for bn and brn.
     """
     channels, eps = norm.num_features, norm.eps
@@ -99,14 +100,13 @@ def baseline_layer(norm: _BatchNorm, kind: str, statistics_batch_size: int | Non
         "gn": lambda: nn.GroupNorm(math.gcd(8, channels), channels, eps),
         "ln": lambda: nn.GroupNorm(1, channels, eps),
         "in": lambda: nn.GroupNorm(channels, channels, eps),
-        "fixed": lambda: FixedNorm(channels, eps, norm.momentum, norm.affine),
         "none": nn.Identity,
     }
     place = norm.weight if norm.weight is not None else norm.running_mean
     layer = layers[kind]()
     if place is not None:
         layer = layer.to(place.device, place.dtype)
-    _inherit(norm, layer)
+    inherit(norm, layer)
     return layer
 
 
@@ -122,7 +122,7 @@ def plain_layer(name: str, norm: _BatchNorm) -> nn.Module:
         made.register_parameter("bias", None)
     if place is not None:
         made = made.to(place.device, place.dtype)
-    _inherit(norm, made)
+    inherit(norm, made)
     return made
 
 
@@ -142,12 +142,19 @@ def _restored(shell: _BatchNorm, layer: _BatchNorm) -> _BatchNorm:
     return norm
 
 
-def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
-    """Return the affine map that a layer applies in evaluation mode, computed in float64.
+def folded_layer(name: str, norm: _BatchNorm) -> nn.Module:
+    """Return what a layer is in evaluation mode: an affine map, or what layers of other authors become.
 
     Raises:
         ConversionError: for a layer that keeps no population statistics.
     """
+    if isinstance(norm, Rival):
+        return norm.folded(lambda: _affine(name, norm))
+    return _affine(name, norm)
+
+
+def _affine(name: str, norm: _BatchNorm) -> ChannelAffine:
+    """Return the affine map of γ, β and the population statistics, computed in float64."""
     if norm.running_mean is None or norm.running_var is None:
         raise ConversionError(
             f"{name} keeps no population statistics and cannot be folded", "Use track_running_stats=True."
@@ -159,7 +166,7 @@ def folded_affine(name: str, norm: _BatchNorm) -> ChannelAffine:
     return ChannelAffine(scale.to(norm.running_mean.dtype), shift.to(norm.running_mean.dtype))
 
 
-def _inherit(norm: _BatchNorm, layer: nn.Module) -> None:
+def inherit(norm: _BatchNorm, layer: nn.Module) -> None:
     """Give a new layer the parameters and moving statistics of the old one: themselves, so that tied ones stay tied."""
     for own, old in ((layer._parameters, norm._parameters), (layer._buffers, norm._buffers)):
         for name, tensor in old.items():

@@ -11,8 +11,16 @@ from torch import nn
 
 from bkn_core.convert import KINDS, conversion_report, convert
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
 from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
+from bkn_core.norm.rivals.cross_iteration import CrossIterationNorm
+from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
+from bkn_core.norm.rivals.moving_average import MovingAverageNorm
+from bkn_core.norm.rivals.online import OnlineNorm
+from bkn_core.norm.rivals.propagation import NormalizationPropagation
+from bkn_core.norm.rivals.reference import ReferenceNorm
+from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
+from bkn_core.norm.rivals.whitening import IterativeNorm
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -126,7 +134,18 @@ EXPECTED = {
     "gn": nn.GroupNorm,
     "ln": nn.GroupNorm,
     "in": nn.GroupNorm,
-    "fixed": FixedNorm,
+    "fixed": ReferenceNorm,
+    "frozen": FrozenNorm,
+    "reference": ReferenceNorm,
+    "frn": FilterResponseNorm,
+    "evonorm": EvoNorm,
+    "iternorm": IterativeNorm,
+    "gkn": GroupKalmanNorm,
+    "normprop": NormalizationPropagation,
+    "cbn": CrossIterationNorm,
+    "gn_ws": nn.GroupNorm,
+    "mabn": MovingAverageNorm,
+    "online": OnlineNorm,
     "none": nn.Identity,
 }
 

@@ -26,6 +26,7 @@ from bkn_core.engine.models import (
 )
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError, RecipeError
+from bkn_core.norm.kinds import KINDS
 from bkn_core.norm.layers import BatchKalmanNorm
 
 NAMES = ["cifar_plain", "cifar_resnet8", "cifar_preact_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]
@@ -285,20 +286,24 @@ def test_a_model_without_images_has_room_for_what_was_measured_with_them() -> No
     assert torch.equal(with_images.train()(images), without.train()(images))
 
 
-@pytest.mark.parametrize("kind", ["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_norm_builds_and_answers(kind: str) -> None:
     model = build_model(tiny(f"norm.kind={kind}"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10)
     assert model(torch.randn(4, 1, 8, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["bkn", "bn", "brn", "gn", "ln", "in", "fixed"])
+WITH_A_DECAY_OF_THEIR_OWN = {"mabn", "online", "reference", "fixed", "normprop"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_epsilon_and_momentum_are_the_recipes_in_every_kind_of_norm(kind: str) -> None:
     model = build_model(
         tiny(f"norm.kind={kind}", "norm.eps=0.25", "norm.momentum=0.5"), Preprocess("L", (8, 8), (0.0,), (1.0,)), 10
     )
     norms = [module for module in model.modules() if hasattr(module, "eps")]
     assert len(norms) == 6 and all(norm.eps == 0.25 for norm in norms)
-    assert all(getattr(norm, "momentum", 0.5) == 0.5 for norm in norms)
+    momentum = None if kind in WITH_A_DECAY_OF_THEIR_OWN else 0.5
+    assert all(getattr(norm, "momentum", momentum) == momentum for norm in norms)
 
 
 def test_epsilon_and_momentum_of_null_are_the_networks_own() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bkn_core.errors import StatisticsError
-from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FixedNorm
+from bkn_core.norm.baselines import BatchRenorm, ChannelAffine, FrozenNorm
 
 
 def test_batch_renorm_starts_as_batch_norm() -> None:
@@ -71,8 +71,8 @@ def test_batch_renorm_evaluates_as_batch_norm_and_refuses_single_values() -> Non
         BatchRenorm(3, statistics_batch_size=1)(x)
 
 
-def test_fixed_norm_is_frozen_in_training() -> None:
-    layer, reference = FixedNorm(3), nn.BatchNorm2d(3)
+def test_frozen_norm_keeps_its_statistics_in_training() -> None:
+    layer, reference = FrozenNorm(3), nn.BatchNorm2d(3)
     reference(torch.randn(4, 3, 5, 5) + 2)
     layer.load_state_dict(reference.state_dict())
     x = torch.randn(4, 3, 5, 5)

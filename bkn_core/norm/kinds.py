@@ -1,0 +1,22 @@
+"""The kinds of normalization that a conversion knows, as recipes name them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Own = Literal["bkn", "bn", "brn", "gn", "ln", "in", "fixed", "none"]
+Rivals = Literal[
+    "gn_ws",
+    "mabn",
+    "online",
+    "frn",
+    "evonorm",
+    "frozen",
+    "reference",
+    "iternorm",
+    "gkn",
+    "normprop",
+    "cbn",
+]
+Kind = Own | Rivals
+KINDS: tuple[Kind, ...] = (*get_args(Own), *get_args(Rivals))

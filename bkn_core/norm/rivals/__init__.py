@@ -1,0 +1,1 @@
+"""Normalizations of other authors that `bkn compare` sets beside ours: one file each, after its paper's formula."""
