@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from bkn_core.errors import InputError, RecipeError
+from bkn_core.norm.kinds import KINDS
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
 
 CORE = Path(__file__).parent.parent / "bkn_core"
@@ -177,7 +178,7 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
         "the recipe has 10 faults:",
         "command line 'oops': this is not KEY=VALUE; write for example norm.kind=bn",
         "command line 'log.every=[': not valid YAML: expected the node content, but found '<stream end>'",
-        f"{path}:4: norm.kind is 'bnk'; choose one of bkn, bn, brn, gn, ln, in, fixed, none, gn_ws, mabn, online, frn, evonorm, frozen, reference, iternorm, gkn, normprop, cbn (did you mean 'bkn'?)",
+        f"{path}:4: norm.kind is 'bnk'; choose one of {', '.join(KINDS)} (did you mean 'bkn'?)",
         f"{path}:5: norm.eps is nan; give a finite number above 0, or null for the network's own",
         f"{path}:3: norm.knid is not a key (did you mean 'norm.kind'?)",
         f"{path}:6: batch.gradient is -1; give an integer of at least 1",

@@ -193,7 +193,7 @@ def test_damaged_metadata_is_refused(small: Path, tmp_path: Path, key: str, valu
     [
         ("norm", {"stats": 5}, "norm.stats is 5; choose one of population, batch"),
         ("norm", {"kind": "bnk"}, r"norm.kind is 'bnk'; choose one of .* \(did you mean 'bkn'\?\)"),
-        ("norm", {"folded": True}, "norm.folded is true; give affine, conv or null"),
+        ("norm", {"folded": True}, "norm.folded is true; give affine, conv, matrix or null"),
         ("norm", {"statistics_batch_size": 2.5}, "norm.statistics_batch_size is 2.5; give an integer"),
         ("source", {"weights_sha256": 5}, "source.weights_sha256 is 5; give 64 hexadecimal digits"),
         ("source", {"path": "x"}, "source.path is not known; known are model, weights_sha256, data"),
