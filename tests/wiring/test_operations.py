@@ -99,7 +99,11 @@ def test_transposed_convolution_is_found(rank: int) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 9, 25])
-@pytest.mark.parametrize("function", [torch.relu, F.hardswish, F.silu, torch.abs, lambda x: x], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [torch.relu, F.hardswish, F.silu, torch.abs, lambda x: x],
+    ids=["relu", "hardswish", "silu", "abs", "identity"],
+)
 def test_maximum_of_independent_values_is_exact(function: object, count: int) -> None:
     assert callable(function)
     message = Gaussian(torch.linspace(-1, 2, 5), torch.tensor([1.0, 0.5, 1.0, 2.0, 4.0]))
