@@ -28,7 +28,7 @@ from bkn_core.recipe_sections import (
     Section,
     TrainConfig,
 )
-from bkn_core.recipe_words import keys_called, keys_like, nearest, printable, quoted, refusal
+from bkn_core.recipe_words import keys_called, keys_like, nearest, printable, printable_path, quoted, refusal
 
 __all__ = [
     "BatchConfig",
@@ -93,7 +93,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     path = recipe_file.find_recipe(source)
     reader = recipe_file.RecipeReader(_SECTIONS)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.")[:100] or "recipe"
-    entries = {("name",): Entry(name, printable(str(path)))} | reader.file(path)
+    entries = {("name",): Entry(name, printable_path(path))} | reader.file(path)
     own = dict(entries)
     for word in overrides:
         entries = reader.override(entries, word)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from bkn_core.errors import InputError, RecipeError
-from bkn_core.recipe_words import meant, printable, shown
+from bkn_core.recipe_words import meant, printable, printable_path, shown
 
 LARGEST_FILE = 1_000_000
 MOST_EVENTS = 10_000
@@ -168,7 +168,7 @@ class RecipeReader:
         child: Path | None = path
         told = ""
         while child is not None:
-            layer = self.text(_read(child, told), printable(str(child)))
+            layer = self.text(_read(child, told), printable_path(child))
             chain.append(child)
             if layers:
                 layer.pop(("name",), None)
@@ -238,7 +238,7 @@ class RecipeReader:
 
 
 def _read(path: Path, told: str) -> str:
-    name = f"recipe {printable(str(path))}{told}"
+    name = f"recipe {printable_path(path)}{told}"
     try:
         # Only a regular file: a pipe or a device could keep the reader waiting for ever.
         if not path.is_file():
@@ -254,7 +254,7 @@ def _read(path: Path, told: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{printable(str(path))}:{line}: not UTF-8 text", "Save the recipe as UTF-8.") from error
+        raise RecipeError(f"{printable_path(path)}:{line}: not UTF-8 text", "Save the recipe as UTF-8.") from error
 
 
 def _shipped_folder() -> Path:

@@ -21,10 +21,15 @@ _ALSO = {
 }
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = 80) -> str:
     """The text, escaped where a terminal could not show it and cut where it is long."""
     text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def printable_path(path: object) -> str:
+    """A path in full, however long, as one must be able to open it."""
+    return printable(str(path), 10_000)
 
 
 def shown(value: object) -> str:

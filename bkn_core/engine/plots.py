@@ -21,8 +21,19 @@ NORM_COLORS = {
     "gn": "tab:green",
     "ln": "tab:purple",
     "in": "tab:brown",
-    "fixed": "tab:olive",
     "none": "tab:gray",
+    "fixed": "tab:olive",
+    "reference": "tab:olive",
+    "frozen": "darkkhaki",
+    "gn_ws": "limegreen",
+    "gkn": "darkgreen",
+    "mabn": "tab:pink",
+    "online": "tab:cyan",
+    "cbn": "gold",
+    "frn": "indigo",
+    "evonorm": "violet",
+    "iternorm": "navy",
+    "normprop": "black",
 }
 """The colour of each norm, the same in every picture."""
 

@@ -16,7 +16,9 @@ from PIL import Image
 
 from bkn_core.compare.cells import Cell
 from bkn_core.compare.report import publish
+from bkn_core.engine.plots import NORM_COLORS
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.norm.kinds import KINDS
 
 
 def read_table(text: str) -> list[dict[str, str]]:
@@ -160,3 +162,9 @@ def test_an_epoch_that_a_crash_left_recorded_twice_or_not_at_all_does_not_stop_t
 def test_a_comparison_without_any_finished_cell_still_has_all_its_files(tmp_path: Path) -> None:
     result = publish(tmp_path, [failed("bn", 2)])
     assert all(path.stat().st_size > 0 for path in result.artifacts.values())
+
+
+def test_every_kind_of_norm_has_a_colour() -> None:
+    assert set(NORM_COLORS) == set(KINDS)
+    colours = [NORM_COLORS[kind] for kind in KINDS if kind != "fixed"]  # another name for "reference"
+    assert len(set(colours)) == len(colours)

@@ -29,6 +29,7 @@ from bkn_core.engine.plots import plot_curves
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import OutputError
+from bkn_core.recipe import dump_recipe, load_recipe
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EROFS]
 Writer = Callable[[Path, int], Any]
@@ -58,7 +59,8 @@ def write_letters(path: Path, value: int) -> None:
 def write_picture(path: Path, value: int) -> None:
     """Draws plots/curves.png; `path` is that file."""
     folder = RunFolder(path.parent.parent)
-    folder.path.mkdir(exist_ok=True)
+    if not folder.path.exists():
+        write_text(folder.path / "config.yaml", dump_recipe(load_recipe()))
     folder.record({"kind": "epoch", "step": value, "epoch": 1, "population_top1": 0.5, "population_loss": 1.0})
     plot_curves(folder)
 
