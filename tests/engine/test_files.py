@@ -59,7 +59,7 @@ def write_letters(path: Path, value: int) -> None:
 def write_picture(path: Path, value: int) -> None:
     """Draws plots/curves.png; `path` is that file."""
     folder = RunFolder(path.parent.parent)
-    if not folder.path.exists():
+    if not (folder.path / "config.yaml").exists():
         write_text(folder.path / "config.yaml", dump_recipe(load_recipe()))
     folder.record({"kind": "epoch", "step": value, "epoch": 1, "population_top1": 0.5, "population_loss": 1.0})
     plot_curves(folder)
