@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bkn_cli.completion import complete_norms, complete_word
-from bkn_cli.options import Device, Json, Verbose, path, split_words
+from bkn_cli.options import Device, Json, Verbose, data_words, path, split_words
 from bkn_cli.reporting import reporting
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def compare(
       bkn compare
       bkn compare --norms bn,bkn,gn --seeds 3
       bkn compare cifar10_resnet_micro --statistics-batch-sizes 1,2,128
+      bkn compare photos data.image_size=32 --norms bkn,bn,gn
       bkn compare runs/A runs/B
     """
     with reporting("compare", as_json=as_json, verbose=verbose) as reporter:
@@ -74,6 +75,9 @@ def compare(
         from bkn_cli.progress import TrainingProgress
 
         names, overrides = split_words(words)
+        if not any((Path(name) / "config.yaml").is_file() for name in names):
+            names, data = data_words(names)
+            overrides = [*data, *overrides]
         source = _source(names)
         matrix = _matrix(norms, statistics_batch_sizes, seeds)
         overrides += [] if device is None else [f"train.device={device}"]

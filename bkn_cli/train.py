@@ -103,7 +103,8 @@ def _recipe(words: list[str] | None, out: Path | None, resume: Path | None, devi
     if others:
         raise RecipeError(
             f"--resume takes recipe and folder of the run, so {others[0]!r} does not fit",
-            "Resume without it, or train anew with it; data.root, train.device or more train.epochs fit.",
+            "Resume without it, or train anew with it; data.root, eval.*, log.*, train.device, workers, patience or "
+            "more train.epochs fit.",
         )
     from bkn_core.engine.run_folder import RunFolder
 

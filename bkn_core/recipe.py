@@ -93,7 +93,10 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     path = recipe_file.find_recipe(source)
     reader = recipe_file.RecipeReader(_SECTIONS)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.")[:100] or "recipe"
-    entries = {("name",): Entry(name, printable_path(path))} | reader.file(path)
+    read = reader.file(path)
+    entries = {("name",): Entry(name, printable_path(path))} | (
+        _without_unread_root(read) if path.name == "config.yaml" else read
+    )
     own = dict(entries)
     for word in overrides:
         entries = reader.override(entries, word)
@@ -126,7 +129,11 @@ def override_data(known: DataConfig, overrides: Sequence[str], label: str) -> Da
         del entries["data", "root"]
     for word in overrides:
         entries = reader.override(entries, word)
-    return _faultless(entries, reader).data
+    data = _faultless(entries, reader).data
+    for key in ("image_size", "resize"):
+        if getattr(data, key) != getattr(known, key):
+            raise RecipeError(f"data.{key} cannot change for a trained model", "It takes pictures as it was trained.")
+    return data
 
 
 def parse_recipe(text: str, label: str) -> Recipe:
@@ -142,7 +149,14 @@ def parse_recipe(text: str, label: str) -> Recipe:
     if len(text) > recipe_file.LARGEST_FILE:
         raise RecipeError(f"{label} has more than {recipe_file.LARGEST_FILE} characters; a recipe has a few thousand")
     reader = recipe_file.RecipeReader(_SECTIONS)
-    return _faultless(reader.text(text, label), reader)
+    return _faultless(_without_unread_root(reader.text(text, label)), reader)
+
+
+def _without_unread_root(saved: Entries) -> Entries:
+    """What a run saved, without the root of digits, which read none: earlier versions kept what was given."""
+    kind = saved.get(("data", "name"))
+    unread = ("data", "root") if kind is not None and kind.value == "digits" else None
+    return {key: entry for key, entry in saved.items() if key != unread}
 
 
 def _faultless(entries: Entries, reader: recipe_file.RecipeReader, asked: Asked | None = None) -> Recipe:

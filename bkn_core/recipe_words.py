@@ -18,6 +18,10 @@ _ALSO = {
     "wd": ["optim.weight_decay"],
     "optimizer": ["optim.name"],
     "dataset": ["data.name"],
+    "early_stopping": ["train.patience"],
+    "mixup_alpha": ["data.mixup"],
+    "cutmix_alpha": ["data.cutmix"],
+    "num_workers": ["train.workers"],
 }
 
 

@@ -89,6 +89,14 @@ def test_a_key_that_would_decide_nothing_is_refused(words: tuple[str, ...], mess
         load_recipe(None, words)
 
 
+def test_what_was_saved_of_digits_may_name_a_root_that_it_never_read(tmp_path: Path) -> None:
+    saved = dump_recipe(load_recipe()).replace("  root: data", "  root: elsewhere")
+    assert "elsewhere" in saved
+    assert parse_recipe(saved, "a checkpoint").data.root == "data"
+    (tmp_path / "config.yaml").write_text(saved)
+    assert load_recipe(tmp_path / "config.yaml").data.root == "data"
+
+
 def test_defaults_are_the_specified_ones(write: Any) -> None:
     recipe = load_recipe(write("version: 1\n"))
     expected = {"version": 1, "name": "mine", **yaml.safe_load(SPECIFIED)}

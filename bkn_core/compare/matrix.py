@@ -26,6 +26,7 @@ from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder, numbered_folder, subject
 from bkn_core.errors import DivergedError, InputError, InterruptedRun, OutputError, RecipeError, StatisticsError
 from bkn_core.recipe import Recipe
+from bkn_core.recipe_sections import LogConfig
 
 OnEvent = Callable[[Event | CellStarted | CellEnded], None]
 
@@ -109,7 +110,9 @@ def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | No
 
 
 # A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.
-_FREE = {"eval.stats", "train.device", "data.download", "log.every", "log.tensorboard", "log.plots"}
+_FREE = {"eval.stats", "train.device", "train.workers", "data.download", "data.root"} | {
+    f"log.{key}" for key in LogConfig.model_fields
+}
 
 
 def _check_unchanged(recipe: Recipe, path: Path) -> None:

@@ -13,7 +13,7 @@ from bkn_core.errors import InputError
 from bkn_core.recipe import Recipe
 
 # These change neither what is learned nor what it is compared with.
-_IMMATERIAL = {"version", "name", "batch.per_device", "data.download", "train.device", "train.seed"}
+_IMMATERIAL = {"version", "name", "batch.per_device", "data.download", "train.device", "train.seed", "train.workers"}
 _COMPARED = {"norm.kind", "batch.gradient", "batch.statistics"}
 
 

@@ -35,12 +35,6 @@ def load_splits(recipe: Recipe) -> DataSplits:
         RecipeError: keys that do not fit each other or the data.
     """
     data, name = check_recipe(recipe).data, recipe.model.name
-    if recipe.train.patience is not None and data.validation is None:
-        raise RecipeError(
-            f"train.patience is {recipe.train.patience}, but there are no validation images to judge epochs by",
-            "Hold some out, such as data.validation=0.1: on the test images the end would be chosen by what it is "
-            "measured on.",
-        )
     splits = load_data(
         data.name,
         root=data.root,
@@ -54,6 +48,12 @@ def load_splits(recipe: Recipe) -> DataSplits:
         workers=recipe.train.workers,
         together=max(recipe.batch.per_device, recipe.eval.batch_size),
     )
+    if recipe.train.patience is not None and splits.validation is None:
+        raise RecipeError(
+            f"train.patience is {recipe.train.patience}, but there are no validation images to judge epochs by",
+            "Hold some out, such as data.validation=0.1: on the test images the end would be chosen by what it is "
+            "measured on.",
+        )
     Objective(recipe, splits, recipe.batch.per_device, torch.device("cpu"))  # refused here, also by those who only look
     colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
     if colours is None:

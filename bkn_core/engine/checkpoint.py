@@ -43,7 +43,7 @@ _FREE: Any = {
     "eval": True,
     "log": True,
     "data": {"root", "download"},
-    "train": {"device", "workers"},
+    "train": {"device", "workers", "patience"},
 }
 
 
@@ -102,6 +102,9 @@ def load_weights(path: Path) -> Weights:
             check_size(path, largest_file(build_outline(*_description(path, metadata))))
         tensors = read_tensors(path, file, metadata)
     recipe, preprocess, classes = _description(path, metadata)
+    if recipe.norm.kind == "fixed" and not any(name.endswith("reference_images") for name in tensors):
+        # of an earlier version, which called so what is "frozen" now
+        recipe = recipe.model_copy(update={"norm": recipe.norm.model_copy(update={"kind": "frozen"})})
     return Weights(tensors, recipe, classes, preprocess, metadata["digest"])
 
 
@@ -190,7 +193,7 @@ def check_recipe(saved: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     if changed:
         raise InputError(
             f"the saved state does not fit the recipe: {', '.join(changed)} changed",
-            "Change it back; others than data.root, train.device, eval.* and log.* stay, and train.epochs only grows.",
+            "Change it back; data.root, eval.*, log.*, train.device, workers and patience may change, epochs grow.",
         )
 
 

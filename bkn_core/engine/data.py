@@ -156,6 +156,11 @@ def load_data(
     color = color or train.color()
     if image_size is None:
         image_size = train.size()
+        if isinstance(train, PictureSource) and train.has_several_sizes():
+            notes += (
+                f"pictures differ in size: all are taken to {image_size[0]} x {image_size[1]}, as the first is, "
+                "without data.image_size",
+            )
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     most = max(len(source.labels) for source in (train, test, held_out) if source is not None)
     _refuse_oversized(color, size, min(together, most))

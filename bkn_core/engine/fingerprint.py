@@ -35,7 +35,11 @@ def check_data(saved: dict[str, Any], found: dict[str, Any]) -> None:
         InputError: saying what changed.
     """
     if saved.keys() != found.keys() or any(type(saved[name]) is not type(found[name]) for name in found):
-        raise InputError("the saved state says of other parts of the data than the run has", "Start the run anew.")
+        before, now = (", ".join(name for name in facts if name != "classes") for facts in (saved, found))
+        raise InputError(
+            f"the saved state is of other parts of the data than there are: {before} then, {now} now",
+            "Put the data back as it was, such as without a folder val (earlier versions left it out), or train anew.",
+        )
     changes = [*_class_changes(*([*map(class_name, facts["classes"])] for facts in (saved, found)))]
     changes += [change for name in found if name != "classes" for change in _changes(name, saved[name], found[name])]
     if changes:

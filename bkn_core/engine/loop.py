@@ -100,12 +100,23 @@ def train(
                 recipe, _keep(out or numbered_folder(Path("runs") / run_name(recipe)), held, on_event)
             )
         if known is not None and world.is_main:
-            if recipe.train.epochs > known.recipe.train.epochs:
-                on_event(Notice(_LONGER.format(recipe.train.epochs, known.recipe.train.epochs)))
+            for text in _on_resuming(training, known.recipe.train.epochs):
+                on_event(Notice(text))
             known.adopt(recipe)
         records = Records(folder, on_event, training)
         with records.ending():
             return _run(training, records, should_stop)
+
+
+def _on_resuming(training: Training, epochs: int) -> Iterator[str]:
+    """Say what a run that goes on, or does not, should know; `epochs` were to be trained before."""
+    config = training.recipe.train
+    if training.is_stalled:
+        yield f"the run has ended early after epoch {training.measured}: train.patience above {config.patience} goes on"
+    elif training.measured >= config.epochs:
+        yield f"the run has all of its {config.epochs} epochs: more train.epochs go on"
+    elif config.epochs > epochs:
+        yield _LONGER.format(config.epochs, epochs)
 
 
 def _keep(path: Path, held: contextlib.ExitStack, on_event: Callable[[Event], None]) -> Path:

@@ -21,6 +21,7 @@ from bkn_core.engine.pictures import CHANNELS, Color, Fit, decode, is_grey, reco
 
 ARRAY_CHUNK = 1024
 PICTURE_CHUNK = 16
+_COMPARED = 32  # pictures whose sizes are looked at
 # Decoded pictures that are resized together take no more than this, or are one: two threads hold twice that.
 STACK_BYTES = 2**24
 
@@ -124,6 +125,11 @@ class PictureSource:
     def size(self) -> tuple[int, int]:
         height, width = decode(self.open_picture(0), "L", self.name(0)).shape[1:]  # upright, whatever the header says
         return height, width
+
+    def has_several_sizes(self) -> bool:
+        """Whether pictures differ in size, by the headers of up to 32 of them."""
+        step = -(-len(self.labels) // _COMPARED)
+        return len({self.open_picture(index).size for index in range(0, len(self.labels), step)}) > 1
 
     def names(self) -> tuple[str, ...]:
         return tuple(map(self.name, range(len(self.labels))))

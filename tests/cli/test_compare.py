@@ -40,6 +40,11 @@ def test_lists_and_numbers_are_read(asked: list[Any]) -> None:
     ]
 
 
+def test_a_folder_of_pictures_is_data(asked: list[Any], tmp_path: Path) -> None:
+    call("compare", str(tmp_path), "--norms", "bn")
+    assert asked[:2] == [None, [f'data.root="{tmp_path}"']]
+
+
 def test_folders_are_finished_runs(asked: list[Any], run: Path) -> None:
     call("compare", str(run), str(run))
     assert asked[0] == [run, run]

@@ -211,3 +211,10 @@ def test_a_loaded_run_is_the_model_that_was_saved_in_evaluation_mode(tmp_path: P
     loaded = load_run(tmp_path / "w.safetensors")
     assert not any(module.training for module in loaded.modules())
     assert torch.equal(loaded(images), net(images))
+
+
+def test_what_an_earlier_version_called_fixed_is_frozen(tmp_path: Path) -> None:
+    net = build_model(tiny("norm.kind=frozen"), PREPROCESS, len(CLASSES)).eval()
+    save_weights(tmp_path / "w.safetensors", net, tiny("norm.kind=fixed"), CLASSES, PREPROCESS)
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(load_run(tmp_path / "w.safetensors")(images), net(images))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tiny_runs import EPOCH_STEPS, assert_same_run, status, tiny, train_in_parts, training
 
 from bkn_core.engine.build import load_splits
@@ -53,6 +54,26 @@ def test_a_run_that_ended_early_is_the_same_in_parts_and_stays_ended(tmp_path: P
     train(recipe, resume=tmp_path / "parts", on_event=events.append)
     assert_same_run(tmp_path / "parts", tmp_path / "straight")
     assert not any(isinstance(event, EpochEnded) for event in events)
+    assert Notice("the run has ended early after epoch 2: train.patience above 1 goes on") in events
+    result = train(tiny(*STALLED, "train.patience=3"), resume=tmp_path / "parts", on_event=events.append)
+    assert [e.epoch for e in events if isinstance(e, EpochEnded)] == [3, 4]
+    assert result.steps == 4 * EPOCH_STEPS
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    events: list[Any] = []
+    train(tiny("train.epochs=1"), out=tmp_path / "run")
+    train(tiny("train.epochs=1"), resume=tmp_path / "run", on_event=events.append)
+    assert Notice("the run has all of its 1 epochs: more train.epochs go on") in events
+
+
+def test_images_that_the_data_hold_out_are_validation_images(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / name / "0.png")
+    data = ("data.name=imagefolder", f"data.root={tmp_path}", "data.train_images=null", "data.test_images=null")
+    assert load_splits(tiny(*data, "train.patience=3")).validation is not None
 
 
 def test_without_validation_images_nothing_can_end_a_run_early() -> None:

@@ -180,6 +180,8 @@ def test_a_file_does_not_choose_to_download(run: Path, monkeypatch: pytest.Monke
         ({"device": "cuda:77"}, DeviceError, "cuda:77"),
         ({"device": "abacus"}, RecipeError, "abacus"),
         ({"overrides": ["norm.kind=bn"]}, RecipeError, "norm.kind=bn"),
+        ({"overrides": ["data.resize=pad"]}, RecipeError, "data.resize cannot change for a trained model"),
+        ({"overrides": ["data.image_size=32"]}, RecipeError, "data.image_size cannot change for a trained model"),
         ({"overrides": ["data.nonsense=1"]}, RecipeError, "nonsense"),
         ({"overrides": ["data.name=npz", "data.root=nowhere.npz"]}, InputError, "nowhere"),
         ({"overrides": ["data.test_images=9999"]}, RecipeError, "9999"),

@@ -178,3 +178,12 @@ def test_an_entry_that_a_zip_file_holds_twice_is_refused(tmp_path: Path) -> None
             archive.writestr(name, content.getvalue())
     with pytest.raises(InputError, match=r"photos.zip has the entry 'train/cat/0.png' twice"):
         open_image_folder(path)
+
+
+@pytest.mark.parametrize("image_size", [None, 6])
+def test_pictures_of_several_sizes_are_said_where_none_was_asked_for(tmp_path: Path, image_size: int | None) -> None:
+    root = write(tmp_path, "train/cat/{2}.png", "train/dog/{2}.png", "test/cat/0.png", "test/dog/0.png")
+    assert load_data("imagefolder", root=root, image_size=image_size).notes == ()
+    Image.new("RGB", (5, 4)).save(root / "train/dog/1.png")
+    notes = load_data("imagefolder", root=root, image_size=image_size).notes
+    assert [("differ in size" in note, "to 4 x 4" in note) for note in notes] == ([] if image_size else [(True, True)])
