@@ -79,7 +79,7 @@ def evaluate(
         reporter.table(metrics_table(result.metrics))
         reporter.table(_classes(result.classes))
         reporter.say(f"every image's prediction: {result.predictions}")
-        reporter.say("what each class is taken for: {confusion}, {confusion_plot}".format(**result.classes.files))
+        reporter.say("each class: {classes}, {confusion}, {confusion_plot}".format(**result.classes.files))
         details: dict[str, Any] = {"target": str(result.target), "provider": result.provider, "data": result.data}
         details["classes"] = result.classes.summary()
         files = {"predictions": str(result.predictions)}
@@ -88,8 +88,8 @@ def evaluate(
             reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")
             is_wide = reporter.output.width >= _WIDE
             reporter.table(_priors(result.priors, is_wide=is_wide))
-            for row in () if is_wide else result.priors.rows:
-                reporter.text(f"{row.name}: {_prior(row)}")
+            if not is_wide:
+                reporter.text("\n".join(["what predicts each layer:", *_told(result.priors)]))
             if any(row.gain for row in result.priors.rows):
                 reporter.table(_gains(result.priors))
             files |= {name: str(path) for name, path in result.priors.files.items()}
@@ -101,6 +101,9 @@ def evaluate(
 def _classes(report: Any) -> Table:
     """Lay out precision and recall of the classes, of many those of least recall."""
     from rich.table import Table
+    from rich.text import Text
+
+    from bkn_core.recipe_words import printable
 
     worst = sorted(report.rows, key=lambda row: 2.0 if row.recall is None else row.recall)[:_CLASSES]
     rows = report.rows if len(report.rows) <= _CLASSES else worst
@@ -110,7 +113,7 @@ def _classes(report: Any) -> Table:
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in rows:
         shares = ("" if share is None else f"{100 * share:.2f}" for share in (row.precision, row.recall))
-        table.add_row(row.name, *shares, str(row.support))
+        table.add_row(Text(printable(row.name)), *shares, str(row.support))
     return table
 
 
@@ -119,8 +122,8 @@ def _priors(report: Any, *, is_wide: bool) -> Table:
     from rich.table import Table
 
     table = Table(
-        caption="v, v': observed and predicted variance, mean ± deviation over channels. analytic: log(v/v') without "
-        "correction and innovation. local: the same from measured moments of the preceding layers.",
+        caption="v, v': observed and predicted variance, mean ± deviation over channels; 0 is right. analytic: "
+        "log(v/v') without correction and innovation. local: the same from measured moments of the preceding layers.",
         caption_justify="left",
         expand=is_wide,
     )
@@ -132,6 +135,10 @@ def _priors(report: Any, *, is_wide: bool) -> Table:
     for row in report.rows:
         table.add_row(row.name, *_numbers(row), *([_prior(row)] if is_wide else []))
     return table
+
+
+def _told(report: Any) -> list[str]:
+    return [f"  {row.name}: {_prior(row)}" for row in report.rows]
 
 
 def _prior(row: Any) -> str:

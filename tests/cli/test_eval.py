@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from calls import call
+from rich.console import Console
 
 import bkn_core
+
+eval_verb: Any = importlib.import_module("bkn_cli.eval")
 
 
 def test_a_run_measures_as_its_training_did(answer: dict[str, Any], run: Path) -> None:
@@ -74,3 +80,11 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         "m.onnx",
         {"stats": "batch", "batch_size": 7, "device": "cpu", "overrides": ["data.root=x=y.zip"], "priors": False},
     ]
+
+
+def test_names_of_classes_are_shown_as_they_are() -> None:
+    row = SimpleNamespace(name="[bold]x[/]", precision=0.5, recall=1.0, support=3)
+    table = eval_verb._classes(SimpleNamespace(rows=[row], statistics="population", files={}))
+    with (console := Console(width=80, file=io.StringIO())).capture() as shown:
+        console.print(table)
+    assert "[bold]x[/]" in shown.get()
