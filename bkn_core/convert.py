@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
+from bkn_core.kinds import KINDS, Kind
 from bkn_core.norm.arguments import check_gain
 from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.kinds import KINDS, Kind
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.left_behind import watched
 from bkn_core.norm.loading import explain

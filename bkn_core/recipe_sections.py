@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from bkn_core.kinds import Kind
+
 # The description of a type is what an error message says is allowed; the title of a key is what it means.
 Count = Annotated[int, Field(ge=1, description="an integer of at least 1")]
 Limit = Annotated[Count | None, Field(description="an integer of at least 1, or null for all")]
@@ -54,28 +56,6 @@ Plain = bool | int | float | str | None
 Arguments = Annotated[dict[ArgumentName, Plain], Field(description="a mapping of argument names to plain values")]
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1, description="a list of integers from 1 up")]
 Fractions = Annotated[tuple[InsideOne, ...], Field(strict=False, description="a list of numbers inside (0, 1)")]
-
-Kind = Literal[
-    "bkn",
-    "bn",
-    "brn",
-    "gn",
-    "ln",
-    "in",
-    "fixed",
-    "none",
-    "gn_ws",
-    "mabn",
-    "online",
-    "frn",
-    "evonorm",
-    "frozen",
-    "reference",
-    "iternorm",
-    "gkn",
-    "normprop",
-    "cbn",
-]
 
 
 class Section(BaseModel):

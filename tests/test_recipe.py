@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from bkn_core.errors import InputError, RecipeError
-from bkn_core.norm.kinds import KINDS
+from bkn_core.kinds import KINDS
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
 
 CORE = Path(__file__).parent.parent / "bkn_core"
@@ -374,11 +374,16 @@ def test_resolved_recipe_loads_to_an_equal_one(write: Any) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
-@pytest.mark.parametrize("path", [*CORE.glob("recipe*.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [CORE / "kinds.py", *CORE.glob("recipe*.py")], ids=lambda path: path.stem)
 def test_reading_recipes_needs_nothing_heavy(path: Path) -> None:
     tree = ast.parse(path.read_text())
     roots = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"bkn_core", "bkn_core.errors", *(f"bkn_core.{module.stem}" for module in CORE.glob("recipe*.py"))}
+    ours = {
+        "bkn_core",
+        "bkn_core.errors",
+        "bkn_core.kinds",
+        *(f"bkn_core.{module.stem}" for module in CORE.glob("recipe*.py")),
+    }
     light = {*sys.stdlib_module_names, "yaml", "pydantic", "pydantic_core"}
     assert {str(root).split(".")[0] for root in roots - ours} <= light

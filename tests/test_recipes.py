@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkn_core.errors import BknError, InputError, RecipeError
-from bkn_core.norm.kinds import KINDS
+from bkn_core.kinds import KINDS
 from bkn_core.recipe import NormConfig, Recipe, dump_recipe, load_recipe, shipped_recipes
 
 FOLDER = Path(__file__).parent.parent / "recipes"

@@ -99,10 +99,12 @@ def train(
             folder = RunFolder.create(
                 recipe, _keep(out or numbered_folder(Path("runs") / run_name(recipe)), held, on_event)
             )
-        if known is not None and world.is_main:
-            for text in _on_resuming(training, known.recipe.train.epochs):
-                on_event(Notice(text))
-            known.adopt(recipe)
+        if known is not None:
+            notes = [*_on_resuming(training, known.recipe.train.epochs)]  # in all processes: they agree on the end
+            if world.is_main:
+                for text in notes:
+                    on_event(Notice(text))
+                known.adopt(recipe)
         records = Records(folder, on_event, training)
         with records.ending():
             return _run(training, records, should_stop)

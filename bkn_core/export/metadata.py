@@ -15,13 +15,14 @@ from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
 from bkn_core.export.inspection import AGAIN
+from bkn_core.kinds import Kind
 from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
 from bkn_core.norm.layers import BatchKalmanNorm
 from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
 from bkn_core.norm.rivals.groups import Rival
 from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
 from bkn_core.norm.rivals.weights import StandardizedWeight
-from bkn_core.recipe_sections import Count, DataConfig, Kind, NonNegative, Section, Text
+from bkn_core.recipe_sections import Count, DataConfig, NonNegative, Section, Text
 from bkn_core.recipe_words import first_fault
 
 RIVALS = Rival | StandardizedWeight | FilterResponseNorm | EvoNorm | GroupKalmanNorm

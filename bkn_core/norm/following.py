@@ -12,10 +12,10 @@ likewise for δ. The h of a forward is noise that belongs to the very images tha
 remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
 the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
 or processes. There is one exception. Where the h of a forward suddenly is many times larger, as when a few images are
-misread with confidence, the step would go where ι takes it back, by many times its usual length: nine tenths of a
-training were lost to one such step. So what is beyond the usual is used at once:
+misread with confidence, the step would go where ι takes it back, by many times its usual length (`docs/method.md`
+tells of a training that three such steps spoiled). So what is beyond the usual is used at once:
 
-    h̄ + (h - h̄) - clip(h - h̄, ±30 rms_C(h̄))
+    h - clip(h - h̄, ±30 rms_C(h̄))
 
 Backward passes gather h, and the next forward takes it into h̄.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was

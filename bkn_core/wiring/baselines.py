@@ -27,7 +27,7 @@ def with_baselines(
     Args:
         model: left as it is.
         chosen: paths of its batch normalization layers.
-        kind: of `norm.kinds.KINDS`, but bkn.
+        kind: of `kinds.KINDS`, but bkn.
         example_input: for one forward that finds what stands around each layer.
         options: images per statistics group (None is the whole batch), and training images or None.
 

@@ -18,7 +18,7 @@ from bkn_core.compare.cells import Cell
 from bkn_core.compare.report import publish
 from bkn_core.engine.plots import NORM_COLORS
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.norm.kinds import KINDS
+from bkn_core.kinds import KINDS
 
 
 def read_table(text: str) -> list[dict[str, str]]:

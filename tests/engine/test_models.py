@@ -26,7 +26,7 @@ from bkn_core.engine.models import (
 )
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError, RecipeError
-from bkn_core.norm.kinds import KINDS
+from bkn_core.kinds import KINDS
 from bkn_core.norm.layers import BatchKalmanNorm
 
 NAMES = ["cifar_plain", "cifar_resnet8", "cifar_preact_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from bkn_core.convert import fold
 from bkn_core.export.metadata import norm_kind
 from bkn_core.export.onnx_file import ExportResult
-from bkn_core.norm.kinds import Rivals
+from bkn_core.kinds import Rivals
 
 Exporter = Callable[..., ExportResult]
 

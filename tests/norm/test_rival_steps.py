@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bkn_core.convert import convert
-from bkn_core.norm.kinds import Rivals
+from bkn_core.kinds import Rivals
 
 
 @pytest.mark.parametrize("kind", get_args(Rivals))

@@ -1,4 +1,4 @@
-"""The kinds of normalization that a conversion knows, as recipes name them."""
+"""The kinds of normalization, as recipes and conversions name them."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ Rivals = Literal[
     "normprop",
     "cbn",
 ]
-Kind = Own | Rivals
-KINDS: tuple[Kind, ...] = (*get_args(Own), *get_args(Rivals))
+Kind = Literal[Own, Rivals]
+KINDS: tuple[Kind, ...] = get_args(Kind)
