@@ -68,7 +68,8 @@ def normalize_by(
         weight_of_seen = gain
         if sensitivity is not None and prior.variance.dim() == prior.mean.dim():
             share = observed.count[:, None] / observed.count.sum()
-            prior = follow(prior, seen, share, settings.eps, sensitivity, processes)
+            images = len(x) if processes is None else processes.images
+            prior = follow(prior, seen, share, settings.eps, sensitivity, images, processes)
         if not math.isinf(settings.guard_limit):
             weight_of_seen = guard(diagonal(prior).variance, seen.variance, gain, settings.guard_limit)
         posterior = update(in_form_of(prior, observed), observed, weight_of_seen)
@@ -78,5 +79,5 @@ def normalize_by(
     moving = unbiased(posterior, observed, weight_of_seen)
     statistics = torch.stack((*variances, *seen, moving.variance, (variances.variance + settings.eps).rsqrt()))
     matrix = posterior.variance if posterior.variance.dim() > posterior.mean.dim() else None
-    images = None if processes is None else processes.images
-    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix, images)
+    joint = None if processes is None else processes.images
+    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix, joint)

@@ -8,14 +8,13 @@ that they run after have a gradient:
     δ → m / d ,   ι → N / v' ,   m = mean_G(x̄ - µ'),   N = mean_G( S + (x̄ - µ')² ),   d² = v' + ε
 
 so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway, and
-likewise for δ. The h of a forward is noise that belongs to the very images that ∇ι is computed from. So a layer
-remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
-the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
-or processes. There is one exception. Where the h of a forward suddenly is many times larger, as when a few images are
-misread with confidence, the step would go where ι takes it back, by many times its usual length (`docs/method.md`
-tells of a training that three such steps spoiled). So what is beyond the usual is used at once:
+likewise for δ. With few images h is noise that belongs to the very images that ∇ι is computed from. So a layer
+remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and n images use
 
-    h - clip(h - h̄, ±30 rms_C(h̄))
+    (1-α) h̄ + α h,   α = clip( (n - 32) / (128 - 32), 0, 1)
+
+Up to 32 images the gradient is linear in what each group shows: it does not depend on how the images of a step are
+split over forwards or processes. With 128, as many as batch normalization wants, a forward knows its own h.
 
 Backward passes gather h, and the next forward takes it into h̄.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
@@ -34,7 +33,7 @@ from bkn_core.norm.kalman import Gaussian, average_over_groups, limited
 from bkn_core.norm.nodes import once_differentiable
 
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
-USUAL = 30.0  # times the root mean square of h̄, by which the h of a forward may differ from it
+FEW, MANY = 32, 128  # images of a forward from which its own sensitivity counts, and counts alone
 LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
 
 
@@ -84,20 +83,28 @@ def remembered(used: Tensor, gathered: Tensor) -> Tensor:
     return torch.where(number > 0, torch.lerp(used, newest, WEIGHT), used)
 
 
-def used(running: Tensor, seen: Tensor) -> Tensor:
-    """Return the sensitivity that a backward pass uses: h̄, and what of its own h is beyond the usual.
+def own_part(images: int | Tensor) -> float | Tensor:
+    """Return the part α that a forward of so many images has in the sensitivity that it uses."""
+    part = (images - FEW) / (MANY - FEW)
+    return part.clamp(0, 1) if isinstance(part, Tensor) else min(1.0, max(0.0, part))
+
+
+def used(running: Tensor, seen: Tensor, images: int | Tensor) -> Tensor:
+    """Return the sensitivity that a backward pass uses.
+
+        (1-α) h̄ + α h
 
     Args:
-        running: h̄; 0 in all channels before the first is known, and then used as it is.
-        seen: h, ignored where it is not finite.
+        running: h̄.
+        seen: h, left out where it is not finite.
+        images: n, how many h sums over.
 
     Shape:
         running (2, C), seen (2, C) -> (2, C).
     """
-    usual = USUAL * running.square().mean(-1, keepdim=True).sqrt()
-    surplus = seen.to(running.dtype) - running
-    beyond = surplus - torch.minimum(torch.maximum(surplus, -usual), usual)
-    return torch.where(surplus.isfinite() & (usual > 0), running + beyond, running)
+    seen, part = seen.to(running.dtype), own_part(images)
+    part = part.to(running.dtype) if isinstance(part, Tensor) else part
+    return torch.lerp(running, torch.where(seen.isfinite(), seen, running), part)
 
 
 def scales(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
@@ -111,6 +118,7 @@ def follow(
     share: Tensor | None,
     eps: float,
     sensitivity: Sensitivity,
+    images: int | Tensor,
     processes: Processes | None = None,
 ) -> Gaussian:
     """Return the same diagonal prior, with the gradient of its innovations beside its own.
@@ -121,6 +129,7 @@ def follow(
         share: the part of the images that each group holds; None where all are equal.
         eps: ε.
         sensitivity: of the layer.
+        images: of the forward.
         processes: where S is that of several processes.
 
     Shape:
@@ -132,7 +141,7 @@ def follow(
     scale = scales(spread, predicted, eps).detach()
     growth = (spread - predicted * ((spread + eps) / (predicted + eps)).detach()) / scale
     innovations = torch.stack((growth, average_over_groups(difference, share) / scale.sqrt()))
-    return Gaussian(*_Follow.apply(*prior, innovations, scale.sqrt(), *sensitivity, processes))
+    return Gaussian(*_Follow.apply(*prior, innovations, scale.sqrt(), *sensitivity, images, processes))
 
 
 class _Follow(torch.autograd.Function):
@@ -145,11 +154,12 @@ class _Follow(torch.autograd.Function):
         deviation: Tensor,
         used: Tensor,
         gathered: Tensor,
+        images: int | Tensor,
         processes: Processes | None,
     ) -> tuple[Tensor, Tensor]:
         """Return µ' and v'."""
         ctx.save_for_backward(variance, deviation)
-        ctx.sensitivity, ctx.processes = Sensitivity(used, gathered), processes
+        ctx.sensitivity, ctx.images, ctx.processes = Sensitivity(used, gathered), images, processes
         return mean.clone(), variance.clone()
 
     @staticmethod
@@ -165,5 +175,5 @@ class _Follow(torch.autograd.Function):
         if ctx.processes is not None:  # the gradients of S of all processes are added up
             seen, number = ctx.processes.total(seen), ctx.processes.number
         gather(ctx.sensitivity.gathered, seen)
-        to_innovations = used(ctx.sensitivity.used, seen) / number
-        return to_mean, to_variance, to_innovations.to(to_variance.dtype), None, None, None, None
+        to_innovations = used(ctx.sensitivity.used, seen, ctx.images) / number
+        return to_mean, to_variance, to_innovations.to(to_variance.dtype), *[None] * 5

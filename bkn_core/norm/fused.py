@@ -9,8 +9,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
     backward   gx̄ = q g_m + 2q(1-q) d g_v ;  gS = q g_v
                gµ' = (1-q) g_m - 2q(1-q) d g_v ;  gv' = (1-q) g_v ;  gq = Σ g_m d + g_v (S - v' + (1-2q) d²)
                dx = γ r dy + (2 gS / n) x + (gx̄ - 2 gS x̄) / n
-    following  k = h̄ / (G (N + ε)),  l = h̄_µ / (G (N + ε)^½),  N = mean_G(S + d²) ;  h̄, h̄_µ the remembered Σ_G v' gv'
-               and (N + ε)^½ Σ_G gµ', see `following.py`
+    following  k = h̄ / (G (N + ε)),  l = h̄_µ / (G (N + ε)^½),  N = mean_G(S + d²) ;  h̄, h̄_µ the sensitivities
+               Σ_G v' gv' and (N + ε)^½ Σ_G gµ', as far as they are remembered, see `following.py`
                gS += k,  gx̄ += 2 k d + l,  gµ' -= 2 k d + l,  gv' -= h̄ / (G (v' + ε))
 
 Float32 on the CPU goes through the kernels of `native.py`, all else through the passes of `passes.py`.
@@ -264,7 +264,7 @@ def _gradients(
             deviation = divisor.sqrt()
             seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
             following.gather(sensitivity.gathered, seen)
-            to_ratio, push = (following.used(sensitivity.used, seen).to(gv.dtype) / groups).unbind()
+            to_ratio, push = (following.used(sensitivity.used, seen, len(x)).to(gv.dtype) / groups).unbind()
             share = to_ratio / divisor
             shift = torch.addcmul(push / deviation, share, d, value=2)
             gx, gs, to_mean = gx + shift, gs + share, to_mean - shift

@@ -6,7 +6,7 @@
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
 
 static const double LARGEST_GRADIENT = 1e30; /* of the gain by one channel of one group: their sum stays finite */
-static const double LARGEST_RATIO = 10, USUAL = 30; /* as in `following.py` */
+static const double LARGEST_RATIO = 10, FEW = 32, MANY = 128; /* as in `following.py` */
 
 static double limited(double value, double limit)
 {
@@ -74,34 +74,29 @@ static void remember(const Backward *b, int64_t c, double variance, double mean)
     b->gathered[2 * b->channels + c] += 1;
 }
 
-/* By how much the sensitivity of the variance (0) or of the mean (1) may differ from its running mean. */
-static double usual(const Backward *b, int i)
+/* The part that a pass of so many images has in the sensitivity that it uses. */
+static double own_part(double images)
 {
-    const float *running = b->sensitivity + i * b->channels;
-    double squares = 0;
-    for (int64_t c = 0; c < b->channels; c++)
-        squares += (double)running[c] * running[c];
-    return USUAL * sqrt(squares / (double)b->channels);
+    double part = (images - FEW) / (MANY - FEW);
+    return part > 1 ? 1 : part > 0 ? part : 0;
 }
 
-/* The sensitivity of the steps before, and what of this step's is beyond the usual. */
+/* The sensitivity to the innovation of the variance (0) or of the mean (1), of the passes before and of this one. */
 static double used(const Backward *b, int64_t c, int i, double seen)
 {
-    double running = b->sensitivity[i * b->channels + c], surplus = seen - running;
-    if (!(b->usual[i] > 0) || !isfinite((float)seen))
-        return running;
-    return running + surplus - limited(surplus, b->usual[i]);
+    double running = b->sensitivity[i * b->channels + c];
+    return isfinite((float)seen) ? running + b->own_part * (seen - running) : running;
 }
 
 /* What the gradient of the innovations adds to every group. */
 static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, spread = totals->spread / groups + b->eps;
-    double predicted = totals->predicted / groups + b->eps;
+    double groups = (double)b->groups, count = (double)(b->images * b->length);
+    double spread = totals->spread / groups + b->eps, predicted = totals->predicted / groups + b->eps;
     double divisor = predicted > spread / LARGEST_RATIO ? predicted : spread / LARGEST_RATIO, deviation = sqrt(divisor);
     double seen[2] = {totals->sensitivity, totals->prior_mean * deviation};
     remember(b, c, seen[0], seen[1]);
-    double share = used(b, c, 0, seen[0]) / groups / divisor, push = used(b, c, 1, seen[1]) / groups, count = (double)(b->images * b->length);
+    double share = used(b, c, 0, seen[0]) / groups / divisor, push = used(b, c, 1, seen[1]) / groups;
     double to_variance = share * spread / predicted;
     for (int64_t g = 0; g < b->groups; g++) {
         double apart = *coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c];
@@ -204,8 +199,7 @@ int bkn_backward(const Backward *given)
     b.gain_parts = malloc(b.channels * sizeof(double));
     int failed = !b.sums || !b.coefficients || !b.gain_parts;
     b.failed = &failed;
-    for (int i = 0; b.gathered && i < 2; i++)
-        b.usual[i] = usual(&b, i);
+    b.own_part = own_part((double)(b.groups * b.images));
     if (!failed && b.is_channels_last) {
         run(sum_stretches, &b, b.groups * b.parts, b.threads);
         run(differentiate_channels, &b, b.channels, threads_for(COST * plane * b.parts, b.threads));
