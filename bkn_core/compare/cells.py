@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.recipe import Recipe
@@ -14,6 +14,17 @@ GROUPLESS = frozenset(
     {"gn", "ln", "in", "fixed", "none", "gn_ws", "online", "frn", "evonorm", "frozen", "reference", "gkn", "normprop"}
 )
 """Kinds of normalization that do not look at statistics groups: one run stands for every statistics batch size."""
+
+
+class Place(NamedTuple):
+    """What the cells of a row share: all but seed and learning rate."""
+
+    recipe: str
+    model: str
+    norm: str
+    gradient: int
+    statistics: int
+    variant: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +44,21 @@ class Cell:
         seconds: of training.
         message: why it failed.
         variant: what else tells its recipe from others of the same norm and sizes, such as `norm.gain=0.02`.
+        recipe: name of its recipe, where several are compared.
+        model: name of its network, where several are compared.
+        learning_rate: the largest of the schedule.
+        chosen: False where another learning rate did better on the validation images: no test image is looked at.
+        validation: top-1 of the last epoch on the validation images, by kind of evaluation statistics.
+        validation_loss: mean cross entropy, likewise.
+        code: kind of the error that it failed with.
+        steps: of the optimizer.
+        parameters: numbers that are learned.
+        peak_memory: bytes, of the process or on the CUDA device.
+        target: the accuracy that it was to reach, a fraction.
+        steps_to_target: optimizer steps up to the end of the first epoch that reached it.
+        seconds_to_target: likewise, of training.
+        relative_images_per_second: over those of the reference of the same seed.
+        relative_peak_memory: likewise.
     """
 
     norm: str
@@ -47,11 +73,31 @@ class Cell:
     seconds: float = math.nan
     message: str = ""
     variant: str = ""
+    recipe: str = ""
+    model: str = ""
+    learning_rate: float | None = None
+    chosen: bool = True
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    validation_loss: dict[str, float] = dataclasses.field(default_factory=dict)
+    code: str = ""
+    steps: int | None = None
+    parameters: int | None = None
+    peak_memory: int | None = None
+    target: float | None = None
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
+    relative_images_per_second: float | None = None
+    relative_peak_memory: float | None = None
+
+    @property
+    def place(self) -> Place:
+        """The row that it belongs to."""
+        return Place(self.recipe, self.model, self.norm, self.gradient, self.statistics, self.variant)
 
 
 @dataclasses.dataclass(frozen=True)
 class CellStarted:
-    """A cell's turn has come; `reused` ones are finished already. `index` counts from 1."""
+    """A cell's turn has come; `reused` ones are finished already. `index` counts from 1, `name` is the folder."""
 
     index: int
     total: int
@@ -59,6 +105,16 @@ class CellStarted:
     statistics: int
     seed: int
     reused: bool
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellMoved:
+    """A cell has done this share of its steps."""
+
+    index: int
+    total: int
+    share: float
 
 
 @dataclasses.dataclass(frozen=True)

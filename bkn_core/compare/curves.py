@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bkn_core.compare.cells import Cell
-from bkn_core.compare.summary import Row
+from bkn_core.compare.rows import Row
 from bkn_core.engine.files import replacing
 from bkn_core.engine.plots import NORM_COLORS, count_epochs, new_figure
 from bkn_core.engine.run_folder import RunFolder

@@ -10,7 +10,8 @@ from typing import Any
 
 from bkn_core.compare.cells import GROUPLESS, Cell
 from bkn_core.compare.curves import draw_curves
-from bkn_core.compare.summary import Comparison, Row, Spread, compare_rows, summarize
+from bkn_core.compare.rows import Comparison, Row, Spread
+from bkn_core.compare.summary import compare_rows, summarize
 from bkn_core.engine.files import finite, write_json, write_text
 
 
@@ -25,6 +26,7 @@ class CompareResult:
         comparisons: each row of the summary against the reference row.
         warnings: what makes the runs hard to compare.
         artifacts: the files written: json, table, curves.
+        target: the accuracy that all were to reach, a fraction; None is the best of the reference of the same seed.
     """
 
     out: Path
@@ -33,11 +35,12 @@ class CompareResult:
     comparisons: list[Comparison]
     warnings: list[str]
     artifacts: dict[str, Path]
+    target: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return cells, summary, comparisons and warnings as JSON takes them, numbers that are not finite as None."""
         cells = [{**dataclasses.asdict(cell), "run": str(cell.run)} for cell in self.cells]
-        rows = [{**dataclasses.asdict(row), "label": row.label} for row in self.summary]
+        rows = [dataclasses.asdict(row) for row in self.summary]
         comparisons = [dataclasses.asdict(comparison) for comparison in self.comparisons]
         value = {"cells": cells, "summary": rows, "comparisons": comparisons, "warnings": self.warnings}
         return finite(value)  # type: ignore[no-any-return]
