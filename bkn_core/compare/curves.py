@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bkn_core.compare.cells import Cell
-from bkn_core.compare.summary import Row
+from bkn_core.compare.epochs import measured_epochs
+from bkn_core.compare.rows import Row
 from bkn_core.engine.files import replacing
 from bkn_core.engine.plots import NORM_COLORS, count_epochs, new_figure
 from bkn_core.engine.run_folder import RunFolder
@@ -62,11 +63,15 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     sizes = sorted({row.statistics for row in rows})
     looks = []
     for row in rows:
-        variants = list(dict.fromkeys((r.gradient, r.variant) for r in rows if r.norm == row.norm))
-        paleness = variants.index((row.gradient, row.variant)) / (len(variants) + 1)
+        variants = list(dict.fromkeys(_shade(r) for r in rows if r.norm == row.norm))
+        paleness = variants.index(_shade(row)) / (len(variants) + 1)
         line, marker = _STYLES[sizes.index(row.statistics) % len(_STYLES)]
         looks.append({"color": _paler(NORM_COLORS[row.norm], paleness), "linestyle": line, "marker": marker})
     return looks
+
+
+def _shade(row: Row) -> tuple[object, ...]:
+    return row.recipe, row.model, row.gradient, row.variant
 
 
 def _paler(color: str, share: float) -> tuple[float, ...]:
@@ -91,11 +96,8 @@ def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float
 
 
 def _epochs(cell: Cell, mode: str) -> dict[int, float]:
-    """Return the top-1 in % of each epoch, on the validation images where the run has some, else on the test images."""
-    names = (f"validation_{mode}_top1", f"{mode}_top1")
-    records = [record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"]
-    values = [(record["epoch"], next((record[name] for name in names if name in record), None)) for record in records]
-    return {epoch: 100 * float(top1) for epoch, top1 in values if top1 is not None}
+    """Return the top-1 in % of each epoch."""
+    return {epoch.epoch: 100 * epoch.top1 for epoch in measured_epochs(cell.run, mode)}
 
 
 def _images(cells: Sequence[Cell]) -> str:

@@ -12,7 +12,8 @@ import scipy.stats
 from made_runs import make_run
 
 from bkn_core.compare.cells import Cell
-from bkn_core.compare.summary import compare_rows, mcnemar, paired_interval, summarize
+from bkn_core.compare.statistics import mcnemar, paired_interval
+from bkn_core.compare.summary import compare_rows, summarize
 from bkn_core.errors import InputError
 
 
