@@ -91,7 +91,7 @@ def compare(
             reporter.warn(text)
         reporter.text("top-1 in %, mean ± standard deviation over seeds:")
         reporter.table(_table(result))
-        reporter.say(f"report: {result.out}")
+        reporter.say(f"report: {result.artifacts['page']}")
         artifacts = {name: str(path) for name, path in result.artifacts.items()}
         reporter.finish(result.to_dict(), artifacts, _failure(result))
 

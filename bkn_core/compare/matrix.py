@@ -16,7 +16,7 @@ from bkn_core.compare.cells import (
     flat_keys,
 )
 from bkn_core.compare.plan import plan_recipes, recipe_loader
-from bkn_core.compare.report import CompareResult, publish
+from bkn_core.compare.report import CompareResult, publish, with_page
 from bkn_core.compare.runs import read_runs
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.events import Event
@@ -92,12 +92,17 @@ def _run_matrix(
         reused = RunFolder(path).status == "finished"
         norm, statistics, seed = recipe.norm.kind, recipe.batch.statistics, recipe.train.seed
         on_event(CellStarted(index, len(matrix), norm, statistics, seed, reused))
-        cell = finished_cell(RunFolder(path), recipe) if reused else _run(recipe, path, on_event, should_stop)
+        try:
+            cell = finished_cell(RunFolder(path), recipe) if reused else _run(recipe, path, on_event, should_stop)
+        except InterruptedRun:
+            if cells:
+                with_page(publish(out, cells), measure=False, trusted=True)
+            raise
         cells.append(cell)
         if not reused or index == len(matrix):
             result = publish(out, cells)
         on_event(CellEnded(index, len(matrix), cell, reused))
-    return result
+    return with_page(result, measure=True, trusted=True)
 
 
 def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | None) -> CompareResult:
@@ -106,7 +111,8 @@ def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | No
     if out is not None and (out / "compare.json").exists():
         raise InputError(f"{out} holds a comparison already", "Name another folder with --out.")
     cells, warnings = read_runs(runs)
-    return publish(numbered_folder(Path("runs") / "compare-finished") if out is None else out, cells, warnings)
+    out = numbered_folder(Path("runs") / "compare-finished") if out is None else out
+    return with_page(publish(out, cells, warnings), measure=True, trusted=False)
 
 
 # A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.
