@@ -11,7 +11,7 @@ from bkn_core.compare.looks import Look
 from bkn_core.engine.plots import new_figure
 
 _WIDTH, _HEIGHT = 5.2, 3.4  # inches: letters of 10 points are readable on a screen and on a phone
-_RULES = {
+_RULES: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: small, found by a search, read aloud
     "svg.hashsalt": "bkn",
 }

@@ -33,7 +33,7 @@ class Contents:
         findings: in words, by kind of evaluation statistics.
         cautions: what did not finish, and what to mind.
         results: a line for each row; `differences` one for each comparison, `runs` one for each cell.
-        norms: how each norm is drawn, `inside_norms` those whose layers are shown, `sizes` each statistics batch size.
+        training_key: how each norm and statistics batch size is drawn there: a picture and its name; so the other keys.
         training: pictures of accuracy against steps and seconds; so the others.
         commands: run and the words that repeat it.
         surroundings: what the runs ran on: name and values.
@@ -46,9 +46,9 @@ class Contents:
     results: Table
     differences: Table | None
     runs: Table
-    norms: list[tuple[str, str]]
-    inside_norms: list[tuple[str, str]]
-    sizes: list[tuple[str, str]]
+    training_key: list[tuple[str, str]]
+    size_key: list[tuple[str, str]]
+    layer_key: list[tuple[str, str]]
     training: list[Picture]
     by_size: list[Picture]
     against: list[Picture]
@@ -80,7 +80,9 @@ def collect(
     """Put together what a page shows of a comparison; what its runs do not have is left out."""
     modes = [mode for mode in MODES if any(mode in row.top1 for row in rows)]
     recipes = _recipes(cells)
-    shown = {label for label, _, inside in insides if inside.gains}
+    labels = {label for label, _, found in insides if found.gains}
+    drawn = [*zip(rows, give_looks(rows), strict=True)]
+    inside = [(row, look) for row, look in drawn if row.label in labels]
     against = [draw_differences(rows, comparisons, mode) for mode in modes]
     return Contents(
         title=title,
@@ -90,9 +92,9 @@ def collect(
         results=tabulate(rows, without=("label",)),
         differences=tabulate(comparisons, without=("reference", "equivalence_of_margin")) if comparisons else None,
         runs=tabulate(cells),
-        norms=_norm_key(rows, "norm"),
-        inside_norms=_norm_key([row for row in rows if row.label in shown], "inside"),
-        sizes=_size_key(rows),
+        training_key=[*_norm_key(drawn, "training"), *_size_key(drawn, "training")],
+        size_key=_norm_key(drawn, "by-size"),
+        layer_key=[*_norm_key(inside, "layers"), *_size_key(inside, "layers")],
         training=_some(
             draw_training(rows, cells, mode, over) for mode in modes or MODES for over in ("step", "seconds")
         ),
@@ -144,20 +146,17 @@ def _subtitle(cells: Sequence[Cell], recipes: Sequence[Recipe]) -> str:
     return " · ".join(parts)
 
 
-def _norm_key(rows: Sequence[Row], place: str) -> list[tuple[str, str]]:
-    looks = {series(row): look for row, look in reversed([*zip(rows, give_looks(rows), strict=True)])}
-    names = dict.fromkeys(series(row) for row in rows)
-    solid = {name: dataclasses.replace(looks[name], line="-") for name in names}
-    return [(draw_key(look, f"{place}-{i}"), name) for i, (name, look) in enumerate(solid.items())]
+def _norm_key(drawn: Sequence[tuple[Row, Look]], place: str) -> list[tuple[str, str]]:
+    looks: dict[str, Look] = {}
+    for row, look in drawn:
+        looks.setdefault(series(row), dataclasses.replace(look, line="-"))
+    return [(draw_key(look, f"{place}-norm-{i}"), name) for i, (name, look) in enumerate(looks.items())]
 
 
-def _size_key(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    looks = {
-        row.statistics: look for row, look in zip(rows, give_looks(rows), strict=True) if row.norm not in GROUPLESS
-    }
-    lines = {size: Look(_INK, "", look.line) for size, look in sorted(looks.items())}
-    several = lines.items() if len(lines) > 1 else ()
-    return [(draw_key(look, f"size-{size}"), f"s = {size}") for size, look in several]
+def _size_key(drawn: Sequence[tuple[Row, Look]], place: str) -> list[tuple[str, str]]:
+    lines = {row.statistics: Look(_INK, "", look.line) for row, look in drawn if row.norm not in GROUPLESS}
+    several = sorted(lines.items()) if len(lines) > 1 else ()
+    return [(draw_key(look, f"{place}-size-{size}"), f"s = {size}") for size, look in several]
 
 
 def _some(pictures: Iterable[Picture | None]) -> list[Picture]:

@@ -171,7 +171,9 @@ def _misses(model: nn.Module, images: Tensor) -> list[PriorMiss]:
     for row in prior_quality(model, images):
         if row.prior is None or row.refined is None or row.analytic is None:
             continue
-        refined, analytic = (tuple(error.summary().values()) for error in (row.refined, row.analytic))
+        refined, analytic = (
+            (error.mean_error, error.log_variance_ratio, error.spread) for error in (row.refined, row.analytic)
+        )
         misses.append(PriorMiss(name=row.name, prior=row.prior, refined=refined, analytic=analytic))
     return misses
 
