@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -15,10 +24,15 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress:
-    """Draws the events of a run."""
+    """Draws the events of a run, and of the runs of a comparison.
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
+    Args:
+        reporter: the voice of the command.
+        jobs: runs at a time; several are processes, which save and end when this one is asked to.
+    """
+
+    def __init__(self, reporter: Reporter, *, jobs: int = 1) -> None:
+        self.reporter, self.jobs = reporter, jobs
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(10),
@@ -31,7 +45,10 @@ class TrainingProgress:
             transient=True,
             disable=not reporter.human.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=None, speed="")
+        self.task = self.bar.add_task("training", total=None, speed="", visible=jobs == 1)
+        self.matrix: TaskID | None = None
+        self.shares: dict[int, float] = {}
+        self.reused = 0
         self.loss, self.device, self.images, self.since = "", "", 0, time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -89,14 +106,33 @@ class TrainingProgress:
         self.reporter.warn(event.text)
 
     def _cellstarted(self, event: Any) -> None:
+        if self.matrix is None:
+            self.matrix = self.bar.add_task("all runs", total=event.total, speed="")
         how = ", already there" if event.reused else ""
         which = f"run {event.index} of {event.total}"
         self.reporter.say(
-            Text.assemble((which, "bold"), f": {event.norm}, s = {event.statistics}, seed {event.seed}{how}")
+            Text.assemble(
+                (which, "bold"), f": {event.norm}, s = {event.statistics}, seed {event.seed}{event.more}{how}"
+            )
         )
+        self.reused += event.reused  # their time is none of the others'
+        self.bar.update(self.matrix, total=event.total - self.reused)
+        if self.jobs > 1 and not event.reused:
+            self.reporter.phase = "stepping"
+
+    def _cellmoved(self, event: Any) -> None:
+        self.shares[event.index] = event.share
+        if self.matrix is not None:
+            self.bar.update(self.matrix, completed=sum(self.shares.values()))
 
     def _cellended(self, event: Any) -> None:
-        self.reporter.phase = "free"
+        if self.jobs == 1:
+            self.reporter.phase = "free"
         cell = event.cell
+        if not event.reused:
+            self._cellmoved(SimpleNamespace(index=event.index, share=1.0))
         if cell.status != "finished":
             self.reporter.warn(f"{cell.norm} at s = {cell.statistics}, seed {cell.seed}: {cell.status}: {cell.message}")
+        elif self.jobs > 1 and not event.reused:
+            measured = ", ".join(f"top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in cell.top1.items())
+            self.reporter.say(f"{cell.run.name}: {measured}  {cell.images_per_second:.0f} images/s")

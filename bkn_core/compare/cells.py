@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import BknError, DivergedError
 from bkn_core.recipe import Recipe
 
 GROUPLESS = frozenset(
@@ -51,6 +53,7 @@ class Cell:
         validation: top-1 of the last epoch on the validation images, by kind of evaluation statistics.
         validation_loss: mean cross entropy, likewise.
         code: kind of the error that it failed with.
+        hint: what to do about it.
         steps: of the optimizer.
         parameters: numbers that are learned.
         peak_memory: bytes, of the process or on the CUDA device.
@@ -80,6 +83,7 @@ class Cell:
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
     validation_loss: dict[str, float] = dataclasses.field(default_factory=dict)
     code: str = ""
+    hint: str = ""
     steps: int | None = None
     parameters: int | None = None
     peak_memory: int | None = None
@@ -97,7 +101,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class CellStarted:
-    """A cell's turn has come; `reused` ones are finished already. `index` counts from 1, `name` is the folder."""
+    """A cell's turn has come; `reused` ones are finished already.
+
+    `index` counts from 1; `more` says what else tells it from others.
+    """
 
     index: int
     total: int
@@ -105,7 +112,7 @@ class CellStarted:
     statistics: int
     seed: int
     reused: bool
-    name: str = ""
+    more: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,30 +134,55 @@ class CellEnded:
     reused: bool
 
 
-def cell_name(recipe: Recipe) -> str:
-    """Return the folder name of a recipe's cell: `<norm>-g<g>-s<s>-seed<seed>`."""
-    return f"{recipe.norm.kind}-g{recipe.batch.gradient}-s{recipe.batch.statistics}-seed{recipe.train.seed}"
+def reference_place(place: Place, places: Sequence[Place]) -> Place:
+    """Return the row that a row is set against, of the same recipe and model, and gradient batch where there is one.
+
+    It is bn with the largest statistics batch size, else the first row.
+    """
+    same = [other for other in places if (other.recipe, other.model) == (place.recipe, place.model)]
+    bn = [other for other in same if other.norm == "bn"]
+    near = [other for other in bn if other.gradient == place.gradient] or bn
+    return max(near, key=lambda other: other.statistics, default=same[0])
 
 
-def finished_cell(folder: RunFolder, recipe: Recipe, *, variant: str = "") -> Cell:
-    """Return the cell of a finished run, as its summary.json tells it."""
+def finished_cell(folder: RunFolder, recipe: Recipe, **names: str) -> Cell:
+    """Return the cell of a finished run, as its files tell it; `names` are its variant, recipe and model.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
     summary = folder.summary()
     results = summary["results"]
+    last: dict[str, Any] = next((row for row in reversed(folder.records()) if row["kind"] == "epoch"), {})
     return Cell(
-        **_place(recipe),
+        **_facts(recipe, names),
         status="finished",
         run=folder.path,
         top1={mode: _number(measured["top1"]) for mode, measured in results.items()},
         loss={mode: _number(measured["loss"]) for mode, measured in results.items()},
         images_per_second=_number(summary["images_per_second"]),
         seconds=_number(summary["seconds"]),
-        variant=variant,
+        validation=_validation(last, "top1"),
+        validation_loss=_validation(last, "loss"),
+        steps=summary.get("step"),
+        parameters=summary.get("parameters"),  # runs of earlier versions say neither this
+        peak_memory=summary.get("peak_memory"),  # nor this
     )
 
 
-def failed_cell(path: Path, recipe: Recipe, status: Literal["failed", "diverged"], message: str) -> Cell:
-    """Return the cell of a run that gave nothing but a message."""
-    return Cell(**_place(recipe), status=status, run=path, message=message)
+def failed_cell(path: Path, recipe: Recipe, error: BknError, **names: str) -> Cell:
+    """Return the cell of a run that gave nothing but an error."""
+    status: Literal["failed", "diverged"] = "diverged" if isinstance(error, DivergedError) else "failed"
+    told = {"message": error.message, "hint": error.hint, "code": error.code}
+    return Cell(**_facts(recipe, {**names, **told}), status=status, run=path)
+
+
+def cell_error(cell: Cell) -> BknError:
+    """Return the error that a cell failed with."""
+    kinds = {kind.code: kind for kind in BknError.__subclasses__()}
+    error = kinds.get(cell.code, BknError)(cell.message, cell.hint)
+    error.code = cell.code
+    return error
 
 
 def flat_keys(recipe: Recipe) -> dict[str, Any]:
@@ -163,10 +195,16 @@ def flat_keys(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def _place(recipe: Recipe) -> dict[str, Any]:
+def _facts(recipe: Recipe, more: dict[str, str]) -> dict[str, Any]:
     batch = recipe.batch
-    place = {"norm": recipe.norm.kind, "gradient": batch.gradient, "statistics": batch.statistics}
-    return {**place, "seed": recipe.train.seed}
+    sizes = {"gradient": batch.gradient, "statistics": batch.statistics}
+    return {"norm": recipe.norm.kind, **sizes, "seed": recipe.train.seed, "learning_rate": recipe.optim.lr, **more}
+
+
+def _validation(row: dict[str, Any], name: str) -> dict[str, float]:
+    """Return a measure on the validation images by kind of statistics, from the row of an epoch."""
+    keys = {mode: f"validation_{mode}_{name}" for mode in ("population", "batch")}
+    return {mode: _number(row[key]) for mode, key in keys.items() if key in row}
 
 
 def _number(value: float | None) -> float:

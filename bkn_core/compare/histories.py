@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from bkn_core.compare.cells import Cell
+from bkn_core.compare.epochs import measured_epochs
 from bkn_core.compare.rows import Row
 from bkn_core.engine.run_folder import RunFolder
 
@@ -30,15 +30,17 @@ class Point:
 
 
 def history(cell: Cell, mode: str) -> list[Point]:
-    """Return the epochs of a run by one kind of evaluation statistics, the last record of each."""
-    names = (f"validation_{mode}_top1", f"{mode}_top1")
-    epochs = {record["epoch"]: record for record in RunFolder(cell.run).records() if record["kind"] == "epoch"}
-    last = max((record["step"] for record in epochs.values()), default=0)
+    """Return the epochs of a run by one kind of evaluation statistics, the last record of each.
+
+    A run that did not write its seconds gets equal parts of them for its steps.
+    """
+    epochs = {epoch.epoch: epoch for epoch in measured_epochs(cell.run, mode)}
+    last = max((epoch.step for epoch in epochs.values()), default=0)
     points = []
-    for epoch, record in sorted(epochs.items()):
-        top1 = next((record[name] for name in names if record.get(name) is not None), None)
-        if top1 is not None:
-            points.append(Point(epoch, record["step"], _seconds(record, cell, last), 100 * float(top1)))
+    for number, epoch in sorted(epochs.items()):
+        part = cell.seconds * epoch.step / last if last else math.nan
+        seconds = part if epoch.seconds is None else epoch.seconds
+        points.append(Point(number, epoch.step, seconds, 100 * epoch.top1))
     return points
 
 
@@ -58,10 +60,3 @@ def measured_on(cells: Sequence[Cell]) -> str:
     rows = [RunFolder(cell.run).records() for cell in cells if cell.top1]
     held_out = {any(key.startswith("validation_") for record in records for key in record) for records in rows}
     return " or ".join(name for name, flag in (("test", False), ("validation", True)) if flag in held_out) or "test"
-
-
-def _seconds(record: dict[str, Any], cell: Cell, last: int) -> float:
-    """Return the seconds of training up to a record; of a run that did not write them, its share of the whole."""
-    if record.get("seconds") is not None:
-        return float(record["seconds"])
-    return cell.seconds * record["step"] / last if last else math.nan

@@ -1,65 +1,73 @@
-"""The comparison itself: runs of a matrix one after the other, or finished runs read."""
+"""The comparison itself: the runs of a matrix, or finished runs read."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from bkn_core.compare.cells import (
-    Cell,
-    CellEnded,
-    CellStarted,
-    cell_name,
-    failed_cell,
-    finished_cell,
-    flat_keys,
-)
-from bkn_core.compare.plan import plan_recipes, recipe_loader
+from bkn_core.compare.cells import Cell, CellEnded, cell_error, flat_keys
+from bkn_core.compare.holdout import hold_out
+from bkn_core.compare.jobs import side_by_side
+from bkn_core.compare.plan import Planned, left_out, plan_cells, plan_recipes, recipe_loader
 from bkn_core.compare.report import CompareResult, publish, with_page
 from bkn_core.compare.runs import read_runs
+from bkn_core.compare.turn import OnEvent, Turn, in_turn
 from bkn_core.engine.build import load_splits
-from bkn_core.engine.events import Event
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.locks import alone_in
-from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder, numbered_folder, subject
-from bkn_core.errors import DivergedError, InputError, InterruptedRun, OutputError, RecipeError, StatisticsError
-from bkn_core.recipe import Recipe
+from bkn_core.errors import BknError, InputError, InterruptedRun, RecipeError
+from bkn_core.recipe import Recipe, shipped_recipes
 from bkn_core.recipe_sections import LogConfig
 
-OnEvent = Callable[[Event | CellStarted | CellEnded], None]
+Source = str | Path | Recipe
+# Errors of training itself: they are results. Where nothing but others came, nothing could be run.
+_RESULTS = ("diverged", "statistics", "worker")
 
 
 def compare(
-    source: str | Path | Recipe | Sequence[Path] | None = None,
+    source: Source | Sequence[Source] | None = None,
     overrides: Sequence[str] = (),
     *,
     norms: Sequence[str] = ("bn", "bkn"),
     statistics_batch_sizes: Sequence[int] | None = None,
+    gradient_batch_sizes: Sequence[int] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    models: Sequence[str] | None = None,
     seeds: int | Sequence[int] = 1,
+    target: float | None = None,
+    jobs: int = 1,
     out: Path | str | None = None,
     on_event: OnEvent = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CompareResult:
-    """Compare normalizations: train a matrix of norms, statistics batch sizes and seeds, or read finished runs.
+    """Compare normalizations: train a matrix of norms, sizes, rates, models and seeds, or read finished runs.
 
-    The same call again goes on where the last one stopped. The report is written anew after every run.
+    The same call again goes on where the last one stopped. The report is written anew after every run. Of several
+    learning rates each row takes the best by validation images, a tenth of the training images where there are none;
+    no test image is looked at for it.
 
     Args:
-        source: a recipe (its path, name or value, or None for the default one), or the folders of finished runs.
-        overrides: KEY=VALUE words for the recipe.
+        source: a recipe (its path, name or value, or None for the default one), several, or folders of finished runs.
+        overrides: KEY=VALUE words for the recipes.
         norms: kinds of normalization.
-        statistics_batch_sizes: images per statistics group; None is 2 and the recipe's `batch.gradient`.
+        statistics_batch_sizes: images per statistics group; None is 2 and the gradient batch size.
+        gradient_batch_sizes: images per optimizer step; None is the recipe's.
+        learning_rates: to choose from; None is the recipe's.
+        models: names of networks; None is the recipe's.
         seeds: the seeds, or how many from the recipe's own one upwards.
+        target: top-1 of an epoch, a fraction, to which steps and seconds are counted; None is the best epoch of the
+            reference of the same seed.
+        jobs: runs at a time, each in a process of its own with its share of the threads where they are several.
         out: folder of the report and of the runs, default `runs/compare-<recipe>-<data>-<model>`; for finished runs a
             new one, `runs/compare-finished`.
-        on_event: called with the events of every run, and with `CellStarted` and `CellEnded` around them.
+        on_event: called with `CellStarted`, `CellMoved` and `CellEnded` of every run, and without `jobs` with the
+            events of the run itself.
         should_stop: asked after every step; true saves and ends the comparison.
 
     Returns:
-        The cells, their summary and comparisons, and the files written. A run that diverged, or whose groups are
-        too small for its norm, is a cell with that status.
+        The cells, their summary and comparisons, and the files written. A run that failed is a cell with its error.
 
     Raises:
         InterruptedRun: `should_stop` said so.
@@ -67,52 +75,142 @@ def compare(
         InputError: a run that is to be read is missing or not finished, a finished cell was trained on other data, or
             finished runs are to be compared in a folder that holds a comparison.
         BusyError: another process works in `out`.
-        BknError: any other fault of a run.
+        BknError: a fault of the first run, where not one could be run.
     """
     out = None if out is None else Path(out)
-    if source is not None and not isinstance(source, (str, Path, Recipe)):
-        return _compare_runs([Path(run) for run in source], overrides, out)
-    load = recipe_loader(source, overrides)
-    recipes = plan_recipes(load, norms=norms, statistics_batch_sizes=statistics_batch_sizes, seeds=seeds)
-    out = Path("runs") / f"compare-{subject(recipes[0])}" if out is None else out
+    sources = [source] if source is None or isinstance(source, (str, Path, Recipe)) else list(source)
+    if not (source is None or isinstance(source, (str, Path, Recipe)) or any(map(_is_recipe, sources))):
+        return _compare_runs([Path(str(run)) for run in sources], overrides, out, target)
+    loads = [recipe_loader(one, overrides) for one in sources]
+    notes = [*left_out(gradient_batch_sizes, statistics_batch_sizes)]
+    if len(set(learning_rates or ())) > 1:
+        held = [hold_out(load) for load in loads]
+        loads, notes = [load for load, _ in held], [*notes, *(note for _, more in held for note in more)]
+    axes = {"gradient_batch_sizes": gradient_batch_sizes, "learning_rates": learning_rates, "models": models}
+    recipes = [
+        recipe
+        for load in loads
+        for recipe in plan_recipes(
+            load,
+            norms=norms,
+            statistics_batch_sizes=statistics_batch_sizes,
+            seeds=seeds,
+            **axes,  # type: ignore[arg-type]
+        )
+    ]
+    out = Path("runs") / f"compare-{_name(recipes)}" if out is None else out
     with alone_in(out):
-        return _run_matrix(recipes, out, on_event, should_stop)
+        matrix = _Matrix(plan_cells(recipes), out, notes, target)
+        return matrix.run(jobs, on_event, should_stop)
 
 
-def _run_matrix(
-    recipes: Sequence[Recipe], out: Path, on_event: OnEvent, should_stop: Callable[[], bool]
-) -> CompareResult:
-    """Take or train every cell in turn."""
-    matrix = [(recipe, out / "cells" / cell_name(recipe)) for recipe in recipes]
-    for recipe, path in matrix:
-        _check_unchanged(recipe, path)
-    _check_data(matrix)
-    cells: list[Cell] = []
-    for index, (recipe, path) in enumerate(matrix, 1):
-        reused = RunFolder(path).status == "finished"
-        norm, statistics, seed = recipe.norm.kind, recipe.batch.statistics, recipe.train.seed
-        on_event(CellStarted(index, len(matrix), norm, statistics, seed, reused))
+def _is_recipe(source: object) -> bool:
+    """Tell a recipe from the folder of a run."""
+    return isinstance(source, Recipe) or source in shipped_recipes() or Path(str(source)).suffix in (".yaml", ".yml")
+
+
+def _name(recipes: Sequence[Recipe]) -> str:
+    names = [*dict.fromkeys(recipe.name for recipe in recipes)]
+    return subject(recipes[0]) if len(names) == 1 else "-".join(names)[:100]
+
+
+class _Matrix:
+    """The cells of a matrix, run or found, and the report of them.
+
+    Args:
+        planned: the cells.
+        out: folder of all.
+        notes: what the report is to say.
+        target: see `compare`.
+
+    Raises:
+        RecipeError: a folder holds a run of another recipe.
+    """
+
+    def __init__(self, planned: Sequence[Planned], out: Path, notes: Sequence[str], target: float | None) -> None:
+        self.out, self.notes, self.target = out, notes, target
+        self.turns = [Turn(i, len(planned), cell, out / "cells" / cell.name) for i, cell in enumerate(planned, 1)]
+        self.cells: dict[int, Cell] = {}
+        for turn in self.turns:
+            _check_unchanged(turn.planned.recipe, turn.path)
+
+    def run(self, jobs: int, on_event: OnEvent, should_stop: Callable[[], bool]) -> CompareResult:
+        """Take the finished cells, then run the others."""
+        finished = [turn for turn in self.turns if _is_finished(turn.path)]
+        for turn, cell in _found(finished):
+            on_event(turn.started(reused=True))
+            self.cells[turn.index] = cell
+            on_event(CellEnded(turn.index, turn.total, cell, True))
+        waiting = [turn for turn in self.turns if turn not in finished]
+        run = (
+            side_by_side(waiting, jobs, on_event, should_stop) if jobs > 1 else in_turn(waiting, on_event, should_stop)
+        )
         try:
-            cell = finished_cell(RunFolder(path), recipe) if reused else _run(recipe, path, on_event, should_stop)
+            for turn, cell in run:
+                self.cells[turn.index] = cell
+                if len(self.cells) < len(self.turns):
+                    self._publish()
+                on_event(CellEnded(turn.index, turn.total, cell, False))
         except InterruptedRun:
-            if cells:
-                with_page(publish(out, cells), measure=False, trusted=True)
+            if self.cells:
+                with_page(self._publish(), measure=False, trusted=True)
             raise
-        cells.append(cell)
-        if not reused or index == len(matrix):
-            result = publish(out, cells)
-        on_event(CellEnded(index, len(matrix), cell, reused))
-    return with_page(result, measure=True, trusted=True)
+        cells = [*self.cells.values()]
+        if all(cell.status == "failed" and cell.code not in _RESULTS for cell in cells):
+            raise cell_error(cells[0])
+        return with_page(self._publish(), measure=True, trusted=True)
+
+    def _publish(self) -> CompareResult:
+        return publish(self.out, [self.cells[index] for index in sorted(self.cells)], self.notes, target=self.target)
 
 
-def _compare_runs(runs: Sequence[Path], overrides: Sequence[str], out: Path | None) -> CompareResult:
+def _is_finished(path: Path) -> bool:
+    try:
+        return RunFolder(path).status == "finished"
+    except InputError:  # its state tells, where there is one
+        return False
+
+
+def _found(turns: Sequence[Turn]) -> Iterator[tuple[Turn, Cell]]:
+    """Yield the cells of finished runs; those that were trained on other data than is there now have failed."""
+    known: dict[tuple[object, str], dict[str, Any]] = {}
+    for turn in turns:
+        try:
+            _check_data(turn, known)
+            yield turn, turn.finished()
+        except BknError as error:
+            yield turn, turn.failed(error)
+
+
+def _check_data(turn: Turn, known: dict[tuple[object, str], dict[str, Any]]) -> None:
+    """Refuse a finished cell that was trained on other data than is there now; one that is resumed finds out itself.
+
+    Raises:
+        InputError: saying what changed.
+    """
+    recipe, saved = turn.planned.recipe, RunFolder(turn.path).data
+    if saved is None:
+        return
+    key = (recipe.data, recipe.model.name)
+    if key not in known:
+        known[key] = fingerprint(load_splits(recipe))
+    try:
+        check_data(saved, known[key])
+    except InputError as error:
+        hint = "Put the data back as it was, or use another folder with --out."
+        raise InputError(f"{turn.path}: {error.message}", hint) from error
+
+
+def _compare_runs(
+    runs: Sequence[Path], overrides: Sequence[str], out: Path | None, target: float | None
+) -> CompareResult:
     if overrides:
         raise RecipeError(f"finished runs take no KEY=VALUE words, but there is {overrides[0]!r}", "Leave them out.")
     if out is not None and (out / "compare.json").exists():
         raise InputError(f"{out} holds a comparison already", "Name another folder with --out.")
     cells, warnings = read_runs(runs)
     out = numbered_folder(Path("runs") / "compare-finished") if out is None else out
-    return with_page(publish(out, cells, warnings), measure=True, trusted=False)
+    return with_page(publish(out, cells, warnings, target=target), measure=True, trusted=False)
 
 
 # A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.
@@ -134,67 +232,3 @@ def _check_unchanged(recipe: Recipe, path: Path) -> None:
     if changed:
         differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)
         raise RecipeError(f"{path} holds a run of another recipe: {differences}", "Use another folder with --out.")
-
-
-def _check_data(matrix: Sequence[tuple[Recipe, Path]]) -> None:
-    """Refuse finished cells that were trained on other data than is there now; one that is resumed finds out itself.
-
-    Raises:
-        InputError: naming the first such cell, and what changed.
-    """
-    finished = [(recipe, RunFolder(path)) for recipe, path in matrix if RunFolder(path).status == "finished"]
-    known = [(recipe, folder.path, data) for recipe, folder in finished if (data := folder.data) is not None]
-    if not known:
-        return
-    found = fingerprint(load_splits(known[0][0]))  # all cells have the same data
-    for _, path, data in known:
-        try:
-            check_data(data, found)
-        except InputError as error:
-            hint = "Put the data back as it was, or use another folder with --out."
-            raise InputError(f"{path}: {error.message}", hint) from error
-
-
-def _run(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[[], bool]) -> Cell:
-    """Train one cell, or what is left of it."""
-    try:
-        try:
-            _train(recipe, path, on_event, should_stop)
-        except StatisticsError:
-            if recipe.eval.stats != "both":
-                raise
-            # Perhaps only the measure by each image's own statistics has too few values.
-            alone = recipe.eval.model_copy(update={"stats": "population"})
-            _remove(path)
-            _train(recipe.model_copy(update={"eval": alone}), path, on_event, should_stop)
-    except StatisticsError as error:
-        return failed_cell(path, recipe, "failed", error.message)
-    except DivergedError as error:
-        return failed_cell(path, recipe, "diverged", error.message)
-    except InterruptedRun as error:
-        raise InterruptedRun(
-            f"{path.name}: {error.message}", "Give the same command again to go on.", exit_code=error.exit_code
-        ) from error
-    return finished_cell(RunFolder(path), recipe)
-
-
-def _train(recipe: Recipe, path: Path, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
-    """Resume the run of a folder where it saved a state, and begin it anew where it did not."""
-    folder = RunFolder(path)
-    if folder.state.is_file():
-        train(folder.recipe, resume=path, on_event=on_event, should_stop=should_stop)
-    else:
-        _remove(path)
-        train(recipe, out=path, on_event=on_event, should_stop=should_stop)
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.exists():
-            with alone_in(path):  # nobody trains in there
-                pass
-            shutil.rmtree(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be removed: {error}", "Remove it, or use another folder with --out."
-        ) from error

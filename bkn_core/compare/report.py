@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.compare.columns import cells_as_csv
+from bkn_core.compare.costs import with_costs
 from bkn_core.compare.curves import draw_curves
 from bkn_core.compare.page import collect, render, see_insides
-from bkn_core.compare.rows import Comparison, Row, Spread
+from bkn_core.compare.rates import choose_rates
+from bkn_core.compare.rows import Comparison, Row
 from bkn_core.compare.summary import compare_rows, summarize
+from bkn_core.compare.table import table
 from bkn_core.engine.files import finite, write_json, write_text
-
-_FILES = {
-    "table": "table.md",
-    "json": "compare.json",
-    "csv": "compare.csv",
-    "curves": "curves.png",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +29,7 @@ class CompareResult:
         summary: mean and spread over the seeds of each norm and statistics batch size.
         comparisons: each row of the summary against the reference row.
         warnings: what makes the runs hard to compare.
-        artifacts: the files written: page, table, json, csv, curves.
+        artifacts: the files written: page, json, table, csv, curves.
         target: the accuracy that all were to reach, a fraction; None is the best of the reference of the same seed.
     """
 
@@ -52,23 +47,27 @@ class CompareResult:
         rows = [dataclasses.asdict(row) for row in self.summary]
         comparisons = [dataclasses.asdict(comparison) for comparison in self.comparisons]
         value = {"cells": cells, "summary": rows, "comparisons": comparisons, "warnings": self.warnings}
-        return finite(value)  # type: ignore[no-any-return]
+        return finite({**value, "target": self.target})  # type: ignore[no-any-return]
 
 
-def publish(out: Path, cells: Sequence[Cell], warnings: Sequence[str] = ()) -> CompareResult:
-    """Sum up cells and write the report of them, without the page.
+def publish(
+    out: Path, cells: Sequence[Cell], warnings: Sequence[str] = (), *, target: float | None = None
+) -> CompareResult:
+    """Choose learning rates, sum up cells and write the report of them, without the page.
 
     Raises:
         OutputError: a file could not be written.
-        InputError: the predictions of a run are damaged.
+        InputError: the predictions or metrics of a run are damaged.
     """
+    cells = with_costs(choose_rates(cells), target)
     rows = summarize(cells)
-    artifacts = {name: out / file for name, file in _FILES.items()}
-    result = CompareResult(out, list(cells), rows, compare_rows(rows, cells), list(warnings), artifacts)
+    names = {"json": "compare.json", "table": "table.md", "csv": "compare.csv", "curves": "curves.png"}
+    artifacts = {name: out / file for name, file in names.items()}
+    result = CompareResult(out, cells, rows, compare_rows(rows, cells), list(warnings), artifacts, target)
     write_json(artifacts["json"], {"schema": "bkn.compare/1", **result.to_dict()})
-    write_text(artifacts["table"], table(result))
+    write_text(artifacts["table"], table(rows, result.comparisons, cells, warnings))
     write_text(artifacts["csv"], cells_as_csv(cells))
-    draw_curves(artifacts["curves"], rows, cells)
+    draw_curves(artifacts["curves"], rows, [cell for cell in cells if cell.chosen])
     return result
 
 
@@ -89,54 +88,3 @@ def with_page(result: CompareResult, *, measure: bool, trusted: bool) -> Compare
     page = result.out / "report.html"
     write_text(page, render(collect(title, rows, cells, result.comparisons, result.warnings, insides)))
     return dataclasses.replace(result, artifacts={"page": page, **result.artifacts})
-
-
-def table(result: CompareResult) -> str:
-    """Return the report as Markdown: the summary, the differences, what failed and what to mind."""
-    modes = _modes(result.summary)
-    header = ["norm", "g", "s", "n", *(f"top-1 % ({mode})" for mode in modes), "images/s"]
-    parts = [_markdown(header, [_summary_line(row, modes) for row in result.summary])]
-    if result.comparisons:
-        reference = result.comparisons[0].reference
-        header = [f"against {reference}", "statistics", "seeds", "difference", "95 % interval", "McNemar p"]
-        parts.append(_markdown(header, [_comparison_line(comparison) for comparison in result.comparisons]))
-        parts.append("Differences are in percentage points. The interval is a paired bootstrap over the test images.\n")
-    failed = [f"- {cell.run.name} {cell.status}: {cell.message}\n" for cell in result.cells if cell.message]
-    warned = [f"- {warning}\n" for warning in result.warnings]
-    return "\n".join([*parts, *("".join(lines) for lines in (failed, warned) if lines)])
-
-
-def _modes(rows: Sequence[Row]) -> list[str]:
-    return [mode for mode in ("population", "batch") if any(mode in row.top1 for row in rows)]
-
-
-def _summary_line(row: Row, modes: Sequence[str]) -> list[str]:
-    norm = f"{row.norm} ({row.variant})" if row.variant else row.norm
-    size = "any" if row.norm in GROUPLESS else str(row.statistics)
-    accuracies = [_accuracy(row.top1[mode]) if mode in row.top1 else "–" for mode in modes]
-    speed = "–" if math.isnan(row.images_per_second) else f"{row.images_per_second:.0f}"
-    return [norm, str(row.gradient), size, row.finished, *accuracies, speed]
-
-
-def _accuracy(spread: Spread) -> str:
-    mean = f"{100 * spread.mean:.2f}"
-    return mean if math.isnan(spread.sd) else f"{mean} ± {100 * spread.sd:.2f}"
-
-
-def _comparison_line(comparison: Comparison) -> list[str]:
-    interval = "–"
-    if comparison.interval is not None:
-        interval = " to ".join(f"{100 * end:+.2f}" for end in comparison.interval)
-    p_values = ", ".join(f"{value:.2g}" for value in comparison.p_values.values()) or "–"
-    seeds = ", ".join(map(str, comparison.seeds))
-    difference = f"{100 * comparison.difference:+.2f}"
-    return [comparison.row, comparison.mode, seeds, difference, interval, p_values]
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up as plain text too."""
-    cells = [[text.replace("|", "\\|") for text in line] for line in (header, *lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]
-    rows = [padded[0], ["-" * width for width in widths], *padded[1:]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bkn_core.compare.cells import GROUPLESS, Cell, Place
+from bkn_core.compare.cells import GROUPLESS, Cell, Place, reference_place
 from bkn_core.compare.predictions import correct_together, has_predictions
 from bkn_core.compare.rates import at_edge, tried_rates
 from bkn_core.compare.rows import Comparison, Equivalence, Row, Spread
@@ -32,19 +32,7 @@ def summarize(cells: Sequence[Cell]) -> list[Row]:
         InputError: the predictions of a run are damaged.
     """
     places = list(dict.fromkeys(cell.place for cell in cells))
-    has_gradients = len({place.gradient for place in places}) > 1
-    return [_row(place, _label(place, has_gradients), [c for c in cells if c.place == place]) for place in places]
-
-
-def reference_of(row: Row, rows: Sequence[Row]) -> Row:
-    """Return the row that a row is set against, of the same recipe and model, and gradient batch where there is one.
-
-    It is bn with the largest statistics batch size, else the first row.
-    """
-    same = [other for other in rows if (other.recipe, other.model) == (row.recipe, row.model)]
-    bn = [other for other in same if other.norm == "bn"]
-    near = [other for other in bn if other.gradient == row.gradient] or bn
-    return max(near, key=lambda other: other.statistics, default=same[0])
+    return [_row(place, _label(place, places), [cell for cell in cells if cell.place == place]) for place in places]
 
 
 def compare_rows(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Comparison]:
@@ -54,11 +42,12 @@ def compare_rows(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Comparison]
         InputError: the predictions of a run are damaged.
     """
     comparisons = []
+    known = {row.place: row for row in rows}
     for row in rows:
-        reference = reference_of(row, rows)
+        reference = known[reference_place(row.place, [*known])]
         if row is reference:
             continue
-        ours, theirs = by_seed(row, cells), by_seed(reference, cells)
+        ours, theirs = _by_seed(row, cells), _by_seed(reference, cells)
         seeds = tuple(sorted(ours.keys() & theirs.keys()))
         pairs = {seed: (ours[seed], theirs[seed]) for seed in seeds}
         modes = [mode for mode in row.top1 if mode in reference.top1 and seeds]
@@ -66,14 +55,15 @@ def compare_rows(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Comparison]
     return comparisons
 
 
-def by_seed(row: Row, cells: Sequence[Cell]) -> dict[int, Cell]:
+def _by_seed(row: Row, cells: Sequence[Cell]) -> dict[int, Cell]:
     """Return the finished cells of a row by their seeds."""
     return {cell.seed: cell for cell in cells if row.holds(cell) and cell.chosen and cell.status == "finished"}
 
 
-def _label(place: Place, has_gradients: bool) -> str:
+def _label(place: Place, places: Sequence[Place]) -> str:
     sizes = [f"s={place.statistics}"] if place.norm not in GROUPLESS else []
-    sizes += [f"g={place.gradient}"] if has_gradients else []
+    gradients = {other.gradient for other in places if other[:3] == place[:3]}  # of the same recipe, model and norm
+    sizes += [f"g={place.gradient}"] if len(gradients) > 1 else []
     words = " ".join(word for word in (place.recipe, place.model, place.norm, *sizes) if word)
     return f"{words} ({place.variant})" if place.variant else words
 

@@ -13,6 +13,7 @@ from bkn_core.engine.checkpoint import save_state, save_weights
 from bkn_core.engine.environment import command
 from bkn_core.engine.evaluation import Metrics, save_predictions
 from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
+from bkn_core.engine.memory import PeakMemory
 from bkn_core.engine.metrics_log import MetricsLog
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
@@ -34,6 +35,7 @@ class Records:
     def __init__(self, folder: RunFolder | None, on_event: Callable[[Event], None], training: Training) -> None:
         self.folder, self.on_event, self.training = folder, on_event, training
         self.results: dict[str, Any] = {}
+        self.memory = PeakMemory(training.world.device)
         self.log: MetricsLog | None = None
 
     @property
@@ -103,7 +105,7 @@ class Records:
         for kind, measured in metrics.items():
             name = kind if is_test else f"validation_{kind}"
             row |= {f"{name}_{key}": value for key, value in measured.summary().items() if key != "images"}
-        self.log.add({**row, "images_per_second": speed})
+        self.log.add({**row, "images_per_second": speed, "seconds": training.seconds})
         if is_test:
             self.results = {kind: measured.summary() for kind, measured in metrics.items()}
             save_predictions(self.path / "predictions.npz", training.splits.test, metrics)
@@ -173,6 +175,7 @@ class Records:
         if self.folder is None:
             return
         run = self.training
-        values = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
+        values: dict[str, Any] = {"step": run.step, "steps": run.steps, "seconds": run.seconds, "best": run.best}
         values["images_per_second"] = run.images_per_second
+        values |= {"parameters": count_parameters(run.model), "peak_memory": self.memory.read()}
         self.folder.write_summary(status, **values, results=self.results, message=text)

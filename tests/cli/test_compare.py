@@ -10,7 +10,10 @@ import pytest
 from calls import TINY, call
 
 import bkn_core
-from bkn_core.compare import matrix
+from bkn_cli.progress import TrainingProgress
+from bkn_cli.render import Reporter
+from bkn_core.compare import turn
+from bkn_core.compare.cells import Cell, CellEnded, CellMoved, CellStarted
 
 
 @pytest.fixture
@@ -38,6 +41,56 @@ def test_lists_and_numbers_are_read(asked: list[Any]) -> None:
         ["train.epochs=1"],
         {"norms": ["bn", "gn"], "statistics_batch_sizes": [2, 16], "seeds": 3, "out": None},
     ]
+
+
+def test_further_axes_are_read(asked: list[Any]) -> None:
+    words = ("--lr", "0.05,1e-1", "--gradient-batch-sizes", "32, 64", "--models", "a,timm:b")
+    call("compare", *words, "--target", "97.5", "--jobs", "2")
+    options = {"learning_rates": [0.05, 0.1], "gradient_batch_sizes": [32, 64], "models": ["a", "timm:b"]}
+    assert asked == [None, [], {**options, "target": 0.975, "jobs": 2, "out": None}]
+
+
+def test_a_rate_that_is_no_number_is_refused(asked: list[Any]) -> None:
+    result = call("compare", "--lr", "0.1,fast")
+    assert (result.exit_code, asked) == (2, [])
+    assert "--lr is '0.1,fast'" in result.stderr and "such as 0.05,0.1" in result.stderr
+
+
+def test_several_recipes_are_compared(asked: list[Any]) -> None:
+    call("compare", "digits_micro", "mine.yaml", "train.epochs=1", "--seeds", "2")
+    assert asked == [["digits_micro", "mine.yaml"], ["train.epochs=1"], {"seeds": 2, "out": None}]
+
+
+def test_missing_data_of_one_recipe_fail_its_runs_alone(inside: Path) -> None:
+    Path("good.yaml").write_text("version: 1\n")
+    Path("bad.yaml").write_text("version: 1\ndata: {root: missing.npz}\n")
+    words = ("compare", "bad.yaml", "good.yaml", *TINY, "--norms", "ln", "--out", "out", "--json")
+    result = call(*words)
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["error"]["code"]) == (3, "input")
+    assert document["error"]["message"].startswith("1 of 2 runs did not finish, such as bad-ln-g16-s2-seed0: ")
+    assert [(cell["recipe"], cell["status"]) for cell in document["result"]["cells"]] == [
+        ("bad", "failed"),
+        ("good", "finished"),
+    ]
+    alone = call("compare", "bad.yaml", *TINY, "--norms", "ln,gn", "--out", "alone")
+    assert alone.exit_code == 3
+    assert "missing.npz" in alone.stderr and not Path("alone/compare.json").exists()
+
+
+def test_the_bar_of_all_runs_counts_those_that_were_not_there(tmp_path: Path) -> None:
+    progress = TrainingProgress(Reporter("compare", as_json=True), jobs=2)
+    cells = [Cell("bn", 16, 2, seed, "finished", tmp_path, {"population": 0.5}, {}, 100.0) for seed in range(4)]
+    for index in (1, 2):
+        progress(CellStarted(index, 4, "bn", 2, index, True))
+        progress(CellEnded(index, 4, cells[index - 1], True))
+    for event in (CellStarted(3, 4, "bn", 2, 2, False), CellStarted(4, 4, "bn", 2, 3, False)):
+        progress(event)
+    for event in (CellMoved(3, 4, 0.5), CellMoved(4, 4, 0.25), CellEnded(3, 4, cells[2], False)):
+        progress(event)
+    _, matrix = progress.bar.tasks
+    assert (matrix.total, matrix.completed) == (2, 1.25)
+    assert progress.reporter.phase == "stepping"  # a signal is to be heeded, not to end this process at once
 
 
 def test_a_folder_of_pictures_is_data(asked: list[Any], tmp_path: Path) -> None:
@@ -68,6 +121,7 @@ def test_a_matrix_ends_in_a_table_without_a_spread_of_one_seed(inside: Path) -> 
 def test_finished_runs_are_set_side_by_side(run: Path, inside: Path) -> None:
     document = json.loads(call("compare", str(run), "--json").stdout)
     cell = document["result"]["cells"][0]
+    assert cell["steps"] == 4 and cell["parameters"] > 0 and cell["peak_memory"] > 2**20
     assert (cell["norm"], cell["gradient"], cell["statistics"], cell["seed"]) == ("bkn", 16, 2, 0)
     assert Path(document["artifacts"]["table"]).is_file()
 
@@ -84,14 +138,14 @@ def test_finished_runs_get_a_report_of_their_own_each_time(run: Path, inside: Pa
 def test_runs_that_diverge_are_an_error_beside_what_there_is(
     inside: Path, monkeypatch: pytest.MonkeyPatch, norms: str
 ) -> None:
-    ordinary = matrix.train
+    ordinary = turn.train
 
     def train(recipe: bkn_core.Recipe, **options: Any) -> Any:
         if recipe.norm.kind == "bn":
             raise bkn_core.errors.DivergedError("step 3: the loss is not finite")
         return ordinary(recipe, **options)
 
-    monkeypatch.setattr(matrix, "train", train)
+    monkeypatch.setattr(turn, "train", train)
     words = ("compare", *TINY, "--norms", norms, "--statistics-batch-sizes", "2", "--out", "out")
     result = call(*words, "--json")
     document = json.loads(result.stdout)

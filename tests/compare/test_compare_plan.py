@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bkn_core.compare.plan import plan_recipes, recipe_loader
+from bkn_core.compare.plan import left_out, plan_cells, plan_recipes, recipe_loader
 from bkn_core.errors import RecipeError
 from bkn_core.recipe import Recipe, load_recipe
 
@@ -101,3 +101,36 @@ def test_sizes_bend_for_the_whole_comparison_alike() -> None:
     load = recipe_loader(None, ["batch.statistics=3"])
     recipes = plan_recipes(load, norms=["bn"], statistics_batch_sizes=None, seeds=1)
     assert [(r.batch.gradient, r.batch.statistics) for r in recipes] == [(126, 2), (126, 126)]
+
+
+def test_further_axes_are_multiplied_and_named_only_where_they_have_several_values() -> None:
+    plain = plan_recipes(recipe_loader(None, ()), **{**ORDINARY, "norms": ["bn"]}, learning_rates=[0.1], models=None)
+    assert [cell.name for cell in plan_cells(plain)] == ["bn-g128-s2-seed0", "bn-g128-s128-seed0"]
+    axes = {"gradient_batch_sizes": [32, 64], "learning_rates": [0.05, 0.1], "models": ["cifar_resnet8", "timm:a/b"]}
+    recipes = plan_recipes(recipe_loader(None, ()), **{**ORDINARY, "norms": ["gn", "bn"]}, **axes)
+    cells = plan_cells(recipes)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * 2 * (1 + 2) * 2
+    assert [cell.name for cell in cells[:3]] == [
+        "cifar_resnet8-gn-g32-s2-lr0.05-seed0",
+        "cifar_resnet8-gn-g32-s2-lr0.1-seed0",
+        "cifar_resnet8-bn-g32-s2-lr0.05-seed0",
+    ]
+    assert cells[-1].name == "timm_a_b-bn-g64-s64-lr0.1-seed0"
+    assert (cells[-1].recipe.optim.lr, cells[-1].recipe.model.name) == (0.1, "timm:a/b")
+    assert (cells[-1].names, cells[-1].more) == ({"model": "timm:a/b"}, ", timm:a/b, lr 0.1")
+
+
+def test_sizes_that_do_not_go_together_are_left_out_and_named_where_each_has_its_place() -> None:
+    axes = {"norms": ["bn"], "statistics_batch_sizes": [2, 24], "seeds": 1, "gradient_batch_sizes": [48, 64]}
+    recipes = plan_recipes(recipe_loader(None, ()), **axes)
+    assert [(r.batch.gradient, r.batch.statistics) for r in recipes] == [(48, 2), (48, 24), (64, 2)]
+    assert list(left_out([48, 64], [2, 24])) == ["s = 24 with g = 64 is left out: whole groups do not make 64 images"]
+    with pytest.raises(RecipeError, match=r"size 24 does not divide batch\.gradient"):
+        plan_recipes(recipe_loader(None, ()), **{**axes, "gradient_batch_sizes": [64]})
+
+
+def test_recipes_of_one_name_cannot_share_a_folder() -> None:
+    recipes = plan_recipes(recipe_loader(None, ()), **{**ORDINARY, "norms": ["gn"]})
+    with pytest.raises(RecipeError, match="2 runs would be called gn-g128-s2-seed0") as caught:
+        plan_cells([*recipes, *recipes])
+    assert "name of its own" in caught.value.hint

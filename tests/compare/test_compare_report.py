@@ -37,7 +37,8 @@ def test_the_table_has_mean_and_deviation_in_percent_for_every_mode(tmp_path: Pa
         for seed in (0, 1)
     ]
     (line,) = read_table(publish(tmp_path, cells).artifacts["table"].read_text())
-    assert list(line) == ["norm", "g", "s", "n", "top-1 % (population)", "top-1 % (batch)", "images/s"]
+    measures = [name for mode in ("population", "batch") for name in (f"top-1 % ({mode})", f"95 % ({mode})")]
+    assert list(line) == ["norm", "g", "s", "n", *measures, "images/s"]
     for mode in ("population", "batch"):
         values = [100 * cell.top1[mode] for cell in cells]
         assert line[f"top-1 % ({mode})"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
@@ -58,6 +59,7 @@ def test_a_failed_cell_is_in_the_table_with_its_message(tmp_path: Path) -> None:
         "s": "2",
         "n": "0, 1 diverged",
         "top-1 % (population)": "–",
+        "95 % (population)": "–",
         "images/s": "–",
     }
     assert "- bn diverged: step 3: the loss is not finite" in text

@@ -35,7 +35,7 @@ WORDS = (
 # Everything that a state has to carry: momentum, average, innovation, drawn crops, an uneven last step.
 FULL = ("train.ema=0.9", "norm.innovation=true", "data.augment=crop_flip", "eval.stats=both")
 EPOCH_STEPS, STEPS = 3, 6
-CLOCK = {"seconds", "images_per_second"}
+CLOCK = {"seconds", "images_per_second", "peak_memory"}
 
 
 def tiny(*words: str) -> Recipe:
@@ -70,7 +70,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same_bits(found: Any, expected: Any, where: str = "") -> None:
-    """Compare nested values, tensors by their bits, clocks not at all."""
+    """Compare nested values, tensors by their bits, clocks and memory not at all."""
     assert type(found) is type(expected), where
     if isinstance(expected, dict):
         assert list(found) == list(expected), where
