@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from bkn_core.engine.run_folder import RunFolder
@@ -145,8 +146,8 @@ def reference_place(place: Place, places: Sequence[Place]) -> Place:
     return max(near, key=lambda other: other.statistics, default=same[0])
 
 
-def finished_cell(folder: RunFolder, recipe: Recipe, **names: str) -> Cell:
-    """Return the cell of a finished run, as its files tell it; `names` are its variant, recipe and model.
+def finished_cell(folder: RunFolder, recipe: Recipe, names: Mapping[str, str] = MappingProxyType({})) -> Cell:
+    """Return the cell of a finished run, as its files tell it; `names` are its recipe and model, where several are.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -170,7 +171,7 @@ def finished_cell(folder: RunFolder, recipe: Recipe, **names: str) -> Cell:
     )
 
 
-def failed_cell(path: Path, recipe: Recipe, error: BknError, **names: str) -> Cell:
+def failed_cell(path: Path, recipe: Recipe, error: BknError, names: Mapping[str, str]) -> Cell:
     """Return the cell of a run that gave nothing but an error."""
     status: Literal["failed", "diverged"] = "diverged" if isinstance(error, DivergedError) else "failed"
     told = {"message": error.message, "hint": error.hint, "code": error.code}
@@ -195,7 +196,7 @@ def flat_keys(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def _facts(recipe: Recipe, more: dict[str, str]) -> dict[str, Any]:
+def _facts(recipe: Recipe, more: Mapping[str, str]) -> dict[str, Any]:
     batch = recipe.batch
     sizes = {"gradient": batch.gradient, "statistics": batch.statistics}
     return {"norm": recipe.norm.kind, **sizes, "seed": recipe.train.seed, "learning_rate": recipe.optim.lr, **more}

@@ -37,11 +37,11 @@ class Turn:
 
     def failed(self, error: BknError) -> Cell:
         """Return its cell with an error in it."""
-        return failed_cell(self.path, self.planned.recipe, error, **self.planned.names)
+        return failed_cell(self.path, self.planned.recipe, error, self.planned.names)
 
     def finished(self) -> Cell:
         """Return its cell, read from its folder."""
-        return finished_cell(RunFolder(self.path), self.planned.recipe, **self.planned.names)
+        return finished_cell(RunFolder(self.path), self.planned.recipe, self.planned.names)
 
 
 def in_turn(turns: Sequence[Turn], on_event: OnEvent, should_stop: Callable[[], bool]) -> Iterator[tuple[Turn, Cell]]:
