@@ -135,7 +135,7 @@ def compare(
         reporter.table(_table(result))
         for text in _findings(result):
             reporter.text(text)
-        reporter.say(f"report: {result.out}")
+        reporter.say(f"report: {result.artifacts['page']}")
         artifacts = {name: str(path) for name, path in result.artifacts.items()}
         reporter.finish(result.to_dict(), artifacts, _failure(result))
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bkn_core.compare.cells import Cell
-from bkn_core.compare.epochs import measured_epochs
+from bkn_core.compare.histories import Point, common_points, history, measured_on
+from bkn_core.compare.looks import Look, give_looks
 from bkn_core.compare.rows import Row
 from bkn_core.engine.files import replacing
-from bkn_core.engine.plots import NORM_COLORS, count_epochs, new_figure
-from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.plots import count_epochs, new_figure, plain
 
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # line and marker of each statistics batch size
 _TITLES = {"population": "By population statistics", "batch": "Each image by its own statistics"}
 
 
@@ -28,20 +27,18 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
     modes = [mode for mode in _TITLES if any(mode in row.top1 for row in rows)] or ["population"]
     figure = new_figure(figsize=(4.6 * len(modes) + 2.2, 4.2), layout="constrained")
     axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
-    looks = _looks(rows)
+    looks = give_looks(rows)
     for axis, mode in zip(axes, modes, strict=True):
         for row, look in zip(rows, looks, strict=True):
-            history = _history(row, cells, mode)
-            if history:
-                _draw_row(axis, history, row.label, look)
+            draw_row(axis, common_points(row, cells, mode), "epoch", look, plain(row.label))
             for cell in cells:
-                if row.holds(cell) and not cell.top1:
-                    _draw_unfinished(axis, cell, mode, f"{row.label}: {_ends(row)}", look)
+                if row.holds(cell) and cell.status != "finished" and cell.chosen:
+                    draw_unfinished(axis, history(cell, mode), "epoch", look, plain(f"{row.label}: {_ends(row)}"))
         axis.set(title=_TITLES[mode])
         count_epochs(axis)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"{_images(cells)} top-1 in %")
+    axes[0].set_ylabel(f"{measured_on(cells)} top-1 in %")
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if lines:
         title = "mean of seeds, band\nfrom worst to best" if any(row.n > 1 for row in rows) else None
@@ -58,66 +55,26 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
         figure.savefig(aside, format="png", dpi=150)
 
 
-def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Give each statistics batch size a line, and the variants of a norm paler shades of its colour."""
-    sizes = sorted({row.statistics for row in rows})
-    looks = []
-    for row in rows:
-        variants = list(dict.fromkeys(_shade(r) for r in rows if r.norm == row.norm))
-        paleness = variants.index(_shade(row)) / (len(variants) + 1)
-        line, marker = _STYLES[sizes.index(row.statistics) % len(_STYLES)]
-        looks.append({"color": _paler(NORM_COLORS[row.norm], paleness), "linestyle": line, "marker": marker})
-    return looks
+def draw_row(axis: Any, points: Sequence[tuple[Point, ...]], over: str, look: Look, label: str) -> None:
+    """Draw the mean of the seeds over "epoch", "step" or "seconds", in a band from the worst to the best."""
+    if not points:
+        return
+    places = [sum(getattr(point, over) for point in together) / len(together) for together in points]
+    values = [[point.top1 for point in together] for together in points]
+    # A marker on each of many epochs would hide the line.
+    style = look.style(markersize=4, markevery=max(1, len(points) // 10))
+    axis.plot(places, [sum(top1) / len(top1) for top1 in values], label=label, **style)
+    if any(len(top1) > 1 for top1 in values):
+        lowest, highest = [min(top1) for top1 in values], [max(top1) for top1 in values]
+        axis.fill_between(places, lowest, highest, color=look.color, alpha=0.1, linewidth=0)
 
 
-def _shade(row: Row) -> tuple[object, ...]:
-    return row.recipe, row.model, row.gradient, row.variant
-
-
-def _paler(color: str, share: float) -> tuple[float, ...]:
-    """Mix a colour with a share of white."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(part + share * (1 - part) for part in to_rgb(color))
+def draw_unfinished(axis: Any, points: Sequence[Point], over: str, look: Look, label: str) -> None:
+    """Draw a run as far as it came, thin and with a cross at its end."""
+    style = look.style(marker="x", markersize=8, markeredgewidth=2, linewidth=1)
+    places, values = [getattr(point, over) for point in points], [point.top1 for point in points]
+    axis.plot(places, values, label=label, markevery=[-1] if points else None, **style)
 
 
 def _ends(row: Row) -> str:
     return ", ".join(f"{count} {status}" for status, count in row.unfinished.items())
-
-
-def _history(row: Row, cells: Sequence[Cell], mode: str) -> dict[int, list[float]]:
-    """Return the top-1 in % of a row's finished cells, by each epoch that all of them have."""
-    histories = []
-    for cell in cells:
-        if row.holds(cell) and mode in cell.top1:
-            histories.append(_epochs(cell, mode))
-    common = [epoch for epoch in (histories[0] if histories else ()) if all(epoch in other for other in histories)]
-    return {epoch: [history[epoch] for history in histories] for epoch in common}
-
-
-def _epochs(cell: Cell, mode: str) -> dict[int, float]:
-    """Return the top-1 in % of each epoch."""
-    return {epoch.epoch: 100 * epoch.top1 for epoch in measured_epochs(cell.run, mode)}
-
-
-def _images(cells: Sequence[Cell]) -> str:
-    """Name the images that the epochs of the finished cells were measured on."""
-    rows = [RunFolder(cell.run).records() for cell in cells if cell.top1]
-    held_out = {any(key.startswith("validation_") for record in records for key in record) for records in rows}
-    return " or ".join(name for name, flag in (("test", False), ("validation", True)) if flag in held_out) or "test"
-
-
-def _draw_row(axis: Any, history: dict[int, list[float]], label: str, look: dict[str, Any]) -> None:
-    epochs, values = list(history), list(history.values())
-    # A marker on each of many epochs would hide the line.
-    style = {**look, "markersize": 4, "markevery": max(1, len(epochs) // 10)}
-    axis.plot(epochs, [sum(top1) / len(top1) for top1 in values], label=label, **style)
-    if any(len(top1) > 1 for top1 in values):
-        lowest, highest = [min(top1) for top1 in values], [max(top1) for top1 in values]
-        axis.fill_between(epochs, lowest, highest, color=look["color"], alpha=0.1, linewidth=0)
-
-
-def _draw_unfinished(axis: Any, cell: Cell, mode: str, label: str, look: dict[str, Any]) -> None:
-    history = _epochs(cell, mode)
-    style = {**look, "marker": "x", "markersize": 8, "markeredgewidth": 2, "linewidth": 1}
-    axis.plot(list(history), list(history.values()), label=label, markevery=[-1] if history else None, **style)

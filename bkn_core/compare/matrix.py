@@ -10,14 +10,14 @@ from bkn_core.compare.cells import Cell, CellEnded, cell_error, flat_keys
 from bkn_core.compare.holdout import hold_out
 from bkn_core.compare.jobs import side_by_side
 from bkn_core.compare.plan import Planned, left_out, plan_cells, plan_recipes, recipe_loader
-from bkn_core.compare.report import CompareResult, publish
+from bkn_core.compare.report import CompareResult, publish, with_page
 from bkn_core.compare.runs import read_runs
 from bkn_core.compare.turn import OnEvent, Turn, in_turn
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.run_folder import RunFolder, numbered_folder, subject
-from bkn_core.errors import BknError, InputError, RecipeError
+from bkn_core.errors import BknError, InputError, InterruptedRun, RecipeError
 from bkn_core.recipe import Recipe, shipped_recipes
 from bkn_core.recipe_sections import LogConfig
 
@@ -145,15 +145,20 @@ class _Matrix:
         run = (
             side_by_side(waiting, jobs, on_event, should_stop) if jobs > 1 else in_turn(waiting, on_event, should_stop)
         )
-        for turn, cell in run:
-            self.cells[turn.index] = cell
-            if len(self.cells) < len(self.turns):
-                self._publish()
-            on_event(CellEnded(turn.index, turn.total, cell, False))
+        try:
+            for turn, cell in run:
+                self.cells[turn.index] = cell
+                if len(self.cells) < len(self.turns):
+                    self._publish()
+                on_event(CellEnded(turn.index, turn.total, cell, False))
+        except InterruptedRun:
+            if self.cells:
+                with_page(self._publish(), measure=False, trusted=True)
+            raise
         cells = [*self.cells.values()]
         if all(cell.status == "failed" and cell.code not in _RESULTS for cell in cells):
             raise cell_error(cells[0])
-        return self._publish()
+        return with_page(self._publish(), measure=True, trusted=True)
 
     def _publish(self) -> CompareResult:
         return publish(self.out, [self.cells[index] for index in sorted(self.cells)], self.notes, target=self.target)
@@ -205,7 +210,7 @@ def _compare_runs(
         raise InputError(f"{out} holds a comparison already", "Name another folder with --out.")
     cells, warnings = read_runs(runs)
     out = numbered_folder(Path("runs") / "compare-finished") if out is None else out
-    return publish(out, cells, warnings, target=target)
+    return with_page(publish(out, cells, warnings, target=target), measure=True, trusted=False)
 
 
 # A run that could be measured in one way only has another eval.stats than was asked for; the others change no result.

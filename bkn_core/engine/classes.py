@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.files import replacing, write_with
-from bkn_core.engine.plots import new_figure
+from bkn_core.engine.plots import new_figure, plain
 
 _NAMED = 40  # classes whose names fit beside the picture
 _NUMBERED = 20  # and whose numbers fit into its fields
@@ -98,7 +98,7 @@ def _write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
 def _draw(path: Path, counts: NDArray[np.int64], classes: Sequence[str], support: Sequence[int]) -> None:
     """Draw the share of each class that was taken for each."""
     shares = counts / np.maximum(np.array(support)[:, None], 1)
-    names = [name.encode(errors="replace").decode().replace("$", r"\$")[:24] for name in classes]
+    names = [plain(name[:24]) for name in classes]
     side = 3 + 0.42 * min(len(classes), _NAMED)
     figure = new_figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()

@@ -37,6 +37,29 @@ NORM_COLORS = {
 }
 """The colour of each norm, the same in every picture."""
 
+NORM_MARKERS = {
+    "bkn": "o",
+    "bn": "s",
+    "brn": "D",
+    "gn": "^",
+    "ln": "v",
+    "in": ">",
+    "none": "h",
+    "fixed": "<",
+    "reference": "<",
+    "frozen": "d",
+    "gn_ws": "p",
+    "gkn": "*",
+    "mabn": "P",
+    "online": "8",
+    "cbn": "H",
+    "frn": "+",
+    "evonorm": "1",
+    "iternorm": "2",
+    "normprop": "3",
+}
+"""The marker of each norm, which tells them apart in print without colour."""
+
 _LINES = {"population": "-", "batch": "--"}
 _IMAGES = {"": "test", "validation_": "validation"}  # what a run's epochs were measured on, one of them
 
@@ -60,6 +83,11 @@ def _import_with(backend: str) -> None:
     os.environ["MPLBACKEND"] = backend
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = backend
+
+
+def plain(text: str) -> str:
+    """Return a text as labels of a picture show it letter by letter, where matplotlib looks for formulas."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def count_epochs(axis: Any) -> None:
@@ -98,7 +126,7 @@ def plot_curves(folder: RunFolder) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle(folder.path.name, fontsize=10)
+    figure.suptitle(plain(folder.path.name), fontsize=10)
     with replacing(folder.path / "plots" / "curves.png") as aside:
         figure.savefig(aside, format="png", dpi=120)
 

@@ -15,7 +15,7 @@ from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import build_model
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import replacing, write_json
-from bkn_core.engine.plots import new_figure
+from bkn_core.engine.plots import new_figure, plain
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
@@ -115,8 +115,9 @@ def plot_prior_quality(rows: Sequence[PriorQuality], path: str | Path) -> None:
             variance.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
             mean.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
         if row.refined is None:
-            variance.text(0.01, i, f"no prior: {row.reason}", transform=variance.get_yaxis_transform(), color="gray")
-    variance.set_yticks(range(len(rows)), [row.name for row in rows])
+            place = variance.get_yaxis_transform()
+            variance.text(0.01, i, f"no prior: {plain(row.reason)}", transform=place, color="gray")
+    variance.set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     variance.set_ylim(len(rows) - 0.5, -0.5)
     _label(variance, mean)
     handles, labels = variance.get_legend_handles_labels()

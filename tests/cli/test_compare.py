@@ -110,6 +110,7 @@ def test_a_matrix_ends_in_a_table_without_a_spread_of_one_seed(inside: Path) -> 
     assert "nan" not in result.stdout
     assert "run 1 of 1: bkn, s = 2, seed 0" in result.stderr
     assert (inside / "out" / "compare.json").is_file()
+    assert "report: out/report.html" in result.stdout + result.stderr and (inside / "out" / "report.html").is_file()
     again = call("compare", *TINY, "--norms", "bkn", "--statistics-batch-sizes", "2", "--out", "out", "--json")
     document = json.loads(again.stdout)
     assert "already there" in again.stderr

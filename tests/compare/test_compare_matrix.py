@@ -73,6 +73,7 @@ def test_an_interrupted_matrix_goes_on_to_the_result_of_an_unbroken_one(tmp_path
         compare(None, words, out=tmp_path / "broken", on_event=count, should_stop=lambda: len(steps) >= 16 + 13, **axes)
     assert "same command" in caught.value.hint
     assert [cell["seed"] for cell in json.loads((tmp_path / "broken" / "compare.json").read_text())["cells"]] == [0]
+    assert "seed0" in (tmp_path / "broken" / "report.html").read_text()
     steps.clear()
     resumed = compare(None, words, out=tmp_path / "broken", on_event=count, **axes)
     assert len(steps) == 3
