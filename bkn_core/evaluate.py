@@ -19,7 +19,7 @@ from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, s
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
-from bkn_core.engine.sources import class_name
+from bkn_core.engine.sources import composed
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
@@ -204,7 +204,7 @@ def _test_images(
         raise InputError(
             f"{path} names data that cannot be: {error.message}", "Name others: data.KEY=VALUE."
         ) from error
-    if [*map(class_name, images.classes)] != [*map(class_name, classes)]:
+    if [*map(composed, images.classes)] != [*map(composed, classes)]:
         raise InputError(
             f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
             f"the model {len(classes)} ({', '.join(list(classes)[:3])} ...)",
