@@ -23,6 +23,7 @@ from bkn_core.engine.sources import composed
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
+from bkn_core.kinds import check_statistics
 from bkn_core.recipe import DataConfig, EvalConfig, override_data
 
 
@@ -96,6 +97,7 @@ def _evaluate_weights(
     source = weights_path(path)
     weights = load_weights(source)
     recipe = weights.recipe
+    check_statistics(recipe.norm.kind, stats, asked="stats")
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)

@@ -10,11 +10,6 @@ from typing import Any, Literal
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.recipe import Recipe
 
-GROUPLESS = frozenset(
-    {"gn", "ln", "in", "fixed", "none", "gn_ws", "online", "frn", "evonorm", "frozen", "reference", "gkn", "normprop"}
-)
-"""Kinds of normalization that do not look at statistics groups: one run stands for every statistics batch size."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:

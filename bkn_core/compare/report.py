@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.compare.curves import draw_curves
 from bkn_core.compare.summary import Comparison, Row, Spread, compare_rows, summarize
 from bkn_core.engine.files import finite, write_json, write_text
+from bkn_core.kinds import GROUPLESS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.errors import InputError
+from bkn_core.kinds import GROUPLESS
 
 _RESAMPLES = 9999
 _CONFIDENCE = 0.95
