@@ -127,7 +127,7 @@ def _report_classes(
     target: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]
 ) -> dict[str, ClassReport]:
     """Report the classes by each kind of statistics; what is written of a second kind is named after it."""
-    reports = {}
+    reports: dict[str, ClassReport] = {}
     for kind, measured in metrics.items():
         suffix = f"-{kind}" if reports else ""
         files = _class_files(target, suffix)
