@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bkn_cli.options import DEVICES, NO_VALUE, Json, Verbose, split_words
-from bkn_cli.render import metrics_result, metrics_table
+from bkn_cli.render import Reporter, metrics_result, metrics_table
 from bkn_cli.reporting import reporting
 
 if TYPE_CHECKING:
@@ -77,13 +77,10 @@ def evaluate(
         reporter.text(f"{result.target} ({result.provider}):")
         reporter.text(f"test images: {result.data}")
         reporter.table(metrics_table(result.metrics))
-        reporter.table(_classes(result.classes))
-        reporter.say(f"every image's prediction: {result.predictions}")
-        reporter.say("each class: {classes}, {confusion}, {confusion_plot}".format(**result.classes.files))
+        _show_classes(reporter, result)
         details: dict[str, Any] = {"target": str(result.target), "provider": result.provider, "data": result.data}
-        details["classes"] = result.classes.summary()
-        files = {"predictions": str(result.predictions)}
-        files |= {name: str(path) for name, path in result.classes.files.items()}
+        details["classes"], class_files = _classes_result(result.classes)
+        files = {"predictions": str(result.predictions), **class_files}
         if result.priors is not None:
             reporter.text(f"priors against what the layers read, by {result.priors.statistics} statistics:")
             is_wide = reporter.output.width >= _WIDE
@@ -96,6 +93,23 @@ def evaluate(
             reporter.say(f"in numbers and drawn: {files['priors']}, {files['priors_plot']}")
             details["priors"] = result.priors.summary()
         reporter.finish({**metrics_result(result.metrics), **details}, files)
+
+
+def _show_classes(reporter: Reporter, result: Any) -> None:
+    for report in result.classes.values():
+        reporter.table(_classes(report))
+    reporter.say(f"every image's prediction: {result.predictions}")
+    for report in result.classes.values():
+        reporter.say("each class: {classes}, {confusion}, {confusion_plot}".format(**report.files))
+
+
+def _classes_result(reports: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """Return the classes for JSON and their files: of one kind of statistics by themselves, of both by kind."""
+    first, *others = reports
+    files = {name: str(path) for name, path in reports[first].files.items()}
+    files |= {f"{kind}_{name}": str(path) for kind in others for name, path in reports[kind].files.items()}
+    summaries = {kind: report.summary() for kind, report in reports.items()}
+    return summaries if others else summaries[first], files
 
 
 def _classes(report: Any) -> Table:

@@ -72,7 +72,7 @@ def export(
             f"top-1 {100 * result.top1_agreement:.1f} % ({result.provider})"
         )
         if result.stats != stats:
-            reporter.warn("no layer of this model can observe single images; it normalizes as in training")
+            reporter.warn("the layers of this model normalize in one way only, which the file holds")
         if result.latency is not None:
             _show_latency(reporter, result.latency)
         reporter.say(f"next: bkn eval {shlex.quote(str(result.path))}")

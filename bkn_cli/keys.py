@@ -35,9 +35,10 @@ def keys(
         from bkn_core.recipe_keys import recipe_keys
 
         found = recipe_keys(start)
-        table = Table(show_lines=len(found) > 1)
+        caption = "What a recipe says of a key shows `bkn train RECIPE --print-config`."
+        table = Table(show_lines=len(found) > 1, caption=caption, caption_justify="left")
         table.add_column("key", no_wrap=True)
-        table.add_column("default", overflow="fold")
+        table.add_column("without recipe", overflow="fold")
         table.add_column("meaning, and what is allowed", overflow="fold")
         for key in found:
             table.add_row(key.name, key.default, f"{key.meaning}\n{key.allowed}")

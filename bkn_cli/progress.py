@@ -49,7 +49,7 @@ class TrainingProgress:
         self.matrix: TaskID | None = None
         self.shares: dict[int, float] = {}
         self.reused = 0
-        self.loss, self.device, self.images, self.since = "", "", 0, time.perf_counter()
+        self.loss, self.device, self.heading, self.images, self.since = "", "", "", 0, time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
         self.bar.start()
@@ -72,11 +72,14 @@ class TrainingProgress:
         known = f", {event.priors} of {event.norms} norm layers with a prior" if event.priors else ""
         where = f", from step {event.step}" if event.step else ""
         held_out = f", {event.validation_images} validation" if event.validation_images else ""
-        self.reporter.say(
+        heading = (
             f"{event.train_images} training{held_out} and {event.test_images} test images, "
             f"{event.parameters:,} parameters"
             f"{known}, on {event.device}{where}"
         )
+        if heading != self.heading:  # the runs of a comparison often have one
+            self.reporter.say(heading)
+        self.heading = heading
         self.reporter.say(f"run folder: {event.run}")
         self.device = f"on {event.device}"
         self.bar.reset(self.task, total=event.steps, completed=event.step)

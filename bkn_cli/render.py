@@ -48,7 +48,9 @@ class Reporter:
         self.human.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Tell the user something to heed, and keep it for the JSON object."""
+        """Tell the user something to heed, once, and keep it for the JSON object."""
+        if text in self.warnings:
+            return
         self.warnings.append(text)
         self.say(Text.assemble(("note: ", "yellow"), text))
 

@@ -61,8 +61,7 @@ class _Notes(logging.Handler):
         self.reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (text := record.getMessage()) not in self.reporter.warnings:
-            self.reporter.warn(text)
+        self.reporter.warn(record.getMessage())
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, s
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
-from bkn_core.engine.sources import class_name
+from bkn_core.engine.sources import composed
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
+from bkn_core.kinds import check_statistics
 from bkn_core.recipe import DataConfig, EvalConfig, override_data
 
 
@@ -36,7 +37,7 @@ class EvaluationResult:
         predictions: the file with every image's label, prediction and loss.
         provider: "PyTorch" or the ONNX Runtime provider, with the device.
         data: whose test images were read, such as `npz in photos.npz`.
-        classes: precision and recall of each class and what it is taken for, by the first kind of statistics.
+        classes: precision and recall of each class and what it is taken for, by kind of statistics.
         warnings: what the user should know.
         priors: how well the layers' priors predict what they see, where that was asked for.
     """
@@ -46,7 +47,7 @@ class EvaluationResult:
     predictions: Path
     provider: str
     data: str
-    classes: ClassReport
+    classes: dict[str, ClassReport]
     warnings: tuple[str, ...] = ()
     priors: PriorReport | None = None
 
@@ -96,6 +97,7 @@ def _evaluate_weights(
     source = weights_path(path)
     weights = load_weights(source)
     recipe = weights.recipe
+    check_statistics(recipe.norm.kind, stats, asked="stats")
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)
@@ -121,15 +123,25 @@ def _evaluate_weights(
     return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), seen, notes, report)
 
 
-def _report_classes(target: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]) -> ClassReport:
-    kind = next(iter(metrics))
+def _report_classes(
+    target: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]
+) -> dict[str, ClassReport]:
+    """Report the classes by each kind of statistics; what is written of a second kind is named after it."""
+    reports: dict[str, ClassReport] = {}
+    for kind, measured in metrics.items():
+        suffix = f"-{kind}" if reports else ""
+        files = _class_files(target, suffix)
+        reports[kind] = report_classes(kind, measured, images.labels, images.classes, files)
+    return reports
+
+
+def _class_files(target: Path, suffix: str) -> dict[str, Path]:
+    names = {"classes": f"classes{suffix}.csv", "confusion": f"confusion{suffix}.csv"}
     if target.is_dir():
-        places = {"classes": "classes.csv", "confusion": "confusion.csv", "confusion_plot": "plots/confusion.png"}
-        files = {name: target / place for name, place in places.items()}
-    else:
-        endings = {"classes": ".classes.csv", "confusion": ".confusion.csv", "confusion_plot": ".confusion.png"}
-        files = {name: target.with_suffix(ending) for name, ending in endings.items()}
-    return report_classes(kind, metrics[kind], images.labels, images.classes, files)
+        plot = target / "plots" / f"confusion{suffix}.png"
+        return {**{key: target / name for key, name in names.items()}, "confusion_plot": plot}
+    names["confusion_plot"] = f"confusion{suffix}.png"
+    return {key: target.with_suffix(f".{name}") for key, name in names.items()}
 
 
 def _prior_files(target: Path) -> dict[str, Path]:
@@ -204,7 +216,7 @@ def _test_images(
         raise InputError(
             f"{path} names data that cannot be: {error.message}", "Name others: data.KEY=VALUE."
         ) from error
-    if [*map(class_name, images.classes)] != [*map(class_name, classes)]:
+    if [*map(composed, images.classes)] != [*map(composed, classes)]:
         raise InputError(
             f"the test images have {len(images.classes)} classes ({', '.join(images.classes[:3])} ...), "
             f"the model {len(classes)} ({', '.join(list(classes)[:3])} ...)",

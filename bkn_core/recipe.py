@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from bkn_core import recipe_file
 from bkn_core.errors import RecipeError
+from bkn_core.kinds import POPULATION_ONLY
 from bkn_core.recipe_bending import Asked
 from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
@@ -67,7 +68,9 @@ class Recipe(Section):
 
     @property
     def eval_stats(self) -> Literal["population", "batch", "both"]:
-        """The statistics of evaluation: each image by itself where training took each by itself."""
+        """The statistics of evaluation: each image by itself where training took each by itself and layers can."""
+        if self.norm.kind in POPULATION_ONLY:
+            return "population"
         auto: Literal["batch", "population"] = "batch" if self.batch.statistics == 1 else "population"
         return auto if self.eval.stats == "auto" else self.eval.stats
 

@@ -17,20 +17,25 @@ class Bend(NamedTuple):
     """What a key gives way to, and the value that it then has."""
 
     to: tuple[Key, ...]
-    value: Callable[[Values], Any]
+    value: Callable[[Values, Collection[Key]], Any]
 
 
-def _multiple(values: Values) -> int:
-    """The largest gradient batch of whole groups that is not above the one that was given, but one at least."""
-    gradient, statistics = (int(values["batch"][key]) for key in ("gradient", "statistics"))
-    return max(gradient // statistics, 1) * statistics
+def _multiple(values: Values, asked: Collection[Key]) -> int:
+    """The largest gradient batch of whole groups, and of whole forwards that a word asked for, up to the given one.
+
+    One group or forward at least.
+    """
+    gradient, statistics, per_device = (values["batch"][key] for key in ("gradient", "statistics", "per_device"))
+    is_whole = ("batch", "per_device") in asked and isinstance(per_device, int) and per_device % statistics == 0
+    part = per_device if is_whole and per_device else statistics
+    return int(max(gradient // part, 1) * part)
 
 
 _BENDS = {
     ("batch", "gradient"): Bend((("batch", "statistics"),), _multiple),
-    ("batch", "per_device"): Bend((("batch", "gradient"), ("batch", "statistics")), lambda _: None),
-    ("norm", "learn_gain"): Bend((("norm", "gain"),), lambda _: False),
-    ("optim", "nesterov"): Bend((("optim", "momentum"),), lambda _: False),
+    ("batch", "per_device"): Bend((("batch", "gradient"), ("batch", "statistics")), lambda *_: None),
+    ("norm", "learn_gain"): Bend((("norm", "gain"),), lambda *_: False),
+    ("optim", "nesterov"): Bend((("optim", "momentum"),), lambda *_: False),
 }
 
 
@@ -52,7 +57,7 @@ class Asked:
             bends = key in keys and key not in self.keys and key not in self.old
             if bends and any(master in self.keys and master in keys for master in masters):
                 self.old[key] = entries.get(key, Entry(self.defaults[key[0]][key[1]], "the default"))
-                entries[key] = Entry(value(self._values(entries)), self.old[key].place)
+                entries[key] = Entry(value(self._values(entries), self.keys), self.old[key].place)
                 return True
         return False
 

@@ -137,7 +137,9 @@ class BatchConfig(Section):
         multiple = f"give a multiple of batch.statistics ({self.statistics})"
         if self.gradient % self.statistics:
             raise ValueError(f"batch.gradient is {self.gradient}; {multiple}")
-        if self.per_device % self.statistics or self.gradient % self.per_device:
+        if self.per_device % self.statistics:
+            raise ValueError(f"batch.per_device is {self.per_device}; {multiple}")
+        if self.gradient % self.per_device:
             divides = f"that divides batch.gradient ({self.gradient})"
             raise ValueError(f"batch.per_device is {self.per_device}; {multiple} {divides}")
         return self

@@ -26,10 +26,10 @@ ARROWS: dict[str, set[str]] = {
     "quality": {"convert", "wiring", "norm"},
     "calibration": {"quality", "convert", "wiring", "norm"},
     "accumulation": {"convert", "wiring", "norm"},
-    "engine": {"accumulation", "calibration", "recipe", "convert", "population", "quality", "wiring", "norm"},
-    "evaluate": {"engine", "export", "recipe", "convert", "population", "quality", "norm"},
+    "engine": {"kinds", "accumulation", "calibration", "recipe", "convert", "population", "quality", "wiring", "norm"},
+    "evaluate": {"kinds", "engine", "export", "recipe", "convert", "population", "quality", "norm"},
     "export": {"kinds", "engine", "recipe", "convert", "population", "wiring", "norm"},
-    "compare": {"engine", "recipe", "convert", "population", "norm"},
+    "compare": {"kinds", "engine", "recipe", "convert", "population", "norm"},
 }
 HEAVY = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "scipy"}
 

@@ -183,7 +183,7 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
     base = path.with_name("base.yaml")
     message = faults(path, "optim.lr=0", "evall.topk=3", "oops", "log.every=[")
     assert message.splitlines() == [
-        "the recipe has 10 faults:",
+        "the recipe has 11 faults:",
         "command line 'oops': this is not KEY=VALUE; write for example norm.kind=bn",
         "command line 'log.every=[': not valid YAML: expected the node content, but found '<stream end>'",
         f"{path}:4: norm.kind is 'bnk'; choose one of {', '.join(KINDS)} (did you mean 'bkn'?)",
@@ -194,6 +194,7 @@ def test_all_faults_of_file_parent_and_words_are_reported_at_once(write: Any) ->
         f"{base}:2: train.seed is true; give an integer from 0 to 4294967295",
         "command line 'optim.lr=0': optim.lr is 0; give a finite number above 0",
         "command line 'evall.topk=3': evall.topk is not a key (did you mean 'eval.topk'?)",
+        f"{path}:6: batch.per_device is 7; give a multiple of batch.statistics (2)",
     ]
 
 
@@ -248,6 +249,10 @@ def test_fault_names_place_key_value_and_what_is_allowed(write: Any, text: str, 
             ["batch.gradient=128", "batch.statistics=3"],
             "batch.gradient is 128; give a multiple of batch.statistics (3)",
         ),
+        (
+            ["batch.per_device=128", "batch.statistics=3"],
+            "batch.per_device is 128; give a multiple of batch.statistics (3)",
+        ),
         (["batch.per_device=12"], "batch.per_device is 12; give a multiple of batch.statistics (2) that divides"),
     ],
 )
@@ -275,6 +280,12 @@ def test_the_same_values_pass_where_they_can_work(words: list[str]) -> None:
         (["batch.gradient=8"], "batch.per_device", 8, "is 8, not 64 ({}:1), to fit batch.gradient=8"),
         (["batch.statistics=3"], "batch.gradient", 126, "is 126, not 128 ({}:1), to fit batch.statistics=3"),
         (["batch.statistics=3"], "batch.per_device", 126, "is 126, not 64 ({}:1), to fit batch.statistics=3"),
+        (
+            ["batch.statistics=3", "batch.per_device=12"],
+            "batch.gradient",
+            120,
+            "is 120, not 128 ({}:1), to fit batch.statistics=3",
+        ),
         (["batch.statistics=200"], "batch.gradient", 200, "is 200, not 128 ({}:1), to fit batch.statistics=200"),
         (["norm.gain=1"], "norm.learn_gain", False, "is false, not true (the default), to fit norm.gain=1.0"),
         (["optim.momentum=0"], "optim.nesterov", False, "is false, not true (the default), to fit optim.momentum=0.0"),

@@ -13,11 +13,6 @@ from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import BknError, DivergedError
 from bkn_core.recipe import Recipe
 
-GROUPLESS = frozenset(
-    {"gn", "ln", "in", "fixed", "none", "gn_ws", "online", "frn", "evonorm", "frozen", "reference", "gkn", "normprop"}
-)
-"""Kinds of normalization that do not look at statistics groups: one run stands for every statistics batch size."""
-
 
 class Place(NamedTuple):
     """What the cells of a row share: all but seed and learning rate."""

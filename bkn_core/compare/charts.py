@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.compare.curves import draw_row, draw_unfinished
 from bkn_core.compare.drawing import Picture, new_axis, to_picture
 from bkn_core.compare.histories import common_points, history, measured_on
@@ -14,6 +14,7 @@ from bkn_core.compare.looks import Look, give_looks, series
 from bkn_core.compare.rows import Comparison, Row
 from bkn_core.compare.words import MODES
 from bkn_core.engine.plots import plain
+from bkn_core.kinds import GROUPLESS
 
 _OVER = {"step": "optimizer steps", "seconds": "seconds of training"}
 _EQUAL = 0.5  # points: half a one is no difference

@@ -34,6 +34,9 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
             for cell in cells:
                 if row.holds(cell) and cell.status != "finished" and cell.chosen:
                     draw_unfinished(axis, history(cell, mode), "epoch", look, plain(f"{row.label}: {_ends(row)}"))
+        if not any(len(line.get_xdata()) for line in axis.get_lines()):
+            axis.set_ylim(0, 100)
+            axis.text(0.5, 0.5, "no run finished an epoch", transform=axis.transAxes, ha="center", color="gray")
         axis.set(title=_TITLES[mode])
         count_epochs(axis)
         axis.spines[["top", "right"]].set_visible(False)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bkn_core.compare.cells import GROUPLESS
 from bkn_core.compare.rows import Row
 from bkn_core.engine.plots import NORM_COLORS, NORM_MARKERS
+from bkn_core.kinds import GROUPLESS
 
 _Line = str | tuple[int, tuple[int, ...]]
 LINES: tuple[_Line, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (12, 3, 3, 3)))

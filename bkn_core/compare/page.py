@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.compare.charts import draw_differences, draw_sizes, draw_training
 from bkn_core.compare.columns import Table, tabulate
 from bkn_core.compare.commands import command
@@ -18,6 +18,7 @@ from bkn_core.compare.words import MODES, Finding, cautions, findings
 from bkn_core.engine.insides import look_inside
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import BknError
+from bkn_core.kinds import GROUPLESS
 from bkn_core.recipe import Recipe
 
 _INK = (0.2, 0.2, 0.2)

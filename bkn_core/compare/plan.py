@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bkn_core.compare.cells import GROUPLESS
 from bkn_core.errors import RecipeError
+from bkn_core.kinds import GROUPLESS, POPULATION_ONLY
 from bkn_core.recipe import BatchConfig, NormConfig, Recipe, dump_recipe, load_recipe
 
-# Their layers have no evaluation by an image's own statistics.
-_POPULATION_ONLY = frozenset({"brn", "fixed", "mabn", "online", "frozen", "reference", "iternorm", "normprop", "cbn"})
 Load = Callable[[Sequence[str]], Recipe]
 
 
@@ -136,7 +134,7 @@ def _check_norm(base: Recipe, norms: Sequence[str]) -> None:
 
 
 def _words(base: Recipe, norm: str, gradient: int, statistics: int, seed: int) -> list[str]:
-    stats = "population" if norm in _POPULATION_ONLY else "both"
+    stats = "population" if norm in POPULATION_ONLY else "both"
     return [
         f"norm.kind={norm}",
         f"batch.gradient={gradient}",

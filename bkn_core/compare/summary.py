@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bkn_core.compare.cells import GROUPLESS, Cell, Place, reference_place
+from bkn_core.compare.cells import Cell, Place, reference_place
 from bkn_core.compare.predictions import correct_together, has_predictions
 from bkn_core.compare.rates import at_edge, tried_rates
 from bkn_core.compare.rows import Comparison, Equivalence, Row, Spread
@@ -20,6 +20,7 @@ from bkn_core.compare.statistics import (
     paired_t,
     two_level_interval,
 )
+from bkn_core.kinds import GROUPLESS
 
 MARGIN = 0.005
 """Half a point: differences inside it do not matter."""

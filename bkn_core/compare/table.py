@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from bkn_core.compare.cells import GROUPLESS, Cell
+from bkn_core.compare.cells import Cell
 from bkn_core.compare.rows import Comparison, Rate, Row, Spread
+from bkn_core.kinds import GROUPLESS
 
 _NONE = "–"
 _TESTS = (

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from bkn_core.engine.archives import ARCHIVE_FAULTS, open_archive
-from bkn_core.engine.sources import ArraySource, Source, class_name, hold_out
+from bkn_core.engine.sources import ArraySource, Source, composed, hold_out
 from bkn_core.errors import InputError, located
 
 DIGITS_TEST_IMAGES = 360
@@ -87,7 +87,7 @@ def _labels(archive: zipfile.ZipFile, name: str, images: int) -> npt.NDArray[np.
 
 def _classes(archive: zipfile.ZipFile, train_labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     if "classes.npy" in archive.namelist():
-        names = [class_name(str(name)) for name in _read(archive, "classes").ravel()]
+        names = [composed(str(name)) for name in _read(archive, "classes").ravel()]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(
                 f"{archive.filename}: classes holds {twice[0]!r} twice", "Give each class a name of its own."

@@ -19,7 +19,9 @@ from bkn_core.engine.models import build_network, check_network, example_images,
 from bkn_core.engine.objective import Objective
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
-from bkn_core.errors import RecipeError
+from bkn_core.errors import RecipeError, StatisticsError
+from bkn_core.kinds import GROUPLESS, check_statistics
+from bkn_core.norm.replacement import copied
 from bkn_core.norm.rivals.reference import REFERENCE_IMAGES
 from bkn_core.recipe import NormConfig, Recipe
 
@@ -35,6 +37,7 @@ def load_splits(recipe: Recipe) -> DataSplits:
         RecipeError: keys that do not fit each other or the data.
     """
     data, name = check_recipe(recipe).data, recipe.model.name
+    check_statistics(recipe.norm.kind, recipe.eval.stats, asked="eval.stats")
     splits = load_data(
         data.name,
         root=data.root,
@@ -55,11 +58,24 @@ def load_splits(recipe: Recipe) -> DataSplits:
             "measured on.",
         )
     Objective(recipe, splits, recipe.batch.per_device, torch.device("cpu"))  # refused here, also by those who only look
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *_batch_notes(recipe, len(splits.train))))
     colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
     if colours is None:
         return splits
     mean, std = colours
     return dataclasses.replace(splits, preprocess=dataclasses.replace(splits.preprocess, mean=mean, std=std))
+
+
+def _batch_notes(recipe: Recipe, images: int) -> Iterator[str]:
+    """Say where training images are too few for the batches that the recipe asks for."""
+    gradient, statistics = recipe.batch.gradient, recipe.batch.statistics
+    rest = images if gradient > images else images % gradient
+    group = f", fewer than batch.statistics ({statistics}): they are one group"
+    group = group if 0 < rest < statistics and recipe.norm.kind not in GROUPLESS else ""
+    if gradient > images:
+        yield f"batch.gradient is {gradient}: each epoch is one step with all {images} training images{group}"
+    elif group:
+        yield f"the last step of each epoch has {rest} images{group}"
 
 
 def check_recipe(recipe: Recipe) -> Recipe:
@@ -92,6 +108,7 @@ def build_model(
 
     Raises:
         RecipeError, ConversionError: the recipe's model or normalization cannot be built.
+        StatisticsError: a layer normalizes every value of an image by itself, so that nothing is left of it.
         InputError: pretrained weights cannot be read.
     """
     norm = check_recipe(recipe).norm
@@ -103,6 +120,7 @@ def build_model(
     model = convert(network, example, **_norm_options(recipe, preprocess, images, example))
     if pretrained and norm.kind == "bkn" and norm.transition == "network" and (norm.innovation or norm.correction):
         calibrate_priors_(model)
+    _check_values(model, recipe, example)
     return model
 
 
@@ -114,6 +132,26 @@ def build_outline(recipe: Recipe, preprocess: Preprocess, classes: tuple[str, ..
     """
     with torch.device("meta"):
         return _network(recipe, preprocess, len(classes), pretrained=False)
+
+
+@torch.no_grad()
+def _check_values(model: nn.Module, recipe: Recipe, example: Tensor) -> None:
+    """Refuse groups of channels that hold one value in an image, from which its normalization leaves 0."""
+
+    def check(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.GroupNorm) and inputs[0][0].numel() == layer.num_groups:
+            height, width = example.shape[2:]
+            raise StatisticsError(
+                f"norm.kind is {recipe.norm.kind}, but of images of {height} x {width} a layer of {recipe.model.name} "
+                f"sees one value in each of its {layer.num_groups} groups of channels: normalized, nothing is left",
+                "Raise data.image_size, or take another norm.kind or model.name.",
+            )
+
+    if any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
+        replica = copied(model).eval()
+        for layer in replica.modules():
+            layer.register_forward_pre_hook(check)
+        replica(example)
 
 
 def _network(recipe: Recipe, preprocess: Preprocess, classes: int, *, pretrained: bool) -> nn.Module:

@@ -77,7 +77,7 @@ def report_classes(
     _write_csv(files["classes"], [["class", *fields], *lines])
     matrix = [[name, *line] for name, line in zip(classes, counts.tolist(), strict=True)]
     _write_csv(files["confusion"], [["class \\ predicted", *classes], *matrix])
-    _draw(files["confusion_plot"], counts, classes, support)
+    _draw(files["confusion_plot"], f"Confusion matrix by {statistics} statistics", counts, classes, support)
     return ClassReport(statistics, counts, rows, files)
 
 
@@ -95,7 +95,7 @@ def _write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
     write_with(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
-def _draw(path: Path, counts: NDArray[np.int64], classes: Sequence[str], support: Sequence[int]) -> None:
+def _draw(path: Path, title: str, counts: NDArray[np.int64], classes: Sequence[str], support: Sequence[int]) -> None:
     """Draw the share of each class that was taken for each."""
     shares = counts / np.maximum(np.array(support)[:, None], 1)
     names = [plain(name[:24]) for name in classes]
@@ -104,7 +104,7 @@ def _draw(path: Path, counts: NDArray[np.int64], classes: Sequence[str], support
     axis = figure.subplots()
     image = axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, label="% of the class", shrink=0.8)
-    axis.set(xlabel="predicted class", ylabel="class", title="Confusion matrix")
+    axis.set(xlabel="predicted class", ylabel="class", title=title)
     if len(classes) <= _NAMED:
         axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="center")
         axis.set_yticks(range(len(names)), names)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet
-from bkn_core.engine.sources import class_name, tensor_digest
+from bkn_core.engine.sources import composed, tensor_digest
 from bkn_core.errors import InputError
 
 _NAMES = 5  # classes that a message names
@@ -40,7 +40,7 @@ def check_data(saved: dict[str, Any], found: dict[str, Any]) -> None:
             f"the saved state is of other parts of the data than there are: {before} then, {now} now",
             "Put the data back as it was, such as without a folder val (earlier versions left it out), or train anew.",
         )
-    changes = [*_class_changes(*([*map(class_name, facts["classes"])] for facts in (saved, found)))]
+    changes = [*_class_changes(*([*map(composed, facts["classes"])] for facts in (saved, found)))]
     changes += [change for name in found if name != "classes" for change in _changes(name, saved[name], found[name])]
     if changes:
         raise InputError(

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 
 from bkn_core.engine.pictures import SUFFIXES, is_picture, open_picture
-from bkn_core.engine.sources import Opened, PictureSource, Source, class_name, hold_out
+from bkn_core.engine.sources import Opened, PictureSource, Source, composed, hold_out
 from bkn_core.engine.trees import FolderTree, Tree, beneath, files_under, open_tree
 from bkn_core.errors import InputError, located
+from bkn_core.recipe_words import printable_path
 
 TRAIN, TEST = "train", "test"
 VALIDATION = ("val", "valid", "validation")
@@ -30,23 +31,31 @@ VALIDATION_LAYOUT = "Expected FOLDER/CLASS/*.png (or jpg ...), with the classes 
 
 # Paths of the pictures of each class.
 Classes = dict[str, list[str]]
-LOOSE = "in no class folder"
+NAMED = 3  # files that a note names
 
 
 class LeftOut(NamedTuple):
-    """What lies among the data and is not read: folders by name, files counted by suffix, or loose pictures."""
+    """What lies among the data and is not read: folders by name, files that are no pictures, pictures of no class."""
 
     folders: list[str]
-    files: Counter[str]
+    files: list[str]
+    loose: list[str]
 
     def notes(self, root: Path) -> tuple[str, ...]:
         """Say it, where there is anything."""
-        formats = [f"{count} {suffix}" for suffix, count in self.files.most_common() if suffix != LOOSE]
-        loose = self.files[LOOSE]
-        parts = [f"{', '.join(formats)} (no format that is read)"] if formats else []
-        parts += [f"{loose} pictures {LOOSE}"] if loose else []
-        parts += [f"the folders {', '.join(self.folders)} (neither training nor test images)"] if self.folders else []
+        suffixes = Counter(os.path.splitext(path)[1].lower() or "without a suffix" for path in self.files)
+        formats = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        parts = [f"{formats} (no format that is read){_examples(self.files)}"] if self.files else []
+        parts += [f"{len(self.loose)} pictures in no class folder{_examples(self.loose)}"] if self.loose else []
+        folders = ", ".join(map(printable_path, self.folders))
+        parts += [f"the folders {folders} (neither training nor test images)"] if self.folders else []
         return (f"{root}: left out are {'; '.join(parts)}",) if parts else ()
+
+
+def _examples(paths: list[str]) -> str:
+    """Name a few files, or all of those that are few."""
+    few = ", ".join(map(printable_path, paths[:NAMED]))
+    return f", such as {few}" if len(paths) > NAMED else f": {few}"
 
 
 def open_image_folder(root: Path) -> Opened:
@@ -65,9 +74,9 @@ def open_image_folder(root: Path) -> Opened:
     tree = open_tree(root)
     top, names = _enter(tree)
     splits = _splits(root, names)
-    left_out = LeftOut([name for name in names if name not in splits.values()] if splits else [], Counter())
+    left_out = LeftOut([name for name in names if name not in splits.values()] if splits else [], [], [])
     if splits:
-        left_out.files[LOOSE] += sum(is_picture(name) for name, is_folder in tree.entries(top) if not is_folder)
+        left_out.loose.extend(_loose(tree, top))
     parts = {split: _classes(tree, beneath(top, name), left_out) for split, name in (splits or {TRAIN: ""}).items()}
     places = {split: root / top / splits.get(split, "") for split in parts}
     _refuse_uneven(parts, places, root)
@@ -99,7 +108,7 @@ def open_validation_folder(folder: Path, taken: Mapping[str, Path], classes: tup
                 f"data.validation {folder} holds the {purpose} images themselves",
                 "Choices are made on images of their own: name another folder, or give a share such as 0.1.",
             )
-    tree, left_out = FolderTree(folder), LeftOut([], Counter())
+    tree, left_out = FolderTree(folder), LeftOut([], [], [])
     found = _classes(tree, "", left_out)
     for name in sorted(set(found).symmetric_difference(classes)):
         where = f"not in {TRAIN}" if name in found else f"in {TRAIN} but not there"
@@ -139,24 +148,23 @@ def _splits(root: Path, names: list[str]) -> dict[str, str]:
 
 
 def _classes(tree: Tree, folder: str, left_out: LeftOut) -> Classes:
-    """Return the pictures of each class of a folder, at any depth, and count the files that are none."""
+    """Return the pictures of each class of a folder, at any depth, and list the files that are none."""
     classes: Classes = {}
-    for name, is_folder in tree.entries(folder):
-        if not is_folder:
-            left_out.files[LOOSE] += is_picture(name)
-            continue
-        pictures = classes.setdefault(class_name(name), [])
+    left_out.loose.extend(_loose(tree, folder))
+    for name in (name for name, is_folder in tree.entries(folder) if is_folder):
+        pictures = classes.setdefault(composed(name), [])
         for path in files_under(tree, beneath(folder, name)):
-            if is_picture(path):
-                pictures.append(path)
-            else:
-                left_out.files[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
+            (pictures if is_picture(path) else left_out.files).append(path)
     return classes
+
+
+def _loose(tree: Tree, folder: str) -> list[str]:
+    return [beneath(folder, name) for name, is_folder in tree.entries(folder) if not is_folder and is_picture(name)]
 
 
 def _source(tree: Tree, listing: Classes) -> PictureSource:
     classes = tuple(sorted(listing))
-    paths = [path for name in classes for path in sorted(listing[name])]
+    paths = [path for name in classes for path in sorted(listing[name], key=lambda path: (composed(path), path))]
     counts = torch.tensor([len(listing[name]) for name in classes], dtype=torch.int64)
 
     def name(index: int) -> str:
@@ -168,7 +176,7 @@ def _source(tree: Tree, listing: Classes) -> PictureSource:
         lambda index: open_picture(tree.read(paths[index]), name(index)),
         name,
         THREADS,
-        lambda index: f"{paths[index]} {tree.stamp(paths[index])}",
+        lambda index: f"{composed(paths[index])} {tree.stamp(paths[index])}",
     )
 
 

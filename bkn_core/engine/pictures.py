@@ -126,6 +126,8 @@ def resize(images: Tensor, image_size: tuple[int, int], fit: Fit = "stretch") ->
     if fit == "pad":
         whole = [max(1, round(width * own_height / own_width)), max(1, round(height * own_width / own_height))]
         inner = [min(whole[0], height), min(whole[1], width)]
+    if inner == [1, 1]:  # in another layout PyTorch's kernel for three channels fails an assertion of its own
+        images = images.contiguous(memory_format=torch.channels_last)
     resized: Tensor = functional.resize(images, inner, antialias=True)
     if inner == [height, width]:
         return resized

@@ -133,7 +133,7 @@ def _label(variance: Any, mean: Any) -> None:
     factors.set_xticks(*zip(*((math.log(f), f"{f:g}") for f in _FACTORS if low <= math.log(f) <= high), strict=True))
     factors.set_xlabel("observed / predicted variance")
     variance.set_xlabel("log(observed / predicted variance); right of 0 the prior is too small")
-    mean.set_xlim(left=0)
+    mean.set_xlim(left=-0.02 * mean.get_xlim()[1])  # markers at 0 stay whole
     mean.set_xlabel("error of the mean in standard deviations")
     mean.set_title("medians and quartiles over channels", fontsize=9)
     for axis in (variance, mean):

@@ -176,8 +176,8 @@ class Opened(NamedTuple):
     places: Mapping[str, Path] = MappingProxyType({})
 
 
-def class_name(name: str) -> str:
-    """Return the one spelling of a class's name: macOS writes é as two characters, others as one."""
+def composed(name: str) -> str:
+    """Return the one spelling of the name of a class or file: macOS writes é as two characters, others as one."""
     return unicodedata.normalize("NFC", name)
 
 

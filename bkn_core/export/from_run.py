@@ -16,6 +16,7 @@ from bkn_core.engine.run_folder import newest_run
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, RecipeError
 from bkn_core.export.onnx_file import ExportResult, export_model
+from bkn_core.kinds import check_statistics
 from bkn_core.recipe import DataConfig
 
 _IMAGES = 64  # real test images that the file and the model must agree on
@@ -54,6 +55,7 @@ def export_onnx(
         raise RecipeError(f"{output} does not end in .onnx", "Give the name of a file, such as model.onnx.")
     weights = load_weights(weights_path(newest_run() if run is None else Path(run)))
     preprocess, recipe = weights.preprocess, weights.recipe
+    check_statistics(recipe.norm.kind, stats, asked="stats")
     data = recipe.data
     try:
         images = _images(data, preprocess) if may_choose(data) else None

@@ -118,6 +118,14 @@ def test_a_matrix_ends_in_a_table_without_a_spread_of_one_seed(inside: Path) -> 
     assert document["result"]["summary"][0]["top1"]["population"]["sd"] is None
 
 
+def test_what_all_runs_have_to_say_is_said_once(inside: Path) -> None:
+    words = (*TINY, "batch.gradient=48", "--norms", "bn,brn", "--statistics-batch-sizes", "24", "--json")
+    result = call("compare", *words)
+    (note,) = json.loads(result.stdout)["warnings"]
+    assert "the last step of each epoch has 16 images" in note
+    assert [result.stderr.count(text) for text in (note, "64 training and 32 test images", "run folder: ")] == [1, 1, 2]
+
+
 def test_finished_runs_are_set_side_by_side(run: Path, inside: Path) -> None:
     document = json.loads(call("compare", str(run), "--json").stdout)
     cell = document["result"]["cells"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import io
 import json
@@ -27,9 +28,19 @@ def test_a_run_measures_as_its_training_did(answer: dict[str, Any], run: Path) -
 
 
 def test_both_kinds_of_statistics_have_their_own_measures(run: Path) -> None:
-    result = json.loads(call("eval", str(run), "--stats", "both", "--json").stdout)["result"]
+    document = json.loads(call("eval", str(run), "--stats", "both", "--json").stdout)
+    result, artifacts = document["result"], document["artifacts"]
     assert {"top1", "loss"} <= result["population"].keys() & result["batch"].keys()
     assert result["top1"] == result["population"]["top1"]
+    for kind, file in (("population", artifacts["classes"]), ("batch", artifacts["batch_classes"])):
+        rows = result["classes"][kind]
+        found = sum(row["recall"] * row["support"] for row in rows if row["support"])
+        assert found / result[kind]["images"] == pytest.approx(result[kind]["top1"])
+        with open(file, newline="") as text:
+            written = [row["recall"] for row in csv.DictReader(text)]
+        assert written == ["" if row["recall"] is None else str(row["recall"]) for row in rows]
+    words = call("eval", str(run), "--stats", "both").stdout
+    assert "by population statistics" in words and "by batch statistics" in words
 
 
 def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_path: Path) -> None:

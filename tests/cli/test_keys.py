@@ -59,6 +59,7 @@ def test_keys_that_begin_so_are_listed_with_their_section_or_without() -> None:
     ]
     text = call("keys", "norm.k").stdout
     assert "norm.kind" in text and "bkn, bn, brn, gn" in text and "norm.gain" not in text
+    assert "without recipe" in text and "--print-config" in text  # what a recipe says is another matter
 
 
 def test_a_key_that_does_not_exist_is_refused_with_the_nearest(refuse: Callable[..., dict[str, Any]]) -> None:

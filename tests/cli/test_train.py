@@ -171,7 +171,9 @@ def test_a_named_place_of_data_is_trained_on(inside: Path, kind: str) -> None:
     assert answer["result"]["steps"] == 4
     if kind != "npz":
         left_out, held_out = answer["warnings"]
-        assert left_out == f"{place.name}: left out are 2 .heic (no format that is read)"
+        assert left_out == (
+            f"{place.name}: left out are 2 .heic (no format that is read): cat/photo.heic, dog/photo.heic"
+        )
         assert f"{place.name} has no folder of test images: 4 of its 20 images" in held_out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,17 @@ def test_images_that_are_not_in_memory_are_known_by_their_files(
     draw(root / "train" / "cat" / f"1.{SUFFIX}", 99, height)
     with pytest.raises(InputError, match="trained on: other content of the training images\n"):
         check_data(before, found())
+
+
+@pytest.mark.parametrize("limit", [0, data.MEMORY_LIMIT])
+def test_names_of_files_may_be_composed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As where a folder of a Mac was copied to Linux: e with an accent sorts before f, é as one character after it."""
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    found = []
+    for form in ("NFC", "NFD"):
+        root = write_pictures(tmp_path / form)
+        for path, name in ((root / "train" / "cat", "\u00e9"), (root / "train" / "dog", "f")):
+            draw(path / f"{unicodedata.normalize(form, name)}.{SUFFIX}", 50)
+        draw(root / "train" / "cat" / f"f.{SUFFIX}", 60)
+        found.append(fingerprint(load_data("imagefolder", root=root, image_size=8)))
+    check_data(*found)

@@ -77,7 +77,7 @@ def test_what_pillow_writes_under_its_usual_names_is_read(tmp_path: Path) -> Non
     assert opened.notes == ()
 
 
-def test_what_is_left_out_is_counted_and_said(packed: Pack) -> None:
+def test_what_is_left_out_is_counted_and_named(packed: Pack) -> None:
     root = packed(
         "train/cat/{2}.png",
         "train/cat/{3}.heic",
@@ -92,7 +92,8 @@ def test_what_is_left_out_is_counted_and_said(packed: Pack) -> None:
         "train/cat/.0.png",
     )
     assert open_image_folder(root).notes == (
-        f"{root}: left out are 3 .heic, 1 .txt (no format that is read); 3 pictures in no class folder; "
+        f"{root}: left out are 3 .heic, 1 .txt (no format that is read), such as train/cat/0.heic, train/cat/1.heic, "
+        "train/cat/2.heic; 3 pictures in no class folder: stray.png, train/0.png, train/1.png; "
         "the folders extra (neither training nor test images)",
     )
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bkn_core.engine import pictures
-from bkn_core.engine.pictures import decode, is_grey, open_picture, recolor, resize
+from bkn_core.engine.pictures import Fit, decode, is_grey, open_picture, recolor, resize
 from bkn_core.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -208,3 +208,11 @@ def test_any_shape_fits_any_size(shape: tuple[int, int], size: tuple[int, int], 
     found = resize(images, size, fit)
     assert found.shape == (2, 3, *size)
     assert (found == 200).all() if fit == "crop" else ((found == 200) | (found == 0)).all()
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 100, 70), (16, 3, 5, 9), (4, 3, 1, 1)])
+def test_a_picture_may_become_one_pixel(shape: tuple[int, ...], fit: Fit) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    channels = [resize(channel, (1, 1), fit) for channel in images.split(1, 1)]
+    assert torch.equal(resize(images, (1, 1), fit), torch.cat(channels, 1))
