@@ -9,13 +9,17 @@ that they run after have a gradient:
 
 so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway, and
 likewise for δ. With few images h is noise that belongs to the very images that ∇ι is computed from. So a layer
-remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and n images use
+remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
+the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
+or processes.
 
-    (1-α) h̄ + α h,   α = clip( (n - 32) / (128 - 32), 0, 1)
+There is one exception. Where many images are in a forward and its h suddenly is many times larger, as when some are
+misread with confidence, the step would go where ι takes it back, by many times its usual length (`docs/method.md`
+tells of a training that three such steps spoiled). So a forward of n images uses
 
-Up to 32 images the gradient is linear in what each group shows: it does not depend on how the images of a step are
-split over forwards or processes. With 128, as many as batch normalization wants, a forward knows its own h.
+    h̄ + α ( u - clip(u, ±30 rms_C(h̄)) ),   u = h - h̄,   α = clip( (n - 32) / (128 - 32), 0, 1)
 
+With few images an h of that size is common, and noise of the very images.
 Backward passes gather h, and the next forward takes it into h̄.
 The scale of the weights cancels in ι, so an old h̄ moves no norm of a weight. h̄ has the scale of the loss that it was
 measured with; another one, as mixed precision sets it now and then, is known after some steps.
@@ -33,7 +37,8 @@ from bkn_core.norm.kalman import Gaussian, average_over_groups, limited
 from bkn_core.norm.nodes import once_differentiable
 
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
-FEW, MANY = 32, 128  # images of a forward from which its own sensitivity counts, and counts alone
+USUAL = 30.0  # times the root mean square of h̄, by which the h of a forward may differ from it
+FEW, MANY = 32, 128  # images of a forward from which what is beyond is followed, and followed wholly
 LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
 
 
@@ -84,27 +89,27 @@ def remembered(used: Tensor, gathered: Tensor) -> Tensor:
 
 
 def own_part(images: int | Tensor) -> float | Tensor:
-    """Return the part α that a forward of so many images has in the sensitivity that it uses."""
+    """Return the part α of what is beyond the usual that a forward of so many images follows."""
     part = (images - FEW) / (MANY - FEW)
     return part.clamp(0, 1) if isinstance(part, Tensor) else min(1.0, max(0.0, part))
 
 
 def used(running: Tensor, seen: Tensor, images: int | Tensor) -> Tensor:
-    """Return the sensitivity that a backward pass uses.
-
-        (1-α) h̄ + α h
+    """Return the sensitivity that a backward pass uses: h̄, and of its own h what is beyond the usual.
 
     Args:
-        running: h̄.
-        seen: h, left out where it is not finite.
+        running: h̄; 0 in all channels before the first is known, and then used as it is.
+        seen: h, ignored where it is not finite.
         images: n, how many h sums over.
 
     Shape:
         running (2, C), seen (2, C) -> (2, C).
     """
-    seen, part = seen.to(running.dtype), own_part(images)
-    part = part.to(running.dtype) if isinstance(part, Tensor) else part
-    return torch.lerp(running, torch.where(seen.isfinite(), seen, running), part)
+    usual = USUAL * running.square().mean(-1, keepdim=True).sqrt()
+    surplus = seen.to(running.dtype) - running
+    beyond = surplus - torch.minimum(torch.maximum(surplus, -usual), usual)
+    followed = (running + own_part(images) * beyond).to(running.dtype)
+    return torch.where(surplus.isfinite() & (usual > 0), followed, running)
 
 
 def scales(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:

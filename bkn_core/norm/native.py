@@ -152,7 +152,7 @@ def normalize_backward(
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
     slots = [*shape, *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
     slots += map(address, (gain, weight, statistics, to_statistics, dx, to_weight, to_bias, *prior, *sensitivity))
-    run("bkn_backward", [*slots, bits_of(eps), *[0] * 6])
+    run("bkn_backward", [*slots, bits_of(eps), *[0] * 8])
     return dx, prior, to_weight, to_bias
 
 

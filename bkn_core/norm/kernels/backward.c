@@ -6,7 +6,7 @@
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
 
 static const double LARGEST_GRADIENT = 1e30; /* of the gain by one channel of one group: their sum stays finite */
-static const double LARGEST_RATIO = 10, FEW = 32, MANY = 128; /* as in `following.py` */
+static const double LARGEST_RATIO = 10, USUAL = 30, FEW = 32, MANY = 128; /* as in `following.py` */
 
 static double limited(double value, double limit)
 {
@@ -74,18 +74,30 @@ static void remember(const Backward *b, int64_t c, double variance, double mean)
     b->gathered[2 * b->channels + c] += 1;
 }
 
-/* The part that a pass of so many images has in the sensitivity that it uses. */
+/* The part of what is beyond the usual that a pass of so many images follows. */
 static double own_part(double images)
 {
     double part = (images - FEW) / (MANY - FEW);
     return part > 1 ? 1 : part > 0 ? part : 0;
 }
 
-/* The sensitivity to the innovation of the variance (0) or of the mean (1), of the passes before and of this one. */
+/* By how much the sensitivity of the variance (0) or of the mean (1) may differ from its running mean. */
+static double usual(const Backward *b, int i)
+{
+    const float *running = b->sensitivity + i * b->channels;
+    double squares = 0;
+    for (int64_t c = 0; c < b->channels; c++)
+        squares += (double)running[c] * running[c];
+    return USUAL * sqrt(squares / (double)b->channels);
+}
+
+/* The sensitivity of the passes before, and of this one's what is beyond the usual. */
 static double used(const Backward *b, int64_t c, int i, double seen)
 {
-    double running = b->sensitivity[i * b->channels + c];
-    return isfinite((float)seen) ? running + b->own_part * (seen - running) : running;
+    double running = b->sensitivity[i * b->channels + c], surplus = seen - running;
+    if (!(b->usual[i] > 0) || !isfinite((float)seen))
+        return running;
+    return running + b->own_part * (surplus - limited(surplus, b->usual[i]));
 }
 
 /* What the gradient of the innovations adds to every group. */
@@ -200,6 +212,8 @@ int bkn_backward(const Backward *given)
     int failed = !b.sums || !b.coefficients || !b.gain_parts;
     b.failed = &failed;
     b.own_part = own_part((double)(b.groups * b.images));
+    for (int i = 0; b.gathered && i < 2; i++)
+        b.usual[i] = usual(&b, i);
     if (!failed && b.is_channels_last) {
         run(sum_stretches, &b, b.groups * b.parts, b.threads);
         run(differentiate_channels, &b, b.channels, threads_for(COST * plane * b.parts, b.threads));

@@ -35,7 +35,8 @@ typedef struct {
     float *coefficients; /* (G, 4, C): dx = k0 dy + (k1 (x - k2) + k3) */
     double *gain_parts;  /* (C,) */
     int *failed;         /* a thread found no memory */
-    double own_part;     /* that a pass has in the sensitivity it uses */
+    double usual[2];     /* by how much a sensitivity may differ from its running mean */
+    double own_part;     /* of what is beyond it, that is followed */
 } Backward;
 
 typedef struct {
