@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from bkn_core.engine.models import build_network, initialize
+from bkn_core.engine.cifar_networks import initialize
+from bkn_core.engine.models import build_network
 
 CLASSIFIERS = ("cifar_plain", "cifar_resnet8", "cifar_resnet20", "cifar_preact_resnet14", "mobile")
 SEGMENTER = "unet"

@@ -69,7 +69,7 @@ class ModelConfig(Section):
 
     name: Text = Field(
         default="cifar_resnet8",
-        title="cifar_plain, cifar_resnetN, cifar_preact_resnetN, one of torchvision's, or timm:NAME",
+        title="cifar_plain, cifar_resnetN, cifar_preact_resnetN, inception_v2, one of torchvision's, or timm:NAME",
     )
     pretrained: Flag = Field(default=False, title="begin with the published weights of torchvision or timm")
     args: Arguments = Field(default={}, title="arguments of the network, such as model.args.width=32")

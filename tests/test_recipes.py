@@ -39,7 +39,7 @@ def test_header_tells_purpose_command_and_result(path: Path) -> None:
     assert purpose.startswith("# Purpose: ")
     expected = r"# Command: bkn train" if path.stem == "digits_micro" else rf"# Command: bkn train {path.stem}( .*)?"
     assert re.fullmatch(expected, command)
-    assert result == "# Result: see docs/results.md"
+    assert re.fullmatch(r"# Result: (see docs/results\.md|not run here: needs .+)", result)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ from bkn_core.engine.folders import open_image_folder, open_validation_folder
 from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
 from bkn_core.engine.preprocess import Preprocess, channel_statistics
 from bkn_core.engine.sources import PICTURE_CHUNK, Opened, PictureSource, Source, choose, hold_out
-from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
+from bkn_core.engine.torchvision_sets import NAMES, open_torchvision, unpacked
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe_sections import OWN_DATA
 
@@ -233,7 +233,8 @@ def _open(name: str, root: Path, *, download: bool) -> Opened:
     if name == "digits":
         return Opened(*open_digits())
     if name == "imagefolder":
-        return open_image_folder(root)
+        place = unpacked(root)
+        return open_image_folder(root) if place is None else Opened(*open_torchvision(*place, download=False))
     if name == "npz":
         return Opened(*open_npz(root))
     if name in NAMES:

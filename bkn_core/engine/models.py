@@ -1,4 +1,4 @@
-"""Models by name: small residual and plain networks for small images, any torchvision or timm classifier."""
+"""Models by name: small networks for small images, Inception, any torchvision or timm classifier."""
 
 from __future__ import annotations
 
@@ -9,119 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from bkn_core.engine.cifar_networks import CifarPlain, CifarResNet
+from bkn_core.engine.inception import InceptionV2
 from bkn_core.errors import BknError, InputError, RecipeError
 from bkn_core.norm.replacement import copied
 
 _RESIDUAL = re.compile(r"cifar_(preact_)?resnet([0-9]{1,9})")
 _DEEPEST = 1202  # of arXiv 1512.03385
-
-
-class Block(nn.Module):
-    """Two 3×3 convolutions with a shortcut, normalized after each convolution."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the block to its input."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y)) + self.shortcut(x)
-        return F.relu(y)
-
-
-class PreActivationBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut, normalized before each convolution (arXiv 1603.05027)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        changes = stride > 1 or inputs != outputs
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the block to its input."""
-        z = F.relu(self.bn1(x))
-        kept: Tensor = x if self.shortcut is None else self.shortcut(z)
-        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(z))))
-        return y + kept
-
-
-class CifarResNet(nn.Module):
-    """The residual network for 32×32 images: three stages of 16, 32 and 64 channels (arXiv 1512.03385, section 4.2).
-
-    Args:
-        depth: 6 n + 2 for n blocks a stage.
-        classes: number of logits.
-        channels: colours of the images.
-        preactivation: normalize before each convolution instead of after it.
-    """
-
-    def __init__(self, depth: int, *, classes: int = 10, channels: int = 3, preactivation: bool = False) -> None:
-        super().__init__()
-        block = PreActivationBlock if preactivation else Block
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.Identity() if preactivation else nn.BatchNorm2d(16)
-        widths, stages = [16, 16, 32, 64], []
-        for i in range(3):
-            blocks = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
-            blocks += [block(widths[i + 1], widths[i + 1], 1) for _ in range((depth - 2) // 6 - 1)]
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
-        self.final = nn.BatchNorm2d(64) if preactivation else nn.Identity()
-        self.head = nn.Linear(64, classes)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
-        x = self.conv1(x)
-        x = x if isinstance(self.bn1, nn.Identity) else F.relu(self.bn1(x))
-        x = self.stages(x)
-        x = x if isinstance(self.final, nn.Identity) else F.relu(self.final(x))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class CifarPlain(nn.Module):
-    """Six 3×3 convolutions without shortcuts, in the spirit of the paper's small network for 32×32 images."""
-
-    def __init__(self, *, classes: int = 10, channels: int = 3) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        widths = [channels, 32, 32, 64, 64, 128, 128]
-        for i in range(6):
-            stride = 2 if i in (2, 4) else 1
-            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride, 1, bias=False)]
-            layers += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], classes)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
-        return self.head(self.features(x).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def initialize(model: nn.Module) -> None:
-    """Draw convolution weights from He's normal distribution, in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+_BUILTIN: dict[str, type[nn.Module]] = {"cifar_plain": CifarPlain, "inception_v2": InceptionV2}
 
 
 def is_builtin(name: str) -> bool:
     """Whether a model is one of ours, which take images of any number of colours."""
-    return name == "cifar_plain" or _RESIDUAL.fullmatch(name) is not None
+    return name in _BUILTIN or _RESIDUAL.fullmatch(name) is not None
 
 
 def build_network(
@@ -130,7 +31,8 @@ def build_network(
     """Build a classifier by name, with its `nn.BatchNorm*` layers.
 
     Args:
-        name: `cifar_plain`, `cifar_resnet{6n+2}`, `cifar_preact_resnet{6n+2}`, a torchvision name, or `timm:NAME`.
+        name: `cifar_plain`, `cifar_resnet{6n+2}`, `cifar_preact_resnet{6n+2}`, `inception_v2`, a torchvision name, or
+            `timm:NAME`.
         classes: number of logits.
         channels: colours of the images.
         pretrained: start from the library's weights (the head only where the number of classes agrees).
@@ -145,8 +47,8 @@ def build_network(
     if pretrained and is_builtin(name):
         raise RecipeError(f"model.pretrained is true, but {name!r} has no pretrained weights", "Set it to false.")
     try:
-        if name == "cifar_plain":
-            return CifarPlain(classes=classes, channels=channels, **arguments)
+        if name in _BUILTIN:
+            return _BUILTIN[name](classes=classes, channels=channels, **arguments)
         if match is not None:
             return _residual(name, int(match[2]), bool(match[1]), classes=classes, channels=channels, **arguments)
         if name.startswith("timm:"):
@@ -203,12 +105,12 @@ def _torchvision(name: str, pretrained: bool, classes: int, arguments: dict[str,
 
     known = models.list_models(module=models)
     if name not in known:
-        ours = ["cifar_plain", "cifar_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]
+        ours = [*_BUILTIN, "cifar_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]
         near = difflib.get_close_matches(name, known + ours, n=1)
         suggestion = f" (did you mean {near[0]!r}?)" if near else ""
         raise RecipeError(
             f"model.name is {name!r}{suggestion}",
-            "Choose cifar_plain, cifar_resnet{8,14,20,...}, cifar_preact_resnet{8,14,20,...}, "
+            "Choose cifar_plain, cifar_resnet{8,14,20,...}, cifar_preact_resnet{8,14,20,...}, inception_v2, "
             "a torchvision classification model such as resnet18, or timm:NAME.",
         )
     if name in ("googlenet", "inception_v3"):

@@ -57,6 +57,8 @@ SPLIT_NAMES = {
     "OxfordIIITPet": ("trainval", "test"),
     "Places365": ("train-standard", "val"),
 }
+# The folders that some data sets are unpacked into, which say what lies in them.
+FOLDERS = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100"}
 HELD_OUT = 5  # one image in five is a test image where a data set has no test part
 LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 CLASS_ATTRIBUTES = ("classes", "categories")
@@ -72,6 +74,20 @@ BUILD_FAULTS = (
     pickle.UnpicklingError,
     zlib.error,
 )
+
+
+def unpacked(root: Path) -> tuple[str, Path] | None:
+    """Return the name and the root of the data set that lies unpacked in a folder, or is it; None where neither is so.
+
+    Raises:
+        InputError: There are several.
+    """
+    found = {name: root for folder, name in FOLDERS.items() if (root / folder).is_dir()}
+    if root.name in FOLDERS and root.is_dir():
+        found = {FOLDERS[root.name]: root.parent}
+    if len(found) > 1:
+        raise InputError(f"data.root {located(root)} holds {' and '.join(found)}", "Name the folder of one of them.")
+    return next(iter(found.items()), None)
 
 
 def open_torchvision(name: str, root: Path, *, download: bool) -> tuple[Source, Source]:

@@ -20,7 +20,13 @@ def test_finished_runs_are_read_and_nothing_is_trained(tmp_path: Path) -> None:
         (cell.run, cell.top1, cell.loss) for cell in made
     ]
     assert result.warnings == []
-    assert sorted(path.name for path in result.out.iterdir()) == ["compare.json", "curves.png", "table.md"]
+    assert sorted(path.name for path in result.out.iterdir()) == [
+        "compare.csv",
+        "compare.json",
+        "curves.png",
+        "report.html",
+        "table.md",
+    ]
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:

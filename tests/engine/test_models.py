@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from bkn_core.convert import find_messenger
 from bkn_core.engine import build
 from bkn_core.engine.build import build_model, load_splits
+from bkn_core.engine.cifar_networks import CifarResNet
 from bkn_core.engine.loop import train
 from bkn_core.engine.models import (
-    CifarResNet,
     build_network,
     check_network,
     count_parameters,
@@ -49,6 +49,13 @@ def test_a_residual_network_has_its_depth(depth: int, preactivation: bool) -> No
 def test_a_residual_network_has_the_parameters_of_the_paper(depth: int, millions: float) -> None:
     """Table 6 of arXiv 1512.03385."""
     assert count_parameters(CifarResNet(depth)) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["cifar_plain", "cifar_resnet8", "cifar_preact_resnet8"])
+def test_twice_the_width_is_nearly_four_times_the_parameters(name: str) -> None:
+    with torch.device("meta"):
+        narrow, wide = (build_network(name, classes=10, arguments={"width": width}) for width in (32, 64))
+    assert 3.9 < count_parameters(wide) / count_parameters(narrow) < 4
 
 
 @pytest.mark.parametrize("name", NAMES)

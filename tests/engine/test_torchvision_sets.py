@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from bkn_core.engine.data import load_data
 from bkn_core.engine.sources import ArraySource, PictureSource, Source
 from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError
@@ -53,6 +54,16 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data = {"data": DRAW.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": DRAW.integers(0, 10, 4).tolist()}
         (folder / batch).write_bytes(pickle.dumps(data))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {label}" for label in range(10)]}))
+
+
+def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    for split, count in (("train", 30), ("test", 20)):
+        data = {"data": DRAW.integers(0, 256, (count, 3072), dtype=np.uint8), "fine_labels": list(range(count))}
+        (folder / split).write_bytes(pickle.dumps(data))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {label}" for label in range(100)]}))
 
 
 def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +120,29 @@ def test_cifar_is_read_as_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert train.classes == tuple(f"class {label}" for label in range(10))
     assert_same(train, datasets.CIFAR10(tmp_path, train=True))
     assert_same(test, datasets.CIFAR10(tmp_path, train=False))
+
+
+@pytest.mark.parametrize("place", ["", "FOLDER"])
+@pytest.mark.parametrize(
+    ("write", "kind", "classes"), [(write_cifar, datasets.CIFAR10, 10), (write_cifar100, datasets.CIFAR100, 100)]
+)
+def test_an_unpacked_cifar_needs_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, write: Any, kind: Any, classes: int
+) -> None:
+    write(tmp_path, monkeypatch)
+    splits = load_data("imagefolder", root=tmp_path / place.replace("FOLDER", kind.base_folder), image_size=None)
+    assert splits.classes == tuple(f"class {label}" for label in range(classes))
+    for images, expected in ((splits.train, kind(tmp_path)), (splits.test, kind(tmp_path, train=False))):
+        found, labels = images.batch(torch.arange(len(images)))
+        assert torch.equal(found, torch.from_numpy(expected.data).permute(0, 3, 1, 2))
+        assert labels.tolist() == expected.targets
+
+
+def test_two_unpacked_sets_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch), write_cifar100(tmp_path, monkeypatch)
+    with pytest.raises(InputError, match=r"holds CIFAR10 and CIFAR100\nName the folder of one of them"):
+        load_data("imagefolder", root=tmp_path, image_size=None)
+    assert len(load_data("imagefolder", root=tmp_path / "cifar-100-python", image_size=None).classes) == 100
 
 
 def test_svhn_is_read_as_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

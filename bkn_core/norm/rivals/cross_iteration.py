@@ -45,9 +45,10 @@ class CrossIterationNorm(Rival):
         µ_τ = µ(w_τ) + p_τ (w - w_τ),   ν_τ = ν(w_τ) + (∂ν/∂w)(w - w_τ),   p = ∂µ/∂w = E[patch],   ∂ν/∂w = 2 E[x patch]
         µ = mean µ_τ,   σ² = mean ν_τ - µ²,   y = γ (x - µ) / sqrt(σ² + ε) + β
 
-    over the τ with ν_τ >= µ_τ², channel by channel. The gradient flows through the group's own statistics alone. Groups
-    of one forward share their weights. The first 5 % of the training use their own group alone, and so do layers that
-    read no convolution or linear layer, or one that pads otherwise than with zeros. Evaluation uses moving averages.
+    over the τ with ν_τ >= µ_τ², channel by channel. Groups of one forward share their weights, and the gradient flows
+    through the statistics of all of them, of earlier forwards through none. The first 5 % of the training use their
+    own group alone, and so do layers that read no convolution or linear layer, or one that pads otherwise than with
+    zeros. Evaluation uses moving averages.
 
     Args:
         num_features: C.
@@ -125,10 +126,10 @@ class CrossIterationNorm(Rival):
             past_mean = self.mean_past + _applied(self.patch_past, weight)
             past_variance = self.square_past + (self.slope_past * weight).sum(2) - past_mean.square()
             number = self.seen(len(own.mean))
-            ages = torch.arange(_WINDOW - 1, 0, -1, device=weight.device)[:, None]
-            known = (past_variance >= 0) & (ages < number[0])
+            ages = torch.arange(_WINDOW - 1, -1, -1, device=weight.device)
+            known = (past_variance >= 0) & (ages[:-1, None] < number[0])
             known = _windows(known, torch.ones_like(own.mean, dtype=torch.bool))
-            known[..., :-1] &= (number > self.length * _BURN_IN)[..., None]
+            known = known & ((ages == 0) | (number > self.length * _BURN_IN)[..., None])
         means, variances = _windows(past_mean, own.mean), _windows(past_variance, own.variance)
         count = known.sum(2)
         mean = torch.where(known, means, 0.0).sum(2) / count
@@ -166,9 +167,8 @@ def _applied(patches: Tensor, weight: Tensor) -> Tensor:
 
 
 def _windows(past: Tensor, own: Tensor) -> Tensor:
-    """Return each group with the seven before it, which are constants: (G, C, 8), itself last."""
-    before = torch.cat([past, own.detach()]).unfold(0, _WINDOW, 1)[..., :-1]
-    return torch.cat([before, own[..., None]], 2)
+    """Return each group with the seven before it: (G, C, 8), itself last."""
+    return torch.cat([past, own]).unfold(0, _WINDOW, 1)
 
 
 def _patches(read: Read, x: Tensor, images: slice, groups: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def _patches(read: Read, x: Tensor, images: slice, groups: int) -> tuple[Tensor,
     def total(values: Tensor) -> Tensor:
         shape = (groups * values.shape[1], *weight.shape[1:])
         found = gradient(beside, shape, _beside(values, groups), groups=groups * inner, **form)
-        return found.view(groups, values.shape[1], -1) / (size * values.shape[2:].numel())
+        return found.reshape(groups, values.shape[1], -1) / (size * values.shape[2:].numel())
 
     return total(torch.ones_like(outputs[:, :inner])), 2 * total(outputs)
 
