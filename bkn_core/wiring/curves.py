@@ -18,7 +18,7 @@ _POINT, _NUMBER, _COPY, _SWAP, _PLUS, _TIMES, _FACTOR, _TERM = range(8)  # as in
 _ABOVE, _BELOW, _FROM, _UPTO, _SIGMOID, _EXP, _CDF, _RECIPROCAL = range(8, 16)
 _DEEPEST = 6  # levels of its stack
 _GROWTH = {_POINT: 1, _NUMBER: 1, _COPY: 1, _PLUS: -1, _TIMES: -1}
-_FAR = 700.0  # how far from zero an exponential may be asked for
+_FAR = 87.0  # how far from zero an exponential may be asked for
 
 _COPIED, _SUM, _PRODUCT, _EXPONENTIAL = (_COPY, 0.0), (_PLUS, 0.0), (_TIMES, 0.0), (_EXP, _FAR)
 _LOGISTIC: Code = [(_SIGMOID, _FAR)]

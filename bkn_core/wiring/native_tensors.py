@@ -84,9 +84,9 @@ def _check(
             return None
         if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
             tensor = getattr(module, name, None)
-        if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
+        if tensor is None or tensor.shape != shape or not native.is_plain(tensor):
             return None
-        found.append((holder, name, tensor))
+        found.append((holder, name, tensor if _is_dense(tensor) else tensor.contiguous()))
     places = Places(found)
     weights = [tensor for tensor in places.values if tensor.dim() > 1]
     addresses, layouts = [t.data_ptr() for t in places.values], [t.stride() for t in weights]

@@ -14,6 +14,7 @@ import torch
 from bkn_core.norm.positions import phases
 from bkn_core.wiring.curves import code_of
 from bkn_core.wiring.evaluate import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
+from bkn_core.wiring.parameters import Call, Parameter
 from bkn_core.wiring.program import Line
 from bkn_core.wiring.rows import (
     ADD,
@@ -39,6 +40,7 @@ from bkn_core.wiring.rows import (
 )
 
 _KEPT = 4  # derivatives that the kernels keep of each channel
+_VIEWS = frozenset(("view", "reshape", "flatten", "squeeze", "unsqueeze"))  # keep the order of the values
 _MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling pools without code: a Gaussian, or a rectified one
 
 Writer = Callable[[Rows, Line, Sequence[Place]], Place]
@@ -121,9 +123,17 @@ def _prelu(rows: Rows, line: Line, inputs: Sequence[Place]) -> Place:
     return _kept(rows, LEAKY, inputs[0], **_parameter(rows, line))
 
 
+def _seen(expression: Any) -> Any:
+    """Return the path of a parameter that an expression shows in another shape, the expression itself otherwise."""
+    inner = expression
+    while isinstance(inner, Call) and inner.function.rpartition(".")[2] in _VIEWS:
+        inner = inner.arguments[0]
+    return inner.path if isinstance(inner, Parameter) else expression
+
+
 def _parameter(rows: Rows, line: Line) -> dict[str, Any]:
     """Return what a row says of one parameter, of a number for each channel or one for all."""
-    number = rows.named(line.name)
+    number = rows.named(_seen(line.name))
     size = rows.shape(number).numel()
     if size not in (1, line.channels):
         raise NoKernel

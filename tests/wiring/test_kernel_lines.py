@@ -121,11 +121,12 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.each, self.one = nn.Parameter(torch.ones(6, 1, 1)), nn.Parameter(torch.ones(1))
+        self.vector = nn.Parameter(torch.ones(6))
         self.register_buffer("shift", torch.randn(1, 6, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift."""
-        return F.relu(x * self.each + self.one) * self.one + self.shift
+        return F.relu(x * self.each + self.one) * self.one * self.vector.view(1, -1, 1, 1) + self.shift
 
 
 def test_scales_and_shifts() -> None:
@@ -183,6 +184,13 @@ def test_weights_made_by_a_parametrization_get_their_gradients_through_given_lin
     nn.utils.parametrizations.weight_norm(model.middle)
     nn.utils.parametrizations.weight_norm(model.last)
     assert_equal_to_float64(drawn(model), is_whole=False)
+
+
+def test_a_weight_that_lies_otherwise_in_memory_is_copied() -> None:
+    model = Between(lambda x, up: F.relu(up(x)), up=nn.Conv2d(6, 6, 3))
+    weight = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(5)).permute(3, 2, 0, 1)
+    model.parts["up"].weight = nn.Parameter(weight.flip(0).permute(1, 0, 3, 2))
+    assert_right(model)
 
 
 def test_copies_carry_all_programs() -> None:
