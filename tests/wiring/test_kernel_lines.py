@@ -151,9 +151,9 @@ class Mixed(nn.Module):
         self.group, self.last, self.norm3 = nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Three levels of them."""
+        """Four levels of them."""
         x = F.softplus(self.norm1(self.stem(x)))
-        y = self.group(F.relu(self.norm2(self.middle(x))) + x)
+        y = self.group(self.group(F.relu(self.norm2(self.middle(x))) + x))
         return self.norm3(self.last(F.silu(y) + F.softsign(y * torch.sigmoid(x)) + x))
 
 
@@ -176,7 +176,13 @@ def test_only_the_lines_that_the_kernels_do_not_know_are_evaluated_in_pytorch(mo
 
         monkeypatch.setitem(evaluate.RULES, operation, counted)
     predictions(model)
-    assert sorted(seen) == ["group_norm", "sigmoid", "softplus", "softsign"]  # the sigmoid is one of softplus
+    assert sorted(seen) == [
+        "group_norm",
+        "group_norm",
+        "sigmoid",
+        "softplus",
+        "softsign",
+    ]  # the sigmoid is one of softplus
 
 
 def test_weights_made_by_a_parametrization_get_their_gradients_through_given_lines() -> None:
@@ -223,3 +229,13 @@ def test_two_forwards_and_checkpoints_give_the_gradients_of_pytorch_alone(
     rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())  # of a bias before a norm
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=rounding)
+
+
+def test_a_distributed_wrapper_sees_every_gradient(process_group: None) -> None:
+    model = drawn(Mixed())
+    other = copy.deepcopy(model)
+    for network in (model, nn.parallel.DistributedDataParallel(other)):
+        network(IMAGES).square().mean().backward()
+    for (name, parameter), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None and same.grad is not None, name
+        torch.testing.assert_close(same.grad, parameter.grad)
