@@ -78,10 +78,11 @@ def _hold(messenger: Messenger, owner: nn.Module) -> Held:
     if torch.is_grad_enabled() and native.are_usable():
         if row is not None and row.begins(owner):
             return row
-        places, program, operations = messenger.native_tensors(owner), messenger.native, compiled_node.node()
+        programs, operations = messenger.programs(owner), compiled_node.node()
+        places = programs.last.tensors(owner) if programs is not None and programs.is_whole else None
         is_new = row is None or row.places is not places
-        if places is not None and program is not None and operations is not None and is_new:
-            row = messenger.row = HeldRow(program, places, operations)
+        if programs is not None and places is not None and operations is not None and is_new:
+            row = messenger.row = HeldRow(programs.last, places, operations)
             if row.begins(owner):
                 return row
     layers = messenger.layers(owner)

@@ -80,7 +80,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])  # the kernels know the first only
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Softplus])  # the kernels know the first only
 def test_gradients_are_those_of_separate_priors(act: type[nn.Module], reentrant: bool | None) -> None:
     model = held_still(converted(reentrant, act=act))
     other = twin(model)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_separate_priors(act: type[nn.Module], reentrant:
 
 def test_the_priors_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = converted(), []
-    original = Messenger.native_tensors if native.library() else Messenger.predictions
+    original = Messenger.programs if native.library() else Messenger.predictions
     monkeypatch.setattr(Messenger, original.__name__, lambda *a: calls.append(1) or original(*a))
     with bkn.accumulation(model):
         accumulate(model)

@@ -32,18 +32,24 @@ def transposed_convolution(
     Shape:
         message (..., I), weight (I, O / groups, *taps), bias (O,) -> (..., O).
     """
-    phases = _phases(weight, stride, dilation)
-    matrix = weight.reshape(groups, -1, weight.shape[1], phases.shape[0])
+    table = phases(weight, stride, dilation)
+    matrix = weight.reshape(groups, -1, weight.shape[1], table.shape[0])
     leading = message.mean.shape[:-1]
     mean, variance = (t.reshape(*leading, groups, -1) for t in message)
-    means = torch.einsum("...gi,giof->...gof", mean, matrix @ phases).flatten(-3, -2)
-    variances = torch.einsum("...gi,giof->...gof", variance, matrix.square() @ phases).flatten(-3, -2)
+    means = torch.einsum("...gi,giof->...gof", mean, matrix @ table).flatten(-3, -2)
+    variances = torch.einsum("...gi,giof->...gof", variance, matrix.square() @ table).flatten(-3, -2)
     expected = means.mean(-1)
     return Gaussian(expected if bias is None else expected + bias, variances.mean(-1) + means.var(-1, correction=0))
 
 
-def _phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Say which phase of the stride each tap reaches: (taps, phases), all axes flattened."""
+def phases(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Return which phase of the stride each tap reaches: (taps, phases), all axes flattened.
+
+    Args:
+        weight: of the taps, in its last dimensions.
+        stride: per axis.
+        dilation: per axis.
+    """
     table = weight.new_ones(1, 1)
     for taps, step, spread in zip(weight.shape[2:], stride, dilation, strict=True):
         reached = torch.arange(taps, device=weight.device) * spread % step

@@ -20,10 +20,10 @@ from bkn_core.norm.loading import explain
 from bkn_core.norm.tracking import Seen, track
 from bkn_core.wiring.evaluate import RULES, STRUCTURE, Evaluation, parameter
 from bkn_core.wiring.held import Held, HeldRow
-from bkn_core.wiring.lookup import Lookup, Places
-from bkn_core.wiring.native_program import NativeProgram, native_program
+from bkn_core.wiring.lookup import Lookup
 from bkn_core.wiring.parameters import check_own
 from bkn_core.wiring.program import Wiring
+from bkn_core.wiring.stages import Stages
 
 Transition = Literal["learned", "network"]
 Message = Literal["normalized", "raw"]
@@ -50,8 +50,7 @@ class Messenger:
     message: Message
     names: tuple[str, ...]
     noise: str = ""
-    native: NativeProgram | None = dataclasses.field(default=None, repr=False, compare=False)
-    was_compiled: bool = dataclasses.field(default=False, repr=False, compare=False)
+    stages: Stages | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.lookup = Lookup(self.names)
@@ -126,9 +125,10 @@ class Messenger:
     ) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Compute the refined priors by the names of their layers, and the gains of all layers."""
         with _no_autocast(layers[0]):
-            tensors = self.native_tensors(model)
-            if tensors is not None and self.native is not None:
-                return self.native.predictions(tensors.values)
+            stages = self.programs(model)
+            found = None if stages is None else stages.predictions(model)
+            if found is not None:
+                return found
             evaluation = Evaluation(self.wiring, model, lambda name: normalized_message(norm_of(model, name)))
             receiving = [layer for layer, name in zip(layers, self.names, strict=True) if name in self.wiring.priors]
             analytic = [evaluation.line(self.wiring.priors[name]) for name in self.names if name in self.wiring.priors]
@@ -136,13 +136,13 @@ class Messenger:
         named = [name for name in self.names if name in self.wiring.priors]
         return dict(zip(named, refined, strict=True)), together.gains(layers)
 
-    def native_tensors(self, model: nn.Module) -> Places | None:
-        """Return what the CPU kernels read to compute the priors, None where they cannot."""
+    def programs(self, model: nn.Module) -> Stages | None:
+        """Return the programs for the CPU kernels, None where these cannot be called now."""
         if not native.are_usable():
             return None
-        if not self.was_compiled:
-            self.native, self.was_compiled = native_program(self.wiring, self.names, model), True
-        return None if self.native is None else self.native.tensors(model)
+        if self.stages is None:
+            self.stages = Stages(self.wiring, self.names, model)
+        return self.stages
 
 
 class Farewell:

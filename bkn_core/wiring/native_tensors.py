@@ -84,9 +84,9 @@ def _check(
             return None
         if tensor is None:  # what is computed: a parametrized weight, the innovation of a recomputed forward
             tensor = getattr(module, name, None)
-        if tensor is None or tensor.shape != shape or not native.is_plain(tensor) or not _is_dense(tensor):
+        if tensor is None or tensor.shape != shape or not native.is_plain(tensor):
             return None
-        found.append((holder, name, tensor))
+        found.append((holder, name, tensor if _is_dense(tensor) else tensor.contiguous()))
     places = Places(found)
     weights = [tensor for tensor in places.values if tensor.dim() > 1]
     addresses, layouts = [t.data_ptr() for t in places.values], [t.stride() for t in weights]
@@ -94,4 +94,5 @@ def _check(
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return tensor.is_contiguous() or (last is not None and tensor.is_contiguous(memory_format=last))

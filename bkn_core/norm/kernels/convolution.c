@@ -1,6 +1,6 @@
 #include <string.h>
 
-#include "program.h"
+#include "columns.h"
 
 /* Lay a message out for the columns of W as a matrix (O, inputs / groups * taps), one row of columns per group. */
 static void lay_out(const Line *line, const float *message, float *columns)
@@ -36,7 +36,7 @@ typedef struct {
     float *out_mean, *out_variance, *to_mean, *to_variance;
 } Task;
 
-VECTORIZED static void products(const float *w, const float *m, const float *v, int64_t n, float *out)
+VECTORIZED void bkn_products(const float *w, const float *m, const float *v, int64_t n, float *out)
 {
     float mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean, variance)
@@ -57,7 +57,7 @@ static void rows(const void *given, int64_t first, int64_t last)
     for (int64_t o = first; o < last; o++) {
         float out[2];
         int64_t at = o / per_group * width;
-        products(weight + o * width, task->mean + at, task->variance + at, width, out);
+        bkn_products(weight + o * width, task->mean + at, task->variance + at, width, out);
         task->out_mean[o] = out[0] + (bias ? bias[o] : 0);
         task->out_variance[o] = out[1];
     }
@@ -75,12 +75,6 @@ void bkn_convolution(const Line *line, float *values, float *room, int64_t threa
 
 /* Rows of W are taken by four: what belongs to a column is then read and written once for all of them. */
 enum { TOGETHER = 4 };
-
-typedef struct {
-    const float *w, *mean, *variance; /* a row of W and the messages at its columns */
-    float *to_weight, *to_mean, *to_variance;
-    int64_t width; /* from row to row */
-} Columns;
 
 static inline __attribute__((always_inline)) void reverse_rows(
     const Columns *c, int64_t n, const float *gm, const float *gv, int count, int wants_weight, int adds)
@@ -128,6 +122,18 @@ VECTORIZED static void reverse(const Columns *c, int64_t n, const float *gm, con
         }
 }
 
+void bkn_columns(const Columns *columns, int64_t n, const float *gm, const float *gv, int64_t rows, int adds)
+{
+    for (int64_t o = 0, count; o < rows; o += count) {
+        Columns four = *columns;
+        count = rows - o < TOGETHER ? rows - o : TOGETHER;
+        four.w += o * four.width;
+        if (four.to_weight)
+            four.to_weight += o * four.width;
+        reverse(&four, n, gm + o, gv + o, count, adds);
+    }
+}
+
 /* A range of the columns of all groups: no two threads add to the same number. */
 static void columns_reversed(const void *given, int64_t first, int64_t last)
 {
@@ -138,13 +144,11 @@ static void columns_reversed(const void *given, int64_t first, int64_t last)
     for (int64_t g = first / width; g * width < last; g++) {
         int64_t start = first > g * width ? first - g * width : 0;
         int64_t n = (last < (g + 1) * width ? last - g * width : width) - start, at = g * width + start;
-        for (int64_t o = g * per_group, end = o + per_group, count; o < end; o += count) {
-            count = end - o < TOGETHER ? end - o : TOGETHER;
-            float *to_weight = line->gradients[0] ? line->gradients[0] + o * width + start : NULL;
-            Columns columns = {weight + o * width + start, task->mean + at, task->variance + at,
-                               to_weight, task->to_mean + at, task->to_variance + at, width};
-            reverse(&columns, n, task->to_out_mean + o, task->to_out_variance + o, count, line->accumulates & 1);
-        }
+        int64_t o = g * per_group;
+        float *to_weight = line->gradients[0] ? line->gradients[0] + o * width + start : NULL;
+        Columns columns = {weight + o * width + start, task->mean + at, task->variance + at,
+                           to_weight, task->to_mean + at, task->to_variance + at, width};
+        bkn_columns(&columns, n, task->to_out_mean + o, task->to_out_variance + o, per_group, line->accumulates & 1);
     }
 }
 
