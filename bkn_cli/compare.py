@@ -88,6 +88,9 @@ def compare(
 ) -> None:
     """Compare norms, batch sizes, models and recipes over seeds, with spread, tests, costs and the best learning rate.
 
+    What no option says the recipe's section `compare` does (`bkn keys compare`); a word such as model.name=... goes
+    before it.
+
     A comparison that was interrupted goes on when the same command is given again. Where a run fails, the others go
     on, and the exit code is 6 if one diverged, else that of the first error, such as 2 for groups too small for a
     norm, 3 for missing data or 1 for a process that was killed.
@@ -97,6 +100,7 @@ def compare(
       bkn compare --norms bn,bkn,gn --seeds 3 --jobs 2
       bkn compare cifar10_resnet_micro --statistics-batch-sizes 1,2,128
       bkn compare --norms bn,bkn --lr 0.05,0.1,0.2 --gradient-batch-sizes 32,128
+      bkn compare paper_cifar10_short data.root=cifar-10-batches-py --jobs 2
       bkn compare digits_micro mine.yaml --models cifar_resnet8,cifar_resnet20
       bkn compare photos data.image_size=32 --norms bkn,bn,gn --target 90
       bkn compare runs/A runs/B

@@ -15,6 +15,7 @@ from bkn_core import recipe_file
 from bkn_core.errors import RecipeError
 from bkn_core.kinds import POPULATION_ONLY
 from bkn_core.recipe_bending import Asked
+from bkn_core.recipe_compare import CompareConfig
 from bkn_core.recipe_file import Entries, Entry, Key, shipped_recipes
 from bkn_core.recipe_sections import (
     OWN_DATA,
@@ -33,6 +34,7 @@ from bkn_core.recipe_words import keys_called, keys_like, nearest, printable, pr
 
 __all__ = [
     "BatchConfig",
+    "CompareConfig",
     "DataConfig",
     "EvalConfig",
     "NormConfig",
@@ -60,6 +62,7 @@ class Recipe(Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    compare: CompareConfig = CompareConfig()
 
     @property
     def resolved_gain(self) -> float | Literal["auto"]:

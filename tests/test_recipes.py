@@ -19,7 +19,7 @@ from bkn_core.recipe import NormConfig, Recipe, dump_recipe, load_recipe, shippe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-SECTIONS = ("model", "norm", "batch", "data", "train", "optim", "eval", "log")
+SECTIONS = ("model", "norm", "batch", "data", "train", "optim", "eval", "log", "compare")
 
 
 def test_every_file_of_the_folder_is_a_shipped_recipe() -> None:

@@ -182,9 +182,9 @@ def cell_error(cell: Cell) -> BknError:
 
 
 def flat_keys(recipe: Recipe) -> dict[str, Any]:
-    """Return every value of a recipe by its dotted key."""
+    """Return every value of a recipe by its dotted key, but for those that no run heeds."""
     flat: dict[str, Any] = {}
-    for section, value in recipe.model_dump().items():
+    for section, value in recipe.model_dump(exclude={"compare"}).items():
         flat |= (
             {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
         )

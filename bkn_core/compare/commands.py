@@ -21,7 +21,7 @@ def command(recipe: Recipe, run: Path) -> str:
         words = [
             f"{key}={_yaml(value)}" for key, value in flat_keys(recipe).items() if value != plain[key] and "." in key
         ]
-        if load_recipe(base, words) == recipe:
+        if flat_keys(load_recipe(base, words)) == flat_keys(recipe):
             return shlex.join(["bkn", "train", *([base] if base else []), *words])
     except BknError:
         pass  # a text that no word can hold, say

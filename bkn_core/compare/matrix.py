@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bkn_core.compare.axes import plan_matrix
 from bkn_core.compare.cells import Cell, CellEnded, cell_error, flat_keys
-from bkn_core.compare.holdout import hold_out
 from bkn_core.compare.jobs import side_by_side
-from bkn_core.compare.plan import Planned, left_out, plan_cells, plan_recipes, recipe_loader
+from bkn_core.compare.plan import Planned, plan_cells
 from bkn_core.compare.report import CompareResult, publish, with_page
 from bkn_core.compare.runs import read_runs
 from bkn_core.compare.turn import OnEvent, Turn, in_turn
@@ -30,12 +30,12 @@ def compare(
     source: Source | Sequence[Source] | None = None,
     overrides: Sequence[str] = (),
     *,
-    norms: Sequence[str] = ("bn", "bkn"),
+    norms: Sequence[str] | None = None,
     statistics_batch_sizes: Sequence[int] | None = None,
     gradient_batch_sizes: Sequence[int] | None = None,
     learning_rates: Sequence[float] | None = None,
     models: Sequence[str] | None = None,
-    seeds: int | Sequence[int] = 1,
+    seeds: int | Sequence[int] | None = None,
     target: float | None = None,
     jobs: int = 1,
     out: Path | str | None = None,
@@ -51,11 +51,11 @@ def compare(
     Args:
         source: a recipe (its path, name or value, or None for the default one), several, or folders of finished runs.
         overrides: KEY=VALUE words for the recipes.
-        norms: kinds of normalization.
-        statistics_batch_sizes: images per statistics group; None is 2 and the gradient batch size.
-        gradient_batch_sizes: images per optimizer step; None is the recipe's.
-        learning_rates: to choose from; None is the recipe's.
-        models: names of networks; None is the recipe's.
+        norms: kinds of normalization. Of these and all up to `seeds`, None is what the recipe's section `compare` says.
+        statistics_batch_sizes: images per statistics group.
+        gradient_batch_sizes: images per optimizer step.
+        learning_rates: to choose from.
+        models: names of networks.
         seeds: the seeds, or how many from the recipe's own one upwards.
         target: top-1 of an epoch, a fraction, to which steps and seconds are counted; None is the best epoch of the
             reference of the same seed.
@@ -81,23 +81,15 @@ def compare(
     sources = [source] if source is None or isinstance(source, (str, Path, Recipe)) else list(source)
     if not (source is None or isinstance(source, (str, Path, Recipe)) or any(map(_is_recipe, sources))):
         return _compare_runs([Path(str(run)) for run in sources], overrides, out, target)
-    loads = [recipe_loader(one, overrides) for one in sources]
-    notes = [*left_out(gradient_batch_sizes, statistics_batch_sizes)]
-    if len(set(learning_rates or ())) > 1:
-        held = [hold_out(load) for load in loads]
-        loads, notes = [load for load, _ in held], [*notes, *(note for _, more in held for note in more)]
-    axes = {"gradient_batch_sizes": gradient_batch_sizes, "learning_rates": learning_rates, "models": models}
-    recipes = [
-        recipe
-        for load in loads
-        for recipe in plan_recipes(
-            load,
-            norms=norms,
-            statistics_batch_sizes=statistics_batch_sizes,
-            seeds=seeds,
-            **axes,  # type: ignore[arg-type]
-        )
-    ]
+    asked = {
+        "norms": norms,
+        "statistics_batch_sizes": statistics_batch_sizes,
+        "gradient_batch_sizes": gradient_batch_sizes,
+        "learning_rates": learning_rates,
+        "models": models,
+        "seeds": seeds,
+    }
+    recipes, notes = plan_matrix(sources, overrides, asked)
     out = Path("runs") / f"compare-{_name(recipes)}" if out is None else out
     with alone_in(out):
         matrix = _Matrix(plan_cells(recipes), out, notes, target)

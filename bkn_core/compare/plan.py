@@ -77,6 +77,7 @@ def plan_recipes(
     gradient_batch_sizes: Sequence[int] | None = None,
     learning_rates: Sequence[float] | None = None,
     models: Sequence[str] | None = None,
+    learning_rate_power: float = 0.0,
 ) -> list[Recipe]:
     """Return the recipe of every cell, all of a seed before the next.
 
@@ -90,15 +91,13 @@ def plan_recipes(
     numbers = range(base.train.seed, base.train.seed + seeds) if isinstance(seeds, int) else dict.fromkeys(seeds)
     if not norms or not numbers:
         raise RecipeError("there is nothing to compare: no norm or no seed", "Give at least one of each.")
-    chosen = [
-        [f"model.name={json.dumps(model)}" for model in dict.fromkeys(models or ())] or [""],
-        [f"optim.lr={rate!r}" for rate in dict.fromkeys(learning_rates or ())] or [""],
-    ]
+    chosen = [f"model.name={json.dumps(model)}" for model in dict.fromkeys(models or ())] or [""]
+    rates = list(dict.fromkeys(learning_rates or ())) or [base.optim.lr]
     return [
-        load([*_words(base, norm, gradient, size, seed), *filter(None, (model, rate))])
-        for seed, model, gradient, norm in itertools.product(numbers, chosen[0], gradients, dict.fromkeys(norms))
+        load([*_words(base, norm, gradient, size, seed), f"optim.lr={rate!r}", *filter(None, (model,))])
+        for seed, model, gradient, norm in itertools.product(numbers, chosen, gradients, dict.fromkeys(norms))
         for size in (sizes[gradient][:1] if norm in GROUPLESS else sizes[gradient])
-        for rate in chosen[1]
+        for rate in _rates(rates, gradient / base.batch.gradient, learning_rate_power)
     ]
 
 
@@ -144,6 +143,11 @@ def _words(base: Recipe, norm: str, gradient: int, statistics: int, seed: int) -
         f"eval.stats={stats}",
         "log.plots=false",
     ]
+
+
+def _rates(rates: Sequence[float], share: float, power: float) -> list[float]:
+    """Return learning rates for a share of the recipe's images a step; three digits of those that are computed."""
+    return [rate if share**power == 1 else float(f"{rate * share**power:.3g}") for rate in rates]
 
 
 def _per_device(batch: BatchConfig, gradient: int, statistics: int) -> str:

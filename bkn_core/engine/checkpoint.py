@@ -42,6 +42,7 @@ _FREE: Any = {
     "name": True,
     "eval": True,
     "log": True,
+    "compare": True,
     "data": {"root", "download"},
     "train": {"device", "workers", "patience"},
 }
