@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from bkn_core.compare.measured import read_measured
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.errors import BknError, DivergedError
 from bkn_core.recipe import Recipe
@@ -147,22 +148,21 @@ def finished_cell(folder: RunFolder, recipe: Recipe, names: Mapping[str, str] = 
     Raises:
         InputError: a file is missing or damaged.
     """
-    summary = folder.summary()
-    results = summary["results"]
+    measured = read_measured(folder)
     last: dict[str, Any] = next((row for row in reversed(folder.records()) if row["kind"] == "epoch"), {})
     return Cell(
         **_facts(recipe, names),
         status="finished",
         run=folder.path,
-        top1={mode: _number(measured["top1"]) for mode, measured in results.items()},
-        loss={mode: _number(measured["loss"]) for mode, measured in results.items()},
-        images_per_second=_number(summary["images_per_second"]),
-        seconds=_number(summary["seconds"]),
+        top1={mode: result.top1 for mode, result in measured.results.items()},
+        loss={mode: result.loss for mode, result in measured.results.items()},
+        images_per_second=measured.images_per_second,
+        seconds=measured.seconds,
         validation=_validation(last, "top1"),
         validation_loss=_validation(last, "loss"),
-        steps=summary.get("step"),
-        parameters=summary.get("parameters"),  # runs of earlier versions say neither this
-        peak_memory=summary.get("peak_memory"),  # nor this
+        steps=measured.step,
+        parameters=measured.parameters,
+        peak_memory=measured.peak_memory,
     )
 
 

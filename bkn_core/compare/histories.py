@@ -10,6 +10,7 @@ from bkn_core.compare.cells import Cell
 from bkn_core.compare.epochs import measured_epochs
 from bkn_core.compare.rows import Row
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,15 @@ class Point:
 def history(cell: Cell, mode: str) -> list[Point]:
     """Return the epochs of a run by one kind of evaluation statistics, the last record of each.
 
-    A run that did not write its seconds gets equal parts of them for its steps.
+    A run that did not write its seconds gets equal parts of them for its steps. One that did not finish may be damaged,
+    and then has no epochs.
     """
-    epochs = {epoch.epoch: epoch for epoch in measured_epochs(cell.run, mode)}
+    try:
+        epochs = {epoch.epoch: epoch for epoch in measured_epochs(cell.run, mode)}
+    except InputError:
+        if cell.status == "finished":
+            raise
+        epochs = {}
     last = max((epoch.step for epoch in epochs.values()), default=0)
     points = []
     for number, epoch in sorted(epochs.items()):

@@ -164,23 +164,36 @@ def _is_finished(path: Path) -> bool:
 
 
 def _found(turns: Sequence[Turn]) -> Iterator[tuple[Turn, Cell]]:
-    """Yield the cells of finished runs; those that were trained on other data than is there now have failed."""
+    """Yield the cells of finished runs; those that are damaged, or of other data than is there now, have failed."""
     known: dict[tuple[object, str], dict[str, Any]] = {}
     for turn in turns:
         try:
-            _check_data(turn, known)
-            yield turn, turn.finished()
+            cell, data = _read(turn)
+            _check_data(turn, data, known)
         except BknError as error:
-            yield turn, turn.failed(error)
+            cell = turn.failed(error)
+        yield turn, cell
 
 
-def _check_data(turn: Turn, known: dict[tuple[object, str], dict[str, Any]]) -> None:
+def _read(turn: Turn) -> tuple[Cell, dict[str, Any] | None]:
+    """Return a finished cell and the fingerprint of its data.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    try:
+        return turn.finished(), RunFolder(turn.path).data
+    except InputError as error:
+        raise InputError(error.message, f"Remove {turn.path}, and the same command trains it again.") from error
+
+
+def _check_data(turn: Turn, saved: dict[str, Any] | None, known: dict[tuple[object, str], dict[str, Any]]) -> None:
     """Refuse a finished cell that was trained on other data than is there now; one that is resumed finds out itself.
 
     Raises:
         InputError: saying what changed.
     """
-    recipe, saved = turn.planned.recipe, RunFolder(turn.path).data
+    recipe = turn.planned.recipe
     if saved is None:
         return
     key = (recipe.data, recipe.model.name)

@@ -137,14 +137,23 @@ def _recipes(cells: Sequence[Cell]) -> list[tuple[Cell, Recipe]]:
 
 def _subtitle(cells: Sequence[Cell], recipes: Sequence[Recipe]) -> str:
     finished = sum(cell.status == "finished" for cell in cells)
-    parts = [f"{len(cells)} runs" if finished == len(cells) else f"{finished} of {len(cells)} runs finished"]
+    parts = [_count(len(cells), "run") if finished == len(cells) else f"{finished} of {len(cells)} runs finished"]
     described = [
-        (recipe.data.name, recipe.model.name, f"{recipe.train.epochs} epochs", f"{recipe.batch.gradient} images a step")
+        (
+            recipe.data.name,
+            recipe.model.name,
+            _count(recipe.train.epochs, "epoch"),
+            f"{_count(recipe.batch.gradient, 'image')} a step",
+        )
         for recipe in recipes
     ]
     for values in zip(*described, strict=True):
         parts.append(", ".join(dict.fromkeys(values)))
     return " · ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _norm_key(drawn: Sequence[tuple[Row, Look]], place: str) -> list[tuple[str, str]]:

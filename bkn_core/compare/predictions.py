@@ -15,20 +15,29 @@ from bkn_core.errors import InputError
 
 
 def correct_together(runs: Sequence[Path], mode: str) -> Correct | None:
-    """Return which images each run gets right, (runs, images), or None where they were measured on other images.
+    """Return which images each run gets right, (runs, images), or None where that is not known of the same images.
+
+    Some copies of runs leave their predictions out.
 
     Raises:
-        InputError: the predictions of a run are missing or damaged.
+        InputError: the predictions of a run are damaged.
     """
+    if not all((run / "predictions.npz").exists() for run in runs):
+        return None
     found = [_predictions(run, mode) for run in runs]
     if not found or not all(np.array_equal(labels, found[0][0]) for labels, _ in found):
         return None
     return np.stack([correct for _, correct in found])
 
 
-def has_predictions(run: Path) -> bool:
-    """Say whether there is a file of predictions; some copies of runs leave it out."""
-    return (run / "predictions.npz").exists()
+def check_predictions(run: Path, modes: Sequence[str]) -> None:
+    """Refuse damaged predictions.
+
+    Raises:
+        InputError: naming the file.
+    """
+    for mode in modes:
+        correct_together([run], mode)
 
 
 def _predictions(run: Path, mode: str) -> tuple[NDArray[Any], Correct]:
@@ -36,11 +45,13 @@ def _predictions(run: Path, mode: str) -> tuple[NDArray[Any], Correct]:
     path = run / "predictions.npz"
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise OSError("there is no such file")
+            raise OSError("it is no file")
         with open(path, "rb") as file, np.load(file) as arrays:
-            labels = arrays["labels"]
+            labels, found, losses = (arrays[key] for key in ("labels", f"{mode}_predictions", f"{mode}_losses"))
+            if not (labels.ndim == 1 and labels.size > 0 and labels.shape == found.shape == losses.shape):
+                raise ValueError(f"{labels.size} labels, {found.size} predictions and {losses.size} losses")
             # As in the run's own measure, an image without a finite loss is a mistake.
-            correct = (arrays[f"{mode}_predictions"] == labels) & np.isfinite(arrays[f"{mode}_losses"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            correct = (found == labels) & np.isfinite(losses)
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read: {error}", "Leave this run out, or train it again.") from error
     return labels, correct

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bkn_core.compare.cells import Cell, Place, reference_place
-from bkn_core.compare.predictions import correct_together, has_predictions
+from bkn_core.compare.predictions import correct_together
 from bkn_core.compare.rates import at_edge, tried_rates
 from bkn_core.compare.rows import Comparison, Equivalence, Row, Spread
 from bkn_core.compare.statistics import (
@@ -110,8 +110,7 @@ def _mean(cells: Sequence[Cell], value: Callable[[Cell], float | None]) -> float
 def _spread(cells: Sequence[Cell], mode: str) -> Spread:
     values = [cell.top1[mode] for cell in cells]
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    runs = [cell.run for cell in cells]
-    correct = correct_together(runs, mode) if all(map(has_predictions, runs)) else None
+    correct = correct_together([cell.run for cell in cells], mode)
     return Spread(float(np.mean(values)), sd, None if correct is None else two_level_interval(correct))
 
 

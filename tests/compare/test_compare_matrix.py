@@ -197,3 +197,21 @@ def test_a_failure_that_no_other_measure_mends_is_not_tried_twice(
     monkeypatch.setattr(turn, "train", train)
     compare(None, TINY, norms=["bn", "brn"], statistics_batch_sizes=[1], out=tmp_path)
     assert tried == ["both", "population", "population"]
+
+
+def test_damaged_cells_are_named_and_the_others_are_compared(tmp_path: Path, calls: Calls) -> None:
+    norms = ["ln", "gn", "in", "none", "frn"]
+    compare(None, TINY, norms=norms, statistics_batch_sizes=[2], out=tmp_path)
+    calls.clear()
+    cut, empty, summary, metrics = (tmp_path / "cells" / f"{norm}-g32-s2-seed0" for norm in norms[:4])
+    (cut / "predictions.npz").write_bytes((cut / "predictions.npz").read_bytes()[:100])
+    np.savez(empty / "predictions.npz", labels=[], population_predictions=[], population_losses=[])
+    values = {**RunFolder(summary).summary(), "results": {"population": {"top1": "high"}}}
+    (summary / "summary.json").write_text(json.dumps(values))
+    (metrics / "metrics.jsonl").write_text("1\n")
+    cells = compare(None, TINY, norms=norms, statistics_batch_sizes=[2], out=tmp_path).cells
+    assert [cell.status for cell in cells] == ["failed"] * 4 + ["finished"]
+    assert calls == []
+    for cell, name in zip(cells, ("predictions.npz", "predictions.npz", "summary.json", "metrics.jsonl"), strict=False):
+        assert cell.message.startswith(str(cell.run / name))
+        assert cell.hint == f"Remove {cell.run}, and the same command trains it again."

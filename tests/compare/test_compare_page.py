@@ -208,3 +208,9 @@ def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path: Path) -> None:
     RunFolder(cell.run).record({"kind": "step", "step": 1, "epoch": 1, "loss": 1.0})
     plot_curves(RunFolder(cell.run))
     assert publish(tmp_path, [dataclasses.replace(cell, variant="data.root=a$^$b")]).artifacts["curves"].is_file()
+
+
+def test_one_of_a_kind_is_said_in_the_singular(tmp_path: Path) -> None:
+    words = ["norm.kind=gn", "train.epochs=1", "batch.gradient=1", "batch.statistics=1"]
+    page = page_of(tmp_path / "out", [make_run(tmp_path / "a", words, epochs=1)])
+    assert "1 run · digits · cifar_resnet8 · 1 epoch · 1 image a step" in Reader(page).text

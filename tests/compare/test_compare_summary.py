@@ -114,6 +114,14 @@ def test_runs_measured_on_other_images_have_a_difference_but_no_paired_statistic
     assert comparison.p_values == {}
 
 
+def test_a_run_whose_predictions_were_left_out_has_a_difference_but_no_paired_statistics(tmp_path: Path) -> None:
+    cells = [make_run(tmp_path / norm, [f"norm.kind={norm}"]) for norm in ("bn", "bkn")]
+    (tmp_path / "bkn" / "predictions.npz").unlink()
+    (comparison,) = compare_rows(summarize(cells), cells)
+    assert comparison.difference == cells[1].top1["population"] - cells[0].top1["population"]
+    assert (comparison.interval, comparison.p_values, comparison.equivalence) == (None, {}, None)
+
+
 def test_an_image_whose_loss_is_not_finite_is_a_mistake(tmp_path: Path) -> None:
     cells = [make_run(tmp_path / norm, [f"norm.kind={norm}"], accuracy=1.0) for norm in ("bn", "bkn")]
     with np.load(tmp_path / "bkn" / "predictions.npz") as arrays:

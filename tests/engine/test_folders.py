@@ -115,7 +115,7 @@ def test_missing_root_split_and_class_are_named(tmp_path: Path) -> None:
 
 def test_a_relative_root_is_said_with_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(Path("nowhere"), rf"data.root nowhere \(in {re.escape(str(tmp_path))}\) does not exist")
+    refused(Path("nowhere"), rf"data.root nowhere \(in {re.escape(str(tmp_path))}\) does not exist\nName the place")
 
 
 def test_empty_class_is_named(tmp_path: Path) -> None:
