@@ -68,13 +68,15 @@ def compare(
         typer.Option(
             min=0,
             max=100,
-            metavar="PERCENT",
-            help="Top-1 to which steps and seconds are counted; default the reference's best epoch.",
+            metavar="X",
+            help="Top-1 in % to which steps and seconds are counted; default the reference's best epoch.",
         ),
     ] = None,
     jobs: Annotated[
         int,
-        typer.Option(min=1, max=64, metavar="N", help="Runs at a time, which share the cores; default 1."),
+        typer.Option(
+            min=1, max=64, metavar="N", show_default=False, help="Runs at a time, which share the cores; default 1."
+        ),
     ] = 1,
     out: Annotated[
         Path | None,

@@ -49,6 +49,8 @@ optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4,
         gain_lr_scale: 1.0, schedule: onecycle, warmup: 0.2, milestones: [0.5, 0.75], gamma: 0.1}
 eval: {batch_size: 250, stats: auto, topk: [1, 5]}
 log: {every: 20, tensorboard: false, plots: true}
+compare: {norms: [bn, bkn], statistics_batch_sizes: null, gradient_batch_sizes: null, models: null,
+          learning_rates: null, learning_rate_power: 0.0, seeds: 1}
 """
 
 

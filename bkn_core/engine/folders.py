@@ -69,7 +69,8 @@ def open_image_folder(root: Path) -> Opened:
         InputError: A split or a class is missing or empty, or something under the root is not safe to read.
     """
     if not os.path.exists(root):
-        place = "Name the place with data.root=PLACE, where data of a run have moved too: --resume RUN data.root=PLACE."
+        moved = "bkn train --resume RUN data.root=PLACE"
+        place = f"Name the place with data.root=PLACE, where the data of a run have moved too: {moved}."
         raise InputError(f"data.root {located(root)} does not exist", f"{place}\n{LAYOUT}")
     tree = open_tree(root)
     top, names = _enter(tree)
