@@ -49,7 +49,7 @@ def _axes(recipe: Recipe, asked: Mapping[str, Any], overrides: Sequence[str]) ->
     words = {axis: (value,) for key, (axis, value) in fixed.items() if key in named}
     given = {axis: value for axis, value in asked.items() if value is not None}
     axes = {**dict(recipe.compare), **words, **given}
-    if not {"statistics_batch_sizes"} & {*words, *given}:  # the recipe's own sizes, for other steps than its own
+    if "statistics_batch_sizes" not in {**words, **given}:  # the recipe's own sizes, for other steps than its own
         gradients = axes["gradient_batch_sizes"] or (recipe.batch.gradient,)
         sizes = axes["statistics_batch_sizes"] or ()
         axes["statistics_batch_sizes"] = [n for n in sizes if any(g % n == 0 for g in gradients)] or None

@@ -105,10 +105,13 @@ def used(running: Tensor, seen: Tensor, images: int | Tensor) -> Tensor:
     Shape:
         running (2, C), seen (2, C) -> (2, C).
     """
+    part = own_part(images)
+    if not isinstance(part, Tensor) and part == 0:
+        return running
     usual = USUAL * running.square().mean(-1, keepdim=True).sqrt()
     surplus = seen.to(running.dtype) - running
     beyond = surplus - torch.minimum(torch.maximum(surplus, -usual), usual)
-    followed = (running + own_part(images) * beyond).to(running.dtype)
+    followed = (running + part * beyond).to(running.dtype)
     return torch.where(surplus.isfinite() & (usual > 0), followed, running)
 
 

@@ -212,7 +212,7 @@ int bkn_backward(const Backward *given)
     int failed = !b.sums || !b.coefficients || !b.gain_parts;
     b.failed = &failed;
     b.own_part = own_part((double)(b.groups * b.images));
-    for (int i = 0; b.gathered && i < 2; i++)
+    for (int i = 0; b.gathered && b.own_part > 0 && i < 2; i++)
         b.usual[i] = usual(&b, i);
     if (!failed && b.is_channels_last) {
         run(sum_stretches, &b, b.groups * b.parts, b.threads);
