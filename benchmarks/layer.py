@@ -21,7 +21,7 @@ import torch
 from paired import Ratio, keep_memory, summary, times
 from torch import Tensor, nn
 
-from bkn_core.filter.kalman import Gaussian, moments, normalize, spread_over_images, update
+from bkn_core.filter.kalman import Gaussian, Groups, moments, normalize, update
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 
 LAYOUTS = {torch.channels_last: "channels last", torch.contiguous_format: "channels first"}
@@ -36,7 +36,7 @@ def candidates(channels: int, size: int | None, kind: torch.dtype) -> dict[str, 
 
     def plain(x: Tensor) -> Tensor:
         posterior = update(prior, moments(x, size), layer.gain)
-        rows = Gaussian(*(spread_over_images(values, len(x), size) for values in posterior))
+        rows = Gaussian(*(Groups.of(len(x), size).spread(values) for values in posterior))
         return normalize(x, rows, layer.weight, layer.bias, layer.eps)
 
     def loop(x: Tensor) -> Tensor:

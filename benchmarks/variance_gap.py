@@ -29,7 +29,7 @@ from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import Weights, load_weights, weights_path
 from bkn_core.engine.evaluation import measure
-from bkn_core.filter.kalman import Gaussian, spread_over_images
+from bkn_core.filter.kalman import Gaussian, Groups
 from bkn_core.filter.kalman import normalize as by_rows
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
@@ -71,7 +71,7 @@ def mixed(model: nn.Module, mean: str, variance: str, size: int) -> Iterator[Non
                     (variance, layer.running_var, group.variance),
                 )
             ]
-            spread = Gaussian(*(spread_over_images(values, len(x), size) for values in rows))
+            spread = Gaussian(*(Groups.of(len(x), size).spread(values) for values in rows))
             return by_rows(x, spread, layer.weight, layer.bias, layer.eps)
 
         handles.append(layer.register_forward_hook(partial(chosen, held=held)))

@@ -26,11 +26,47 @@ class Moments(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # a tuple's method of this name is not used
 
 
-def group_images(images: int, statistics_batch_size: int | None) -> list[int]:
-    """Return the number of images in each statistics group: `s` consecutive images, the last group maybe fewer."""
-    size = min(statistics_batch_size or images, images)
-    full, rest = divmod(images, size)
-    return [size] * full + ([rest] if rest else [])
+class Groups(NamedTuple):
+    """How images form statistics groups: `size` consecutive images each, the last group maybe fewer."""
+
+    images: int
+    size: int
+
+    @classmethod
+    def of(cls, images: int, statistics_batch_size: int | None) -> Groups:
+        """Return the groups of so many images; None is one group of them all."""
+        return cls(images, min(statistics_batch_size or images, images))
+
+    @property
+    def body(self) -> int:
+        """The images in groups of full size."""
+        return self.images // self.size * self.size
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all groups have the same size."""
+        return self.body == self.images
+
+    @property
+    def sizes(self) -> list[int]:
+        """The images in each group."""
+        return [self.size] * (self.images // self.size) + ([self.images - self.body] if not self.is_even else [])
+
+    def counts(self, like: Tensor) -> Tensor:
+        """Return the images in each group as a column (G, 1) of the type and on the device of `like`."""
+        column = like.new_full((-(-self.images // self.size), 1), self.size)
+        if not self.is_even:
+            column[-1:].fill_(self.images - self.body)  # filled on the device: a copy from the host would wait for it
+        return column
+
+    def share(self, like: Tensor) -> Tensor | None:
+        """Return the part of the images that each group holds, (G, 1), None where all are equal."""
+        return None if self.is_even else self.counts(like) / self.images
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeat each group's row once for each of its images: (G, C) -> (N, C)."""
+        repeated = values.repeat_interleave(self.size, dim=0, output_size=len(values) * self.size)
+        return repeated[: self.images]
 
 
 def moments(x: Tensor, statistics_batch_size: int | None = None, *, covariance: bool = False) -> Moments:
@@ -48,12 +84,11 @@ def moments(x: Tensor, statistics_batch_size: int | None = None, *, covariance: 
     """
     flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
     flat = flat.to(torch.promote_types(x.dtype, torch.float32))
-    sizes = group_images(len(x), statistics_batch_size)
-    body = sizes.count(sizes[0]) * sizes[0]
-    parts = [_equal_groups(flat[:body], sizes[0], covariance)]
-    if body < len(x):
-        parts.append(_equal_groups(flat[body:], len(x) - body, covariance))
-    count = torch.tensor(sizes, dtype=flat.dtype, device=x.device) * flat.shape[2]
+    groups = Groups.of(len(x), statistics_batch_size)
+    parts = [_equal_groups(flat[: groups.body], groups.size, covariance)]
+    if not groups.is_even:
+        parts.append(_equal_groups(flat[groups.body :], len(x) - groups.body, covariance))
+    count = torch.tensor(groups.sizes, dtype=flat.dtype, device=x.device) * flat.shape[2]
     return Moments(torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts]), count)
 
 
@@ -221,12 +256,6 @@ def diagonal(gaussian: Gaussian) -> Gaussian:
     if gaussian.variance.dim() == gaussian.mean.dim():
         return gaussian
     return Gaussian(gaussian.mean, gaussian.variance.diagonal(dim1=-2, dim2=-1))
-
-
-def spread_over_images(values: Tensor, images: int, statistics_batch_size: int | None) -> Tensor:
-    """Repeat each group's row once for each of its images: (G, C) -> (N, C)."""
-    size = min(statistics_batch_size or images, images)
-    return values.repeat_interleave(size, dim=0, output_size=len(values) * size)[:images]
 
 
 def normalize(x: Tensor, posterior: Gaussian, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

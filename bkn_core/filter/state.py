@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bkn_core.filter.kalman import Gaussian
+from bkn_core.filter.kalman import Gaussian, Groups
 
 
 class FilterSettings(NamedTuple):
@@ -120,5 +120,14 @@ class Observation(NamedTuple):
     @property
     def is_even(self) -> bool:
         """Whether all groups hold as many images."""
-        size, images = self.settings.statistics_batch_size, self.images
-        return self.share is None and (isinstance(images, Tensor) or size is None or images % min(size, images) == 0)
+        return self.share is None and (isinstance(self.images, Tensor) or self._groups(self.images).is_even)
+
+    @property
+    def parts(self) -> Tensor | None:
+        """The part of the images that each group holds, (G, 1); None where all are equal."""
+        if self.share is not None or isinstance(self.images, Tensor):
+            return self.share
+        return self._groups(self.images).share(self.statistics.packed)
+
+    def _groups(self, images: int) -> Groups:
+        return Groups.of(images, self.settings.statistics_batch_size)

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bkn_core.graph import expressions
+from bkn_core.graph import expressions, names
 from bkn_core.graph.builder import GraphBuilder
-from bkn_core.graph.names import (
-    BINARY,
-    CONCATENATING,
-    ELEMENTWISE,
-    IDENTITY,
-    LINEAR,
-    NORMALIZING,
-    OVER_POSITIONS,
-    SHAPE_ONLY,
-)
 from bkn_core.graph.rules import attention, linear, pointwise, spatial
 from bkn_core.graph.values import Running, Step, Value
 
@@ -48,7 +38,7 @@ class Translator:
     def translate(self, step: Step) -> list[Value]:
         """Return the value of each result of a function."""
         features, count = step.features, len(step.outputs)
-        if step.name in LINEAR and step.operands[0] in features:
+        if step.name in names.LINEAR and step.operands[0] in features:
             features = [v for v in step.operands[:1] if v is not None]
         special = attention.weights(step) or attention.average(self.builder, step) if features else None
         if special is not None:
@@ -58,7 +48,7 @@ class Translator:
             return [Value(reason=unknown.reason)] * count
         if not features:
             return expressions.record(step)
-        if step.name in LINEAR:
+        if step.name in names.LINEAR:
             results = [linear.linear_map(self.builder, step, self.stack)]
         elif all(v.is_input for v in features):
             plain = self.learned.isdisjoint(path for e in step.parameters for path in expressions.sources(e))
@@ -66,7 +56,7 @@ class Translator:
             results = [Value(is_input=plain, reason=reason)] * count
         elif any(v.is_input for v in features):
             results = [Value(reason=f"{step.name} mixes the network input with features")] * count
-        elif step.name in SHAPE_ONLY:
+        elif step.name in names.SHAPE_ONLY:
             results = spatial.moved(self.builder, step, features[0])
         else:
             results = [self._one_result(step, features)] * count
@@ -74,25 +64,25 @@ class Translator:
 
     def _one_result(self, step: Step, features: list[Value]) -> Value:
         first = features[0]
-        if step.name in IDENTITY:
+        if step.name in names.IDENTITY:
             return first
-        if step.name in ELEMENTWISE and len(step.tensors) == 1:
+        if step.name in names.ELEMENTWISE and len(step.tensors) == 1:
             return pointwise.function(self.builder, step, first)
         if any(v.numbers is not None for v in features):
             return Value(reason=f"{step.name} of channels that lie along several dimensions")
-        if step.name in OVER_POSITIONS:
+        if step.name in names.OVER_POSITIONS:
             return spatial.over_positions(self.builder, step, first)
         if step.name == "mean":
             return spatial.mean(self.builder, step, first)
-        if step.name in CONCATENATING:
+        if step.name in names.CONCATENATING:
             return spatial.concatenate(self.builder, step, features)
         if step.name == "prelu":
             return pointwise.prelu(self.builder, step, first)
         if step.name == "glu":
             return pointwise.gated_linear_unit(self.builder, step, first)
-        if step.name in NORMALIZING:
+        if step.name in names.NORMALIZING:
             return spatial.normalized(self.builder, step, first)
-        if step.name in BINARY:
+        if step.name in names.BINARY:
             return pointwise.binary(self.builder, step, features)
         return Value(reason=f"{step.name} has no rule")
 

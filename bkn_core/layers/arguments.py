@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.errors import ConversionError, StatisticsError
+from bkn_core.filter.kalman import Groups
 
 
 def check_gain(gain: float | str, learn_gain: bool) -> None:
@@ -66,8 +67,7 @@ def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: boo
         raise StatisticsError("an empty batch has no statistics", "Give at least one image.")
     if has_prior:
         return
-    size = images if statistics_batch_size is None else min(statistics_batch_size, images)
-    smallest = (images % size or size, *x.shape[1:])
+    smallest = (Groups.of(images, statistics_batch_size).sizes[-1], *x.shape[1:])
     if smallest[0] * x.shape[2:].numel() == 1:
         raise StatisticsError(
             f"a statistics group of shape {smallest} has one value per channel and the layer has no prior",

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
-from bkn_core.filter.kalman import Gaussian, moments, normalize, spread_over_images
+from bkn_core.filter.kalman import Gaussian, Groups, moments, normalize
 
 
 class BatchRenorm(_BatchNorm):
@@ -62,7 +62,7 @@ class BatchRenorm(_BatchNorm):
         # (x - x̄) r / σ_B + d is a normalization by another mean and variance.
         inverse = (observed.variance + self.eps).rsqrt() * r
         shifted = Gaussian(observed.mean - d / inverse, inverse.square().reciprocal() - self.eps)
-        rows = Gaussian(*(spread_over_images(t, len(x), self.statistics_batch_size) for t in shifted))
+        rows = Gaussian(*(Groups.of(len(x), self.statistics_batch_size).spread(t) for t in shifted))
         with torch.no_grad():
             share = (observed.count / observed.count.sum())[:, None]
             unbiased = observed.variance * (observed.count / (observed.count - 1))[:, None]

@@ -17,14 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.errors import StatisticsError
 from bkn_core.filter import kalman
 from bkn_core.filter.inflation_gradient import Sensitivity
-from bkn_core.filter.kalman import Gaussian, rectangular_identity
+from bkn_core.filter.kalman import Gaussian, Groups, rectangular_identity
 from bkn_core.filter.state import FilterSettings, LayerState, Observation
 from bkn_core.filter.uncertainty import FIELDS, FIRST_GAIN
 from bkn_core.layers.arguments import check_form, check_gain, check_shape, check_values
 from bkn_core.layers.forward import OUTSIDE, ContextSlots, LayerContext, is_recomputation
 from bkn_core.layers.loading import complete_
 from bkn_core.ops.forms import normalize_batch
-from bkn_core.ops.normalize import Filtered, images_per_group
+from bkn_core.ops.normalize import Filtered
 from bkn_core.ops.synchronized import spans_processes
 from bkn_core.ops.track import track
 
@@ -197,7 +197,7 @@ class BatchKalmanNorm(_BatchNorm):
 
     def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
         context = self._context_of_forward(warn=prior is None)
-        gain = None if context is None else context.gain()
+        gain = None if context is None else context.gain
         if prior is not None:
             prior = self.refine(prior)
         elif context is not None and self.expects_prior:
@@ -213,7 +213,7 @@ class BatchKalmanNorm(_BatchNorm):
         if context is not None and context.reads_posteriors:
             context.publish(filtered.posterior)
         if self.on_posterior is not None:
-            share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
+            share = Groups.of(len(x), size).share(x)
             self.on_posterior(Gaussian(*filtered.statistics.moving), share, len(x))
         elif self._trains and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images

@@ -30,25 +30,21 @@ class LayerContext:
 
     Args:
         observations: of this forward; they move what the layers remember when it ends.
-        value: the refined prior.
-        weight: the gain; None where the layer is to compute it.
+        ready: the refined prior.
+        gain: None where the layer is to compute it.
         renew: how to compute both once more, sharing nothing with other layers, for a reentrant checkpoint.
     """
 
     observations: list[Observation]
-    value: Gaussian | None = None
-    weight: Tensor | None = None
+    ready: Gaussian | None = None
+    gain: Tensor | None = None
     renew: Callable[[], LayerContext] | None = None
     reads_posteriors = False
     is_without_gradient: bool = False  # whether the layer ran under torch.no_grad
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior."""
-        return self.value
-
-    def gain(self) -> Tensor | None:
-        """Return q."""
-        return self.weight
+        return self.ready
 
     def publish(self, posterior: Gaussian) -> None:
         """Take the posterior of the layer for those that follow, where one reads it."""

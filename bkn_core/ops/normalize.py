@@ -27,7 +27,7 @@ from torch import Tensor
 from bkn_core.filter import inflation_gradient
 from bkn_core.filter.autograd import is_eager, once_differentiable, with_signature
 from bkn_core.filter.inflation_gradient import Sensitivity
-from bkn_core.filter.kalman import Gaussian, guard, limited
+from bkn_core.filter.kalman import Gaussian, Groups, guard, limited
 from bkn_core.filter.state import FilterSettings, FilterStatistics
 from bkn_core.ops import activation_rows, extension, kernels
 
@@ -86,12 +86,12 @@ def kalman_normalize(
     Shape:
         x (N, C, *spatial), prior (C,) or (G, C), sensitivity (2, C).
     """
-    images = x.shape[0]
-    size = min(settings.statistics_batch_size or images, images)
-    body = images // size * size
+    division = Groups.of(x.shape[0], settings.statistics_batch_size)
+    body = division.body
     mean, variance = prior if prior is not None else (None, None)
-    if body == images:
-        parameters, memory, groups = (mean, variance, gain, weight, bias), sensitivity or (None, None), images // size
+    if division.is_even:
+        parameters, memory = (mean, variance, gain, weight, bias), sensitivity or (None, None)
+        groups = division.images // division.size
         is_direct = is_eager()
         if is_direct and settings.guard_limit == math.inf:
             made = extension.normalize(x, parameters, memory, settings.eps, groups)
@@ -101,7 +101,7 @@ def kalman_normalize(
         return Filtered.of(*node.apply(x, *parameters, *memory, settings, groups))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
     if sensitivity is not None:
-        raise ValueError("an inflation can be followed in groups of one size only")  # see `covariance.normalize_by`
+        raise ValueError("an inflation can be followed in groups of one size only")  # see `forms.normalize_by`
     parts = [
         kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
         kalman_normalize(x[body:], _part(prior, slice(-1, None)), gain, weight, bias, settings),
@@ -114,15 +114,6 @@ def _part(prior: Gaussian | None, groups: slice) -> Gaussian | None:
     if prior is None or prior.mean.dim() == 1:
         return prior
     return Gaussian(prior.mean[groups], prior.variance[groups])
-
-
-def images_per_group(images: int, statistics_batch_size: int | None, like: Tensor) -> Tensor:
-    """Return the number of images of each group as a column (G, 1) of the type and on the device of `like`."""
-    size = min(statistics_batch_size or images, images)
-    column = like.new_full((-(-images // size), 1), size)
-    if images % size:
-        column[-1:].fill_(images % size)  # filled on the device: a copy from the host would wait for it
-    return column
 
 
 @with_signature

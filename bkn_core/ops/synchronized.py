@@ -14,7 +14,6 @@ Checked with gloo on the CPU; not run on a GPU.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,11 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bkn_core.filter.autograd import once_differentiable
-from bkn_core.filter.inflation_gradient import Processes, Sensitivity
-from bkn_core.filter.kalman import Gaussian, Moments, root_above
-from bkn_core.filter.state import FilterSettings
-from bkn_core.ops.covariance import normalize_by
-from bkn_core.ops.normalize import Filtered
+from bkn_core.filter.kalman import Moments, root_above
 
 
 def spans_processes(group: dist.ProcessGroup | None) -> bool:
@@ -34,32 +29,8 @@ def spans_processes(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def joint_normalize(
-    x: Tensor,
-    prior: Gaussian | None,
-    parameters: tuple[Tensor, Tensor | None, Tensor | None],
-    settings: FilterSettings,
-    form: tuple[dist.ProcessGroup | None, bool],
-    sensitivity: Sensitivity | None = None,
-) -> Filtered:
-    """Normalize this process's part of one group by the posterior of the whole; see `covariance.normalize_by`.
-
-    Args:
-        x: may be empty; the other processes must call this too.
-        prior: the same in all processes.
-        parameters: gain, γ and β.
-        settings: see `FilterSettings`.
-        form: the processes, None for all of them, and whether to observe the full matrix S.
-        sensitivity: h̄, as in `normalize.kalman_normalize`.
-    """
-    group, is_matrix = form
-    observed = joint_moments(x, group, covariance=is_matrix)
-    images = observed.count[0] / x.shape[2:].numel()
-    processes = Processes(dist.get_world_size(group), images, functools.partial(_total, group))
-    return normalize_by(x, prior, observed, parameters, settings, sensitivity, processes)
-
-
-def _total(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
+def total(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
+    """Add a tensor up over processes."""
     values = values.clone()
     dist.all_reduce(values, group=group)
     return values

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.filter.inflation_gradient import remembered
-from bkn_core.filter.kalman import Gaussian, average_over_groups, diagonal
+from bkn_core.filter.kalman import Gaussian, Groups, average_over_groups, diagonal
 from bkn_core.filter.state import FilterStatistics, Observation
 from bkn_core.filter.uncertainty import (
     IMAGES,
@@ -29,8 +29,6 @@ from bkn_core.filter.uncertainty import (
     residuals,
 )
 from bkn_core.ops import extension, kernels
-from bkn_core.ops.batched import alike, apart, beside, existing
-from bkn_core.ops.normalize import images_per_group
 
 LARGEST_INFLATION = 60.0  # the exponent of a float32: no data reach it but beside a variance of 0
 
@@ -73,7 +71,7 @@ def _joined(observations: Sequence[Observation]) -> Observation:
     share = None
     if len(set(counts)) > 1 or not first.is_even:
         size = first.settings.statistics_batch_size
-        share = torch.cat([images_per_group(count, size, packed) for count in counts]) / sum(counts)
+        share = torch.cat([Groups.of(count, size).counts(packed) for count in counts]) / sum(counts)
     return Observation(first.state, prior, FilterStatistics(packed), sum(counts), first.settings, share)
 
 
@@ -143,10 +141,7 @@ def _track_in_pytorch(observations: Sequence[Observation]) -> None:
     for numbers in alike(keys):
         chosen = [observations[i] for i in numbers]
         first, statistics = chosen[0], FilterStatistics(beside([seen.statistics.packed for seen in chosen]))
-        share = first.share
-        if share is None and not first.is_even and not isinstance(first.images, Tensor):
-            size = first.settings.statistics_batch_size
-            share = images_per_group(first.images, size, statistics.packed) / first.images
+        share = first.parts
         if first.is_inflated:
             _move_inflations(chosen, statistics, share)
         if first.state.running_mean is not None:
@@ -229,3 +224,28 @@ def _move_statistics(observations: Sequence[Observation], statistics: FilterStat
             torch._foreach_lerp_(averages, parts, [1 / count.to(values.dtype) for count in counts])
         else:
             torch._foreach_lerp_(averages, parts, momentum)
+
+
+def alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Return the positions of equal keys, in the order of their first appearance."""
+    if len(keys) == 1:
+        return [[0]]  # whose key may hold sizes of an exported graph, which cannot be compared
+    found: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def beside(vectors: Sequence[Tensor]) -> Tensor:
+    """Lay vectors side by side."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), -1)
+
+
+def existing(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the tensors that are there."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def apart(values: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    """Split what lies side by side."""
+    return (values,) if len(widths) == 1 else torch.split(values, list(widths), -1)

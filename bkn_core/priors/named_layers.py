@@ -13,7 +13,7 @@ from bkn_core.filter import kalman
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.expressions import check_own
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
-from bkn_core.ops.batched import alike, apart, beside, existing
+from bkn_core.ops.track import alike, apart, beside, existing
 
 
 def no_autocast(layer: BatchKalmanNorm) -> torch.autocast:

@@ -16,10 +16,9 @@ from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import Entries
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.forward import LayerContext
-from bkn_core.ops.batched import existing
 from bkn_core.ops.extension import Operations
 from bkn_core.ops.priors import ACCUMULATES, FIELDS
-from bkn_core.ops.track import joined, track
+from bkn_core.ops.track import existing, joined, track
 
 Constants = tuple[dict[str, Gaussian], list[Tensor]]  # priors by the names of their layers, gains of all layers
 

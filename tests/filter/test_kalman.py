@@ -12,14 +12,13 @@ from torch import Tensor
 
 from bkn_core.filter.kalman import (
     Gaussian,
+    Groups,
     Moments,
     diagonal,
-    group_images,
     guard,
     moments,
     normalize,
     predict,
-    spread_over_images,
     update,
 )
 
@@ -41,7 +40,7 @@ def close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-12) -> Non
 def test_groups_are_consecutive_images_and_the_last_may_be_smaller(
     images: int, size: int | None, expected: list[int]
 ) -> None:
-    assert group_images(images, size) == expected
+    assert Groups.of(images, size).sizes == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -98,7 +97,7 @@ def test_update_and_normalize_equal_a_loop(
     shape: tuple[int, ...], size: int | None, gain: float, per_group: bool, seed: int
 ) -> None:
     x = 1 + numbers(*shape, seed=seed)
-    count = len(group_images(shape[0], size))
+    count = len(Groups.of(shape[0], size).sizes)
     rows = (count, shape[1]) if per_group else (shape[1],)
     prior = Gaussian(numbers(*rows, seed=seed + 1), numbers(*rows, seed=seed + 2).square())
     weight, bias = numbers(shape[1], seed=seed + 3), numbers(shape[1], seed=seed + 4)
@@ -119,7 +118,7 @@ def test_update_and_normalize_equal_a_loop(
     close(posterior.variance, np.array([np.diag(c) for c in expected.covariance]))
     torch.testing.assert_close(diagonal(full).variance, posterior.variance)
     assert (posterior.variance >= 0).all()
-    rows_of_images = Gaussian(*(spread_over_images(t, len(x), size) for t in posterior))
+    rows_of_images = Gaussian(*(Groups.of(len(x), size).spread(t) for t in posterior))
     close(normalize(x, rows_of_images, weight, bias, 1e-3), expected.y)
 
 
@@ -190,10 +189,10 @@ def test_guard_takes_nothing_from_a_channel_that_was_observed_constant() -> None
 
 @pytest.mark.parametrize(("images", "size"), [(4, 2), (5, 2), (5, None), (3, 1), (2, 7)])
 def test_rows_are_spread_over_the_images_of_their_group(images: int, size: int | None) -> None:
-    sizes = group_images(images, size)
+    sizes = Groups.of(images, size).sizes
     rows = torch.arange(len(sizes))[:, None].expand(-1, 3)
     expected = [g for g, count in enumerate(sizes) for _ in range(count)]
-    assert spread_over_images(rows, images, size)[:, 0].tolist() == expected
+    assert Groups.of(images, size).spread(rows)[:, 0].tolist() == expected
 
 
 def test_normalize_keeps_the_type_of_the_activation() -> None:

@@ -109,7 +109,7 @@ def test_evaluation_is_batch_normalization_by_the_moving_averages() -> None:
 def test_a_layer_that_reads_no_convolution_keeps_to_its_group() -> None:
     model: Any = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Tanh(), nn.BatchNorm2d(6))
     converted: Any = convert(model, torch.randn(2, 4, 3, 3), kind="cbn", statistics_batch_size=None)
-    assert converted[2].letter is None
+    assert converted[2].handover is None
     x = torch.randn(4, 4, 3, 3)
     converted(x)
     torch.testing.assert_close(converted(x + 1), model(x + 1), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.ops.covariance import matrix_normalize
+from bkn_core.ops.forms import normalize_batch
 from bkn_core.ops.normalize import FilterSettings, kalman_normalize
 
 pytestmark = pytest.mark.usefixtures("every_path")
@@ -75,8 +75,7 @@ def test_large_values_are_normalized_as_in_float64(
     x = x.contiguous(memory_format=layout).requires_grad_()
     prior = Gaussian(*(torch.tensor(values).requires_grad_() for values in ([0.0, 1.0, size], [1.0, 1.0, 4.0])))
     q = torch.tensor(gain, requires_grad=True)
-    form = matrix_normalize if covariance else kalman_normalize
-    y, statistics, *_ = form(x, prior, q, None, None, FilterSettings(1e-5, 2))
+    y, statistics, *_ = normalize_batch(x, prior, (q, None, None), FilterSettings(1e-5, 2, is_matrix=covariance))
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     gradients = torch.autograd.grad(y, (x, *prior, q), upstream)
     wide = x.detach().double().requires_grad_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.filter.inflation_gradient import FEW, LARGEST_RATIO, MANY, USUAL, WEIGHT, Sensitivity, follow
-from bkn_core.filter.kalman import Gaussian, moments, normalize, spread_over_images, update
+from bkn_core.filter.kalman import Gaussian, Groups, moments, normalize, update
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.ops.normalize import FilterSettings, kalman_normalize
 
@@ -67,7 +67,7 @@ def filtered_by_hand(values: list[Tensor], inflations: Tensor | None = None) -> 
         deviation = inflations_of(x, mean, variance)[1]
         prior = Gaussian(mean + inflations[1] * deviation, variance * inflations[0].exp())
     posterior = update(prior, moments(x, 2), gain)
-    rows = Gaussian(*(spread_over_images(part, len(x), 2) for part in posterior))
+    rows = Gaussian(*(Groups.of(len(x), 2).spread(part) for part in posterior))
     return normalize(x, rows, weight, bias, EPS), posterior
 
 
@@ -144,7 +144,7 @@ def test_a_smaller_last_group_counts_by_its_images(images: int) -> None:
         x[-1] *= 5
     prior = Gaussian(torch.zeros(2).double(), torch.ones(2).double().requires_grad_())
     posterior = update(prior, moments(x, 4), torch.tensor(0.1).double())
-    rows = Gaussian(*(spread_over_images(part, images, 4) for part in posterior))
+    rows = Gaussian(*(Groups.of(images, 4).spread(part) for part in posterior))
     loss = normalize(x, rows, layer.weight, layer.bias, layer.eps).pow(3).sum()
     ratios = inflations_of(x, *prior, 4, layer.eps)[0]
     expected = torch.autograd.grad(

@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bkn_core.filter.kalman import Gaussian, guard, moments, normalize, spread_over_images, unbiased, update
-from bkn_core.ops.normalize import FilterSettings, images_per_group, kalman_normalize
+from bkn_core.filter.kalman import Gaussian, Groups, guard, moments, normalize, unbiased, update
+from bkn_core.ops.normalize import FilterSettings, kalman_normalize
 
 pytestmark = pytest.mark.usefixtures("every_path")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -43,7 +43,7 @@ class Case:
 
         channels = self.shape[1]
         x = draw(*self.shape) + offset
-        groups = len(images_per_group(len(x), self.size, x))
+        groups = len(Groups.of(len(x), self.size).sizes)
         rows = (channels,) if self.prior == "shared" else (groups, channels)
         mean, variance = draw(*rows), draw(*rows).square() + 0.1
         weight = draw(channels)
@@ -111,7 +111,7 @@ def plain(case: Case, values: list[Tensor | None], eps: float) -> tuple[Tensor, 
         if case.guard_limit < math.inf:
             q = guard(variance, observed.variance, gain, case.guard_limit)
         posterior = update(Gaussian(mean, variance), observed, q)
-    rows = Gaussian(*(spread_over_images(t, len(x), case.size) for t in posterior))
+    rows = Gaussian(*(Groups.of(len(x), case.size).spread(t) for t in posterior))
     return normalize(x, rows, weight, bias, eps), posterior
 
 

@@ -12,9 +12,8 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd
 
 from bkn_core.errors import StatisticsError
-from bkn_core.filter.kalman import Gaussian, group_images, moments, normalize, spread_over_images
-from bkn_core.layers.rivals.groups import Rival, exactly, wide
-from bkn_core.layers.rivals.handover import Handover
+from bkn_core.filter.kalman import Gaussian, Groups, moments, normalize
+from bkn_core.layers.rivals.groups import Handover, Rival, exactly, wide
 
 _WINDOW = 8  # groups, the newest among them
 _BURN_IN = 1 / 20  # part of the training that normalizes by its own group alone
@@ -31,12 +30,12 @@ class Read(NamedTuple):
 class Reader:
     """A forward pre-hook of a convolution or linear layer that leaves what it reads for the normalization behind it."""
 
-    def __init__(self, letter: Handover[Read]) -> None:
-        self.letter = letter
+    def __init__(self, handover: Handover[Read]) -> None:
+        self.handover = handover
 
     def __call__(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Leave it, in training."""
-        self.letter.content = Read(arguments[0].detach(), layer) if layer.training else None
+        self.handover.content = Read(arguments[0].detach(), layer) if layer.training else None
 
 
 class CrossIterationNorm(Rival):
@@ -79,7 +78,7 @@ class CrossIterationNorm(Rival):
     ) -> None:
         super().__init__(num_features, eps, 0.1 if momentum is None else momentum)
         self.statistics_batch_size = statistics_batch_size
-        self.letter: Handover[Read] | None = None
+        self.handover: Handover[Read] | None = None
 
     def follow_(self, layer: nn.Module) -> None:
         """Know, from now on, the layer before: what it reads and its weights."""
@@ -87,8 +86,8 @@ class CrossIterationNorm(Rival):
         assert isinstance(weight, Tensor)
         if isinstance(layer, _ConvNd) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
             return
-        self.letter = Handover()
-        layer.register_forward_pre_hook(Reader(self.letter))
+        self.handover = Handover()
+        layer.register_forward_pre_hook(Reader(self.handover))
         width, rows = weight[0].numel(), _WINDOW - 1
         shapes = {"mean": (self.num_features,), "square": (self.num_features,)}
         for name, shape in {**shapes, "patch": (groups, width), "slope": (self.num_features, width)}.items():
@@ -98,9 +97,9 @@ class CrossIterationNorm(Rival):
         """Normalize, and in training remember."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        read = None if self.letter is None else self.letter.take()
+        read = None if self.handover is None else self.handover.take()
         size = self.statistics_batch_size
-        if min(group_images(x.shape[0], size)) * x.shape[2:].numel() < 2:
+        if min(Groups.of(x.shape[0], size).sizes) * x.shape[2:].numel() < 2:
             raise StatisticsError("a statistics group has one value per channel", "Use a larger statistics_batch_size.")
         observed = moments(x, size)
         own = Gaussian(observed.mean, observed.variance)
@@ -116,7 +115,7 @@ class CrossIterationNorm(Rival):
             self.num_batches_tracked.add_(len(own.mean))
             if read is not None:
                 self._remember(own, read, wide(x))
-        rows = Gaussian(*(spread_over_images(values, x.shape[0], size) for values in joint))
+        rows = Gaussian(*(Groups.of(x.shape[0], size).spread(values) for values in joint))
         return normalize(x, rows, self.weight, self.bias, self.eps)
 
     def _joint(self, own: Gaussian, read: Read) -> Gaussian:

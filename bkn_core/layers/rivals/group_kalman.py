@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.filter.kalman import Gaussian, normalize, predict, rectangular_identity, update
-from bkn_core.layers.rivals.groups import exactly, wide
-from bkn_core.layers.rivals.handover import Handover
+from bkn_core.layers.rivals.groups import Handover, exactly, wide
 
 _GAIN, _NOISE = 0.9, 0.1  # where q begins, and the root of r
 

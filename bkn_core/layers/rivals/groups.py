@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.filter.kalman import group_images
+from bkn_core.filter.kalman import Groups
 
 LENGTH = 20_000  # statistics groups of a training whose length nobody has told
+
+Content = TypeVar("Content")
 
 
 class Rival(_BatchNorm):
@@ -32,6 +34,22 @@ class Rival(_BatchNorm):
         """Return the number of each of the next groups of a training, from 1: (groups, 1)."""
         assert self.num_batches_tracked is not None
         return self.num_batches_tracked + torch.arange(1, groups + 1, device=self.num_batches_tracked.device)[:, None]
+
+
+class Handover(Generic[Content]):
+    """What one layer leaves for another within a forward, taken once; copies of a model begin with an empty one."""
+
+    def __init__(self) -> None:
+        self.content: Content | None = None
+
+    def take(self) -> Content | None:
+        """Return what was left, once."""
+        content, self.content = self.content, None
+        return content
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the content out of copies and pickles."""
+        return {"content": None}
 
 
 def set_length_(model: nn.Module, groups: int) -> None:
@@ -75,10 +93,9 @@ def spread(rows: Tensor, x: Tensor) -> Tensor:
 
 def group_means(rows: Tensor, statistics_batch_size: int | None) -> Tensor:
     """Average the rows of the images of each statistics group: (N, C) -> (G, C)."""
-    sizes = group_images(len(rows), statistics_batch_size)
-    body = sizes.count(sizes[0]) * sizes[0]
-    means = rows[:body].reshape(-1, sizes[0], *rows.shape[1:]).mean(1)
-    return means if body == len(rows) else torch.cat([means, rows[body:].mean(0, keepdim=True)])
+    groups = Groups.of(len(rows), statistics_batch_size)
+    means = rows[: groups.body].reshape(-1, groups.size, *rows.shape[1:]).mean(1)
+    return means if groups.is_even else torch.cat([means, rows[groups.body :].mean(0, keepdim=True)])
 
 
 def recurrence(factors: Tensor, increments: Tensor, start: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.filter.autograd import once_differentiable
-from bkn_core.filter.kalman import spread_over_images
+from bkn_core.filter.kalman import Groups
 from bkn_core.layers.rivals.groups import Rival, group_means, image_means, moving_average, spread, wide
 
 _SIMULATED = 32  # images that the statistics of several groups stand for
@@ -97,7 +97,7 @@ class _Divide(torch.autograd.Function):
         """Apply the group's row to each image."""
         ctx.save_for_backward(x, inverse, r, weight)
         ctx.form = form
-        rows = spread_over_images(inverse * r * weight, len(x), form[0])
+        rows = Groups.of(len(x), form[0]).spread(inverse * r * weight)
         return (x * spread(rows, x) + spread(bias[None], x)).to(x.dtype)
 
     @staticmethod
@@ -106,12 +106,12 @@ class _Divide(torch.autograd.Function):
         """Follow the paper, not the chain rule."""
         x, inverse, r, weight = saved
         size, is_own, ring = ctx.form
-        inverse, r = (spread_over_images(rows, len(x), size) for rows in (inverse, r))
+        inverse, r = (Groups.of(len(x), size).spread(rows) for rows in (inverse, r))
         z, dy = wide(x) * spread(inverse, x), wide(gradient)
         products = image_means(dy * z)
         own = group_means(products * r * weight, size)
         psi = torch.where(is_own, own, last_means_(ring, own))
-        psi = spread_over_images(psi, len(x), size)
+        psi = Groups.of(len(x), size).spread(psi)
         dx = (dy * spread(r * weight, x) - z * spread(psi, x)) * spread(inverse, x)
         count = x.shape[2:].numel()
         return dx.to(x.dtype), None, None, (products * r).sum(0) * count, image_means(dy).sum(0) * count, None

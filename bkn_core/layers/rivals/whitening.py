@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
-from bkn_core.filter.kalman import group_images
+from bkn_core.filter.kalman import Groups
 from bkn_core.layers.rivals.groups import Rival, exactly, spread, wide
 
 _ITERATIONS = 5
@@ -76,20 +76,19 @@ class IterativeNorm(Rival):
 
     def _whiten(self, values: Tensor) -> Tensor:
         assert self.running_mean is not None and self.momentum is not None and self.num_batches_tracked is not None
-        sizes = group_images(len(values), self.statistics_batch_size)
-        if min(sizes) * values.shape[2:].numel() < 2:
+        groups = Groups.of(len(values), self.statistics_batch_size)
+        if groups.sizes[-1] * values.shape[2:].numel() < 2:
             raise StatisticsError("a statistics group has one value per channel", "Use a larger statistics_batch_size.")
-        body = sizes.count(sizes[0]) * sizes[0]
-        parts = [_whitened(values[:body], sizes[0], self.block, self.eps)]
-        if body < len(values):
-            parts.append(_whitened(values[body:], len(values) - body, self.block, self.eps))
+        parts = [_whitened(values[: groups.body], groups.size, self.block, self.eps)]
+        if not groups.is_even:
+            parts.append(_whitened(values[groups.body :], len(values) - groups.body, self.block, self.eps))
         with torch.no_grad():
             shares = [len(z) / len(values) for z, _, _ in parts]
             mean = sum(share * mean.mean(0) for share, (_, mean, _) in zip(shares, parts, strict=True))
             matrix = sum(share * matrix.mean(0) for share, (_, _, matrix) in zip(shares, parts, strict=True))
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[arg-type]
             self.matrix_past.lerp_(matrix, self.momentum)  # type: ignore[arg-type]
-            self.num_batches_tracked.add_(len(sizes))
+            self.num_batches_tracked.add_(len(groups.sizes))
         return torch.cat([z for z, _, _ in parts])
 
     def folded(self, affine: Callable[[], nn.Module]) -> nn.Module:
