@@ -1,7 +1,8 @@
-"""What all of our autograd nodes need."""
+"""What all of our autograd nodes need, and how precisely statistics are computed."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -21,6 +22,13 @@ Gradients = tuple[Tensor | None, ...]
 def is_eager() -> bool:
     """Whether operations run as they are called: nothing compiles them or transforms them."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Multiply matrices of statistics in their own precision for a while, whatever surrounds it."""
+    kind = x.device.type
+    is_mixed = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_mixed else contextlib.nullcontext()
 
 
 def with_signature(node: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bkn_core.filter.autograd import exactly
 from bkn_core.filter.inflation_gradient import Processes, Sensitivity, follow
 from bkn_core.filter.kalman import (
     Gaussian,
@@ -54,13 +55,15 @@ def normalize_batch(
     weight, bias = (None if t is None else t if t.dtype is gain.dtype else t.to(gain.dtype) for t in (weight, bias))
     if processes is not None:
         (group,) = processes
-        observed = joint_moments(x, group, covariance=settings.is_matrix)
+        with exactly(x):
+            observed = joint_moments(x, group, covariance=settings.is_matrix)
         images = observed.count[0] / x.shape[2:].numel()
         everyone = Processes(dist.get_world_size(group), images, functools.partial(total, group))
         return normalize_by(x, prior, observed, (gain, weight, bias), settings, sensitivity, everyone)
     size = settings.statistics_batch_size
     if settings.is_matrix or (sensitivity is not None and not Groups.of(x.shape[0], size).is_even):
-        observed = moments(x, size, covariance=settings.is_matrix)
+        with exactly(x):
+            observed = moments(x, size, covariance=settings.is_matrix)
         return normalize_by(x, prior, observed, (gain, weight, bias), settings, sensitivity)
     return kalman_normalize(x, prior, gain, weight, bias, settings, sensitivity)
 

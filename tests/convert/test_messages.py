@@ -129,3 +129,13 @@ def test_layers_of_two_posteriors_or_none_predict_nothing_from_them(options: dic
 def test_parameters_predict_from_layers_of_two_posteriors() -> None:
     report = {r.name: r.prior for r in conversion_report(convert(Twice(), images()))}
     assert report == {"shared": None, "last": "shared -> conv"}
+
+
+def test_a_full_covariance_trains_in_mixed_precision() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    model = convert(plain, images(), transition="learned", covariance="full")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(images())
+    y.float().square().sum().backward()
+    gradient = model[4].transition.grad
+    assert gradient is not None and gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any()

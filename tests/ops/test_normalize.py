@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkn_core.filter.kalman import Gaussian, Groups, guard, moments, normalize, unbiased, update
+from bkn_core.ops.forms import normalize_batch
 from bkn_core.ops.normalize import FilterSettings, kalman_normalize
 
 pytestmark = pytest.mark.usefixtures("every_path")
@@ -271,3 +272,16 @@ def test_statistics_are_those_of_the_plain_functions(case: Case) -> None:
     for actual, wanted in zip(filtered.statistics.packed, expected, strict=False):
         torch.testing.assert_close(actual.double(), wanted.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
     assert not filtered.statistics.observed.mean.requires_grad
+
+
+def test_a_covariance_is_not_rounded_by_mixed_precision() -> None:
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            filtered = normalize_batch(
+                x, None, (torch.tensor(1.0), None, None), FilterSettings(1e-5, 2, is_matrix=True)
+            )
+        assert filtered.covariance is not None
+        found.append((filtered.covariance, *torch.autograd.grad(filtered.covariance.square().sum(), x)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -12,8 +12,9 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd
 
 from bkn_core.errors import StatisticsError
+from bkn_core.filter.autograd import exactly
 from bkn_core.filter.kalman import Gaussian, Groups, moments, normalize
-from bkn_core.layers.rivals.groups import Handover, Rival, exactly, wide
+from bkn_core.layers.rivals.groups import Handover, Rival, wide
 
 _WINDOW = 8  # groups, the newest among them
 _BURN_IN = 1 / 20  # part of the training that normalizes by its own group alone

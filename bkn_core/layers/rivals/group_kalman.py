@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bkn_core.filter.autograd import exactly
 from bkn_core.filter.kalman import Gaussian, normalize, predict, rectangular_identity, update
-from bkn_core.layers.rivals.groups import Handover, exactly, wide
+from bkn_core.layers.rivals.groups import Handover, wide
 
 _GAIN, _NOISE = 0.9, 0.1  # where q begins, and the root of r
 

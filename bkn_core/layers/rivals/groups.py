@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -67,13 +66,6 @@ def set_length_(model: nn.Module, groups: int) -> None:
 def wide(x: Tensor) -> Tensor:
     """Return a tensor in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Multiply matrices of statistics in their own precision for a while, whatever surrounds it."""
-    kind = x.device.type
-    is_mixed = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if is_mixed else contextlib.nullcontext()
 
 
 def positions(x: Tensor) -> tuple[int, ...]:

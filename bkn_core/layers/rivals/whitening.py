@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import StatisticsError
+from bkn_core.filter.autograd import exactly
 from bkn_core.filter.kalman import Groups
-from bkn_core.layers.rivals.groups import Rival, exactly, spread, wide
+from bkn_core.layers.rivals.groups import Rival, spread, wide
 
 _ITERATIONS = 5
 
