@@ -2,7 +2,7 @@
 
     python benchmarks/compiled_kernels.py
 
-Counted on the CPU; the groups, the prior, the innovation and the moving statistics are inside. Not run on a GPU.
+Counted on the CPU; the groups, the prior, the inflation and the moving statistics are inside. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch._inductor import metrics
 
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm2d
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 
 
 def kernels(kind: str, layout: torch.memory_format) -> tuple[int, int]:

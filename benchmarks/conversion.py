@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import bkn_core as bkn
-from bkn_core.wiring.discover import discover
+from bkn_core.graph.trace import trace
 
-MOST_PARAMETERS = 150_000_000  # of larger models only the wiring is looked at, on the meta device
+MOST_PARAMETERS = 150_000_000  # of larger models only the graph is looked at, on the meta device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Coverage:
         layers: its normalization layers.
         reasons: why those without a prior have none, and how many.
         error: largest difference of the converted model's outputs in evaluation, relative to the largest output; None
-            where only the wiring was looked at.
+            where only the graph was looked at.
     """
 
     architecture: Architecture
@@ -47,7 +47,7 @@ class Coverage:
 
 
 def cover(architecture: Architecture) -> Coverage:
-    """Convert a model and compare its outputs, or look at the wiring of one that is too large for that."""
+    """Convert a model and compare its outputs, or look at the graph of one that is too large for that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models warn about themselves
         if architecture.parameters() > MOST_PARAMETERS:
@@ -66,8 +66,8 @@ def cover(architecture: Architecture) -> Coverage:
 def _wiring_only(architecture: Architecture) -> Coverage:
     with torch.device(architecture.device):
         model = architecture.build()
-        wiring = discover(model, architecture.images(architecture.sides()[-1], 2, architecture.device))
-    return Coverage(architecture, _norms(model), dict(collections.Counter(wiring.reasons.values())), None)
+        graph = trace(model, architecture.images(architecture.sides()[-1], 2, architecture.device))
+    return Coverage(architecture, _norms(model), dict(collections.Counter(graph.reasons.values())), None)
 
 
 def _smallest(architecture: Architecture, model: nn.Module) -> tuple[Tensor, list[Tensor]]:

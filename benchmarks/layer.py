@@ -7,8 +7,8 @@ The time of one layer depends by ten percent on where in memory its tensors happ
 several places, and the pairs of all places count.
 
 Columns: Batch Kalman Normalization over batch normalization of the whole batch; then over group normalization, over the
-plain composition of `bkn_core.norm.kalman`, and over a Python loop of batch normalization over the groups, each on the
-same groups. Layers stand alone, so each moves its own statistics. Not run on a GPU.
+plain composition of `bkn_core.filter.kalman`, and over a Python loop of batch normalization over the groups, each on
+the same groups. Layers stand alone, so each moves its own statistics. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from paired import Ratio, keep_memory, summary, times
 from torch import Tensor, nn
 
-from bkn_core.norm.kalman import Gaussian, moments, normalize, spread_over_images, update
-from bkn_core.norm.layers import BatchKalmanNorm2d
+from bkn_core.filter.kalman import Gaussian, moments, normalize, spread_over_images, update
+from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 
 LAYOUTS = {torch.channels_last: "channels last", torch.contiguous_format: "channels first"}
 SHAPES = [(2, 64, 56, 56), (32, 64, 32, 32), (32, 128, 16, 16), (128, 64, 32, 32)]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import bkn_core as bkn
-from bkn_core.convert import find_messenger
-from bkn_core.wiring import evaluate
+from bkn_core.graph import interpret
+from bkn_core.priors.hooks import find_hooks
 
 MODELS = ("resnet18", "googlenet", "vgg11_bn", "densenet121", "regnet_y_400mf", "mobilenet_v3_small")
 POWERS = {"equal": (1e-9, 0.0), "k^0.25": (0.25, 0.25), "as in bkn": (0.5, 0.4), "independent": (1.0, 1.0)}
@@ -63,14 +63,14 @@ def row(name: str, images: Tensor) -> str:
     draw_norms(plain)
     observe(plain, images)
     model = bkn.convert(plain, images[:2], statistics_batch_size=None, input_prior=images)
-    wiring = find_messenger(model)[1].wiring
+    graph = find_hooks(model)[1].graph
     pooled = {
         layer
-        for layer, number in wiring.priors.items()
-        if any(wiring.lines[i].operation in ("max_pool", "average") for i in wiring.needed([number]))
+        for layer, number in graph.priors.items()
+        if any(graph.nodes[i].operation in ("max_pool", "average") for i in graph.needed([number]))
     }
     cells = []
-    for evaluate.MAXIMUM_POWER, evaluate.AVERAGE_POWER in POWERS.values():
+    for interpret.MAXIMUM_POWER, interpret.AVERAGE_POWER in POWERS.values():
         found = [r.analytic for r in bkn.prior_quality(model, images) if r.name in pooled and r.analytic is not None]
         mean = statistics.median(error.mean_error for error in found)
         variance = statistics.median(abs(error.log_variance_ratio) for error in found)

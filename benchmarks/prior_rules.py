@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bkn_core.convert import find_messenger
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
-from bkn_core.norm import propagate
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.quality import known_message
-from bkn_core.wiring.evaluate import Evaluation
-from bkn_core.wiring.input_moments import _patches
+from bkn_core.filter import propagate
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.graph.input_moments import _patches
+from bkn_core.graph.interpret import Interpreter
+from bkn_core.priors.hooks import find_hooks
+from bkn_core.priors.quality import known_message
 
 COLUMNS = ("messages", "activations", "padding", "taps", "channels", "all")
 
@@ -94,12 +94,12 @@ def correlations(module: nn.Module, patches: Moments) -> dict[str, Tensor]:
 
 def decompose(model: nn.Module, batches: list[Tensor]) -> dict[str, dict[str, float]]:
     """Return the columns of each layer whose prior ends in an ungrouped convolution."""
-    root, messenger = find_messenger(model)
-    wiring = messenger.wiring
-    last = {name: wiring.lines[number] for name, number in wiring.priors.items()}
-    ends = {n: line.name.rsplit(".", 1)[0] for n, line in last.items() if line.operation == "convolution"}
+    root, hooks = find_hooks(model)
+    graph = hooks.graph
+    last = {name: graph.nodes[number] for name, number in graph.priors.items()}
+    ends = {n: node.name.rsplit(".", 1)[0] for n, node in last.items() if node.operation == "convolution"}
     found: dict[str, dict[str, Moments]] = {}
-    for name in {*messenger.names, *ends.values()}:
+    for name in {*hooks.names, *ends.values()}:
         found[name] = {kind: Moments() for kind in ("patches", "input", "output")}
         root.get_submodule(name).register_forward_hook(functools.partial(observe, found=found[name]))
     for batch in batches:
@@ -108,18 +108,18 @@ def decompose(model: nn.Module, batches: list[Tensor]) -> dict[str, dict[str, fl
     def measured(name: str) -> Gaussian:
         return Gaussian(*(values.float() for values in found[name]["output"].gaussian()))
 
-    sent = Evaluation(wiring, root, functools.partial(known_message, root, messenger))
-    seen = Evaluation(wiring, root, measured)
+    sent = Interpreter(graph, root, functools.partial(known_message, root, hooks))
+    seen = Interpreter(graph, root, measured)
     table = {}
     for name, path in ends.items():
         module = root.get_submodule(path)
         read = Gaussian(*(values.float() for values in found[path]["input"].gaussian()))
         plain = propagate.convolution(read, module.weight, None, 1).variance
         exact = correlations(module, found[path]["patches"])
-        number = wiring.priors[name]
+        number = graph.priors[name]
         ratios = (
-            log_ratio(seen.line(number).variance, sent.line(number).variance),
-            log_ratio(plain, seen.line(number).variance),
+            log_ratio(seen.node(number).variance, sent.node(number).variance),
+            log_ratio(plain, seen.node(number).variance),
             log_ratio(exact["none"], plain),
             *(log_ratio(exact[kind], exact["none"]) for kind in ("taps", "channels", "all")),
         )

@@ -29,9 +29,9 @@ from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import Weights, load_weights, weights_path
 from bkn_core.engine.evaluation import measure
-from bkn_core.norm.kalman import Gaussian, spread_over_images
-from bkn_core.norm.kalman import normalize as by_rows
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.filter.kalman import Gaussian, spread_over_images
+from bkn_core.filter.kalman import normalize as by_rows
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 Gaps = dict[str, tuple[float, float]]  # by layer: of the variance, of the mean
 BATCH = 128  # images of a forward, or the next multiple of the group

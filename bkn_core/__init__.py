@@ -2,8 +2,6 @@
 
 from importlib.metadata import version as _version
 
-from bkn_core.accumulation import accumulation
-from bkn_core.calibration import calibrate_priors_
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
 from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_batch_norm
@@ -15,11 +13,13 @@ from bkn_core.errors import BknError
 from bkn_core.evaluate import EvaluationResult, evaluate
 from bkn_core.export.from_run import export_onnx
 from bkn_core.export.onnx_file import ExportResult
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
-from bkn_core.norm.schedule import anneal_gain_
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from bkn_core.layers.schedule import anneal_gain_
 from bkn_core.population import estimate_population, statistics
-from bkn_core.quality import PriorError, PriorQuality, prior_quality
+from bkn_core.priors.accumulation import accumulation
+from bkn_core.priors.calibration import calibrate_priors_
+from bkn_core.priors.quality import PriorError, PriorQuality, prior_quality
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 
 __version__ = _version("bkn")

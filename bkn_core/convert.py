@@ -11,29 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bkn_core.baselines import with_baselines
 from bkn_core.errors import ConversionError
-from bkn_core.kinds import KINDS, Kind
-from bkn_core.norm.arguments import check_gain
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.norm.left_behind import watched
-from bkn_core.norm.loading import explain
-from bkn_core.norm.replacement import check_replaceable, copied, is_frozen_norm, replaced, thawed
-from bkn_core.norm.rivals.reference import has_reference, settled
-from bkn_core.norm.rivals.weights import bake_weights_
-from bkn_core.norm.successors import add_noise_, folded_layer, kalman_layer, plain_layer
-from bkn_core.wiring.baselines import with_baselines
-from bkn_core.wiring.discover import discover
-from bkn_core.wiring.evaluate import STRUCTURE, Evaluation
-from bkn_core.wiring.input_moments import (
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.graph.graph import Graph
+from bkn_core.graph.input_moments import (
     input_modules,
     measure_input,
-    remove_input_moments,
     reserve_input_moments,
 )
-from bkn_core.wiring.messenger import Message, Messenger, Transition, layer_of
-from bkn_core.wiring.program import Wiring
-from bkn_core.wiring.support import supported
+from bkn_core.graph.interpret import STRUCTURE, Interpreter
+from bkn_core.graph.support import supported
+from bkn_core.graph.trace import trace
+from bkn_core.kinds import KINDS, Kind
+from bkn_core.layers.arguments import check_gain
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.factory import add_noise_, folded_layer, kalman_layer, plain_layer
+from bkn_core.layers.rivals.reference import has_reference, settled
+from bkn_core.layers.rivals.weights import bake_weights_
+from bkn_core.layers.stale_optimizers import watched
+from bkn_core.layers.surgery import check_replaceable, copied, is_frozen_norm, replaced, thawed
+from bkn_core.priors.hooks import Message, PriorHooks, Transition, detach, find_hooks
+from bkn_core.priors.named_layers import layer_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,7 +77,7 @@ def convert(
 
     Args:
         model: any model with `nn.BatchNorm*` layers, or a detector's frozen ones; what they learned is kept.
-        example_input: a tensor, or a tuple or dict of the forward's arguments, for one forward that finds the wiring.
+        example_input: a tensor, or a tuple or dict of the forward's arguments, for one forward that finds the graph.
         kind: "bkn", or a baseline: "bn", "brn", "gn", "ln", "in", "none", or one of docs/rivals.md.
         transition: "network" predicts through the model's own layers, "learned" through trained matrices (the paper).
         message: "normalized" predicts from (β, γ²), "raw" from the posterior of this forward.
@@ -114,13 +113,13 @@ def convert(
     if kind != "bkn":
         return with_baselines(model, chosen, kind, example_input, (statistics_batch_size, input_prior))
     is_alone = gain == 1 and not learn_gain
-    wiring = Wiring((), {}, dict.fromkeys(chosen, "the gain is 1")) if is_alone else discover(model, example_input)
+    graph = Graph((), {}, dict.fromkeys(chosen, "the gain is 1")) if is_alone else trace(model, example_input)
     is_static = network and message == "normalized"
-    wiring = supported(wiring, model, chosen, is_static=is_static, has_input_prior=input_prior is not None)
-    features = {} if network else _previous_features(wiring, model)
+    graph = supported(graph, model, chosen, is_static=is_static, has_input_prior=input_prior is not None)
+    features = {} if network else _previous_features(graph, model)
 
     def build(name: str, norm: _BatchNorm) -> nn.Module:
-        has_prior = name in wiring.priors
+        has_prior = name in graph.priors
         return kalman_layer(
             norm,
             has_prior=has_prior,
@@ -138,9 +137,9 @@ def convert(
     noise = f"{next(iter(features))}.transition_noise" if features else ""
     add_noise_([layer_of(converted, name) for name in features])
     if input_prior is not None:
-        measure_input(converted, wiring, input_prior)
+        measure_input(converted, graph, input_prior)
     names = tuple(n for n, m in converted.named_modules() if isinstance(m, BatchKalmanNorm))
-    Messenger(wiring, transition, message, names, noise).attach(converted)
+    PriorHooks(graph, transition, message, names, noise).attach(converted)
     return converted
 
 
@@ -153,7 +152,7 @@ def fold(model: Model) -> Model:
         model: a model with Batch Kalman, batch, renormalized or fixed normalization layers.
 
     Returns:
-        The model in evaluation mode, without any of them and without the hooks of a conversion.
+        The model in interpreter mode, without any of them and without the hooks of a conversion.
 
     Raises:
         ConversionError: for a layer that keeps no population statistics.
@@ -161,7 +160,7 @@ def fold(model: Model) -> Model:
     model = settled(model)
     names = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     folded = replaced(model, names, folded_layer)
-    detach_messenger(folded)
+    detach(folded)
     bake_weights_(folded)
     return folded.eval()
 
@@ -179,7 +178,7 @@ def to_batch_norm(model: Model) -> Model:
     model = settled(model)
     names = {name for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
     plain = replaced(model, names, plain_layer)
-    detach_messenger(plain)
+    detach(plain)
     return plain
 
 
@@ -192,40 +191,15 @@ def conversion_report(model: nn.Module) -> list[LayerReport]:
     Raises:
         ConversionError: for a model that was not converted.
     """
-    root, messenger = find_messenger(model)
-    wiring = messenger.wiring
+    root, hooks = find_hooks(model)
+    graph = hooks.graph
     reports = []
-    for name in [*wiring.priors, *wiring.reasons]:
+    for name in [*graph.priors, *graph.reasons]:
         channels = int(root.get_submodule(name).num_features)  # type: ignore[arg-type]
-        prior = wiring.words(wiring.priors[name]) if name in wiring.priors else None
-        reports.append(LayerReport(name, channels, prior, wiring.reasons.get(name, "")))
+        prior = graph.words(graph.priors[name]) if name in graph.priors else None
+        reports.append(LayerReport(name, channels, prior, graph.reasons.get(name, "")))
     order = {name: i for i, (name, _) in enumerate(root.named_modules())}
     return sorted(reports, key=lambda report: order[report.name])
-
-
-def find_messenger(model: nn.Module) -> tuple[nn.Module, Messenger]:
-    """Return the converted model inside `model` and the hook that hands out its priors.
-
-    Raises:
-        ConversionError: for a model that was not converted.
-    """
-    return find_messengers(list(model.modules()))[0]
-
-
-def find_messengers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, Messenger]]:
-    """Return the converted ones among the modules of a model, itself first, each with its hook.
-
-    Raises:
-        ConversionError: for a model of which nothing was converted.
-    """
-    hooks = ((module, hook) for module in modules for hook in module._forward_pre_hooks.values())
-    found = [(module, hook) for module, hook in hooks if isinstance(hook, Messenger)]
-    if not found:
-        raise ConversionError(
-            f"this {type(modules[0]).__name__} was not converted to Batch Kalman Normalization",
-            "Call bkn.convert first.",
-        )
-    return found
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -234,19 +208,7 @@ def is_converted(model: nn.Module) -> bool:
         return True
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     layers = (module for module in model.modules() if isinstance(module, BatchKalmanNorm))
-    return next(layers, None) is not None or any(isinstance(hook, Messenger) for hook in hooks)
-
-
-def detach_messenger(model: nn.Module) -> None:
-    """Remove, in place, what a conversion added to a model beside its layers."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if type(hook).__name__ in ("Messenger", "Farewell")]:
-                hooks.pop(key)
-                module._forward_hooks_always_called.pop(key, None)
-        for key in [k for k, hook in module._load_state_dict_post_hooks.items() if hook is explain]:
-            module._load_state_dict_post_hooks.pop(key)
-        remove_input_moments(module)
+    return next(layers, None) is not None or any(isinstance(hook, PriorHooks) for hook in hooks)
 
 
 def _check_model(model: Any) -> None:
@@ -286,7 +248,7 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
     return chosen
 
 
-def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
+def _previous_features(graph: Graph, model: nn.Module) -> dict[str, int]:
     """Count the channels that feed each learned transition, by a trial run on zeros."""
 
     def zeros(name: str) -> Gaussian:
@@ -294,7 +256,7 @@ def _previous_features(wiring: Wiring, model: nn.Module) -> dict[str, int]:
         return Gaussian(torch.zeros(1, count), torch.zeros(1, count))
 
     replica = copied(model)
-    for name in input_modules(wiring):
+    for name in input_modules(graph):
         reserve_input_moments(replica.get_submodule(name))
-    evaluation = Evaluation(wiring, replica, zeros, STRUCTURE)
-    return {name: evaluation.line(number).mean.shape[-1] for name, number in wiring.priors.items()}
+    interpreter = Interpreter(graph, replica, zeros, STRUCTURE)
+    return {name: interpreter.node(number).mean.shape[-1] for name, number in graph.priors.items()}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.errors import ConversionError
-from bkn_core.norm.kalman import Gaussian, average_over_groups
-from bkn_core.norm.layers import BatchKalmanNorm, Statistics
+from bkn_core.filter.kalman import Gaussian, average_over_groups
+from bkn_core.layers.batch_kalman import BatchKalmanNorm, Statistics
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 import bkn_core.export  # noqa: F401 (before a test imports ONNX Runtime, whose telemetry it switches off)
-from bkn_core.norm import compiled_node
+from bkn_core.ops import extension, kernels
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
@@ -29,8 +29,24 @@ def _fixed_random_state() -> None:
 @pytest.fixture(scope="session")
 def in_cpp() -> bool:
     """Whether there is a C++ compiler, whose work has been waited for."""
-    compiled_node.building().wait(240)  # seconds that two busy cores may take
-    return compiled_node.node() is not None
+    extension.building().wait(240)  # seconds that two busy cores may take
+    return extension.operations() is not None
+
+
+@pytest.fixture(scope="module", params=["extension", "kernels", "pytorch"])
+def every_path(request: pytest.FixtureRequest, in_cpp: bool) -> Iterator[None]:
+    """Run a module's tests through the node in C++, again through the CPU kernels alone, and without both."""
+    library, node = kernels.library(), None
+    if request.param != "pytorch" and library is None:
+        pytest.skip("no C compiler")
+    if request.param == "extension":
+        if not in_cpp:
+            pytest.skip("no C++ compiler")
+        node = extension.operations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda: None if request.param == "pytorch" else library)
+        patch.setattr(extension, "operations", lambda: node)
+        yield
 
 
 @pytest.fixture

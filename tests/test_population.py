@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bkn_core.convert import convert
 from bkn_core.errors import ConversionError
-from bkn_core.norm.handing import Handed
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm2d
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm2d
+from bkn_core.layers.forward import ParameterContext
 from bkn_core.population import estimate_population, statistics
 
 VARIANTS: list[dict[str, Any]] = [{}, {"message": "raw"}, {"transition": "learned"}]
@@ -79,7 +79,7 @@ def test_estimate_is_the_average_posterior() -> None:
     layer = BatchKalmanNorm2d(3, gain=0.4, statistics_batch_size=2).double()
     layer.expects_prior = True
     prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
-    layer.hand(Handed([], prior, layer.gain))
+    layer.enter(ParameterContext([], prior, layer.gain))
     batches = [torch.randn(n, 3, 4, 4, dtype=torch.float64) + n for n in (4, 3)]
     estimate_population(layer, batches)
     mean, variance, gain = np.zeros(3), np.zeros(3), float(layer.gain.detach())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.calibration import calibrate_priors_
 from bkn_core.convert import convert
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
@@ -21,8 +20,9 @@ from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.errors import RecipeError, StatisticsError
 from bkn_core.kinds import GROUPLESS, check_statistics
-from bkn_core.norm.replacement import copied
-from bkn_core.norm.rivals.reference import REFERENCE_IMAGES
+from bkn_core.layers.rivals.reference import REFERENCE_IMAGES
+from bkn_core.layers.surgery import copied
+from bkn_core.priors.calibration import calibrate_priors_
 from bkn_core.recipe import NormConfig, Recipe
 
 _PRIOR_IMAGES = 2000  # images that the moments of input patches are measured on

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bkn_core.norm import native
+from bkn_core.ops import kernels
 
 _PACKAGES = ("bkn", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 _GIT_SECONDS = 5
@@ -43,7 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "cpu_kernels": native.library() is not None,
+        "cpu_kernels": kernels.library() is not None,
         "command": command(),
         "folder": str(Path.cwd()),
         "commit": _commit(Path.cwd()),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.errors import DivergedError
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
 class BufferSnapshot:

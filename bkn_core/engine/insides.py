@@ -23,10 +23,10 @@ from bkn_core.engine.sources import choose
 from bkn_core.engine.tensor_files import opened
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, InputError, OutputError
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.population import statistics
-from bkn_core.quality import gain_quality, prior_quality
+from bkn_core.priors.quality import gain_quality, prior_quality
 
 _NAME = "insides.json"
 _PIXELS, _LEAST, _MOST = 2**19, 4, 32  # of the images together; statistics groups
@@ -48,7 +48,7 @@ class Gains(_Numbers):
 class PriorMiss(_Numbers):
     """By how much the prior that a layer uses misses what the layer reads, and the analytic one without refinement.
 
-    Each is (error of the mean, log variance ratio, its spread over channels), see `bkn_core.quality`.
+    Each is (error of the mean, log variance ratio, its spread over channels), see `bkn_core.priors.quality`.
     """
 
     name: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bkn_core.engine.cifar_networks import CifarPlain, CifarResNet
 from bkn_core.engine.inception import InceptionV2
 from bkn_core.errors import BknError, InputError, RecipeError
-from bkn_core.norm.replacement import copied
+from bkn_core.layers.surgery import copied
 
 _RESIDUAL = re.compile(r"cifar_(preact_)?resnet([0-9]{1,9})")
 _DEEPEST = 1202  # of arXiv 1512.03385

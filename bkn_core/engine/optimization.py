@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bkn_core.norm.schedule import anneal_gain_
+from bkn_core.layers.schedule import anneal_gain_
 from bkn_core.recipe import OptimConfig, Recipe
 
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)

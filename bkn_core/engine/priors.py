@@ -19,7 +19,7 @@ from bkn_core.engine.plots import new_figure, plain
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
-from bkn_core.quality import PriorQuality, prior_quality
+from bkn_core.priors.quality import PriorQuality, prior_quality
 from bkn_core.recipe import Recipe
 
 _LOOKS: dict[str, dict[str, Any]] = {

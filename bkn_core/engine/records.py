@@ -20,7 +20,7 @@ from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.steps import Step
 from bkn_core.engine.training import Training
 from bkn_core.errors import BknError, DivergedError, InterruptedRun, OutputError
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
 class Records:

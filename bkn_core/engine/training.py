@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bkn_core.accumulation import accumulation
 from bkn_core.engine.batches import BatchPlan, epoch_order, generator_at
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
@@ -25,8 +24,9 @@ from bkn_core.engine.optimization import average_weights, build_optimizer, set_s
 from bkn_core.engine.state import checked_state
 from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
-from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.norm.rivals.groups import set_length_
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.rivals.groups import set_length_
+from bkn_core.priors.accumulation import accumulation
 from bkn_core.recipe import Recipe
 
 # What all processes move alike: the priors of the next step and their gains depend on it, and one process saves it.

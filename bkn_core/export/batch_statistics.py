@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.convert import find_messenger, fold
+from bkn_core.convert import fold
 from bkn_core.errors import ConversionError
-from bkn_core.norm.kalman import Gaussian, diagonal, guard, normalize, root_above, update
-from bkn_core.norm.layers import GUARD_LIMIT, BatchKalmanNorm
-from bkn_core.norm.replacement import replaced
-from bkn_core.norm.successors import BatchKalmanNormAct
-from bkn_core.wiring.messenger import Messenger
+from bkn_core.filter.kalman import Gaussian, diagonal, guard, normalize, root_above, update
+from bkn_core.layers.batch_kalman import GUARD_LIMIT, BatchKalmanNorm
+from bkn_core.layers.factory import BatchKalmanNormAct
+from bkn_core.layers.surgery import replaced
+from bkn_core.priors.hooks import PriorHooks, find_hooks
 
 
 class ImageNorm(nn.Module):
@@ -83,13 +83,13 @@ class LiveImageNorm(BatchKalmanNorm):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Always: so the messenger serves it."""
+        """Always: so the hooks serve it."""
         return True
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize every image and pass its posterior on."""
-        relay = self.mailboxes.own.relay
-        prior = None if relay is None else relay.prior()
+        context = self.slots.own.context
+        prior = None if context is None else context.prior()
         _check_values(self.name, x, has_prior=prior is not None)
         observed = _image_moments(x, covariance=self.covariance == "full")
         posterior = observed
@@ -100,8 +100,8 @@ class LiveImageNorm(BatchKalmanNorm):
             if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
-        if relay is not None:
-            relay.publish(posterior)
+        if context is not None:
+            context.publish(posterior)
         return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 
@@ -121,9 +121,9 @@ def with_image_statistics(model: nn.Module) -> tuple[nn.Module, int]:
     Raises:
         ConversionError: for a layer that keeps no statistics of either kind.
     """
-    messenger = _messenger(model)
+    hooks = _hooks(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchKalmanNorm)}
-    if messenger is not None and messenger.wiring.priors and not messenger.is_static:
+    if hooks is not None and hooks.graph.priors and not hooks.is_static:
         return replaced(model, set(layers), _live).eval(), len(layers)
     priors = _constant_priors(model)
 
@@ -139,9 +139,9 @@ def _live(name: str, norm: _BatchNorm) -> nn.Module:
     return (LiveImageNormAct if isinstance(norm, BatchKalmanNormAct) else LiveImageNorm)(name, norm)
 
 
-def _messenger(model: nn.Module) -> Messenger | None:
+def _hooks(model: nn.Module) -> PriorHooks | None:
     try:
-        return find_messenger(model)[1]
+        return find_hooks(model)[1]
     except ConversionError:
         return None
 
@@ -149,12 +149,12 @@ def _messenger(model: nn.Module) -> Messenger | None:
 @torch.no_grad()
 def _constant_priors(model: nn.Module) -> dict[str, Gaussian]:
     """Compute, in float64, the priors that depend on parameters only, by the layers' paths in `model`."""
-    if _messenger(model) is None:
+    if _hooks(model) is None:
         return {}
     replica = copy.deepcopy(model).double()
-    root, messenger = find_messenger(replica)
+    root, hooks = find_hooks(replica)
     paths = {module: path for path, module in replica.named_modules()}
-    return {paths[root.get_submodule(name)]: prior for name, prior in messenger.priors(root).items()}
+    return {paths[root.get_submodule(name)]: prior for name, prior in hooks.priors(root).items()}
 
 
 def _image_moments(x: Tensor, *, covariance: bool) -> Gaussian:

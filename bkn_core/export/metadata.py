@@ -16,12 +16,12 @@ from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
 from bkn_core.export.inspection import AGAIN
 from bkn_core.kinds import Kind
-from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
-from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
-from bkn_core.norm.rivals.groups import Rival
-from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
-from bkn_core.norm.rivals.weights import StandardizedWeight
+from bkn_core.layers.baselines import BatchRenorm, FrozenNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.rivals.group_kalman import GroupKalmanNorm
+from bkn_core.layers.rivals.groups import Rival
+from bkn_core.layers.rivals.response import EvoNorm, FilterResponseNorm
+from bkn_core.layers.rivals.weights import StandardizedWeight
 from bkn_core.recipe_sections import Count, DataConfig, NonNegative, Section, Text
 from bkn_core.recipe_words import first_fault
 

@@ -16,9 +16,9 @@ from bkn_core.export import batch_statistics
 from bkn_core.export.folding import merge_affine
 from bkn_core.export.graph import canonical, nodes_of, trace
 from bkn_core.export.precision import to_half
-from bkn_core.norm.baselines import ChannelAffine
-from bkn_core.norm.layers import Statistics
-from bkn_core.norm.rivals.whitening import ChannelMatrix
+from bkn_core.layers.baselines import ChannelAffine
+from bkn_core.layers.batch_kalman import Statistics
+from bkn_core.layers.rivals.whitening import ChannelMatrix
 
 Fold = Literal["affine", "conv"]
 Precision = Literal["fp32", "fp16"]

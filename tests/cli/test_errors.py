@@ -16,7 +16,7 @@ from calls import TINY, call
 import bkn_core
 from bkn_cli.app import app
 from bkn_core.engine.locks import alone_in
-from bkn_core.norm import native
+from bkn_core.ops import kernels
 
 Refuse = Callable[..., dict[str, Any]]
 
@@ -156,9 +156,9 @@ def test_an_unexpected_error_shows_its_traceback_only_when_asked(inside: Path, m
 
 def test_a_compiler_that_is_no_command_is_noted(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", 'gcc "')
-    native.library.cache_clear()
+    kernels.library.cache_clear()
     result = call("train", *TINY, "--dry-run", "--json")
-    native.library.cache_clear()
+    kernels.library.cache_clear()
     assert result.exit_code == 0
     assert "CC is 'gcc \"'" in json.loads(result.stdout)["warnings"][0] and "CC is 'gcc \"'" in result.stderr
 

@@ -71,14 +71,14 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(form: type[nn.Mo
     assert_same(dict(models[0].named_buffers()), dict(models[1].named_buffers()), 1e-9)
 
 
-def test_innovation_that_moved_before_the_recomputation_is_not_used() -> None:
+def test_inflation_that_moved_before_the_recomputation_is_not_used() -> None:
     x = images()
     plain = pretrained(SmallResNet())
     saving = Reentrant()
     saving.load_state_dict(plain.state_dict())
     models = [convert(m, x, input_prior=x, gain=0.3).train().double() for m in (plain, saving)]
     for model in models:
-        step(model, x.double())  # whose first forward moves the innovations as far as they can
+        step(model, x.double())  # whose first forward moves the inflations as far as they can
     assert_same(gradients(models[0]), gradients(models[1]), 1e-10)
 
 

@@ -11,16 +11,16 @@ from torch import nn
 
 from bkn_core.convert import KINDS, conversion_report, convert
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import BatchRenorm, FrozenNorm
-from bkn_core.norm.layers import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
-from bkn_core.norm.rivals.cross_iteration import CrossIterationNorm
-from bkn_core.norm.rivals.group_kalman import GroupKalmanNorm
-from bkn_core.norm.rivals.moving_average import MovingAverageNorm
-from bkn_core.norm.rivals.online import OnlineNorm
-from bkn_core.norm.rivals.propagation import NormalizationPropagation
-from bkn_core.norm.rivals.reference import ReferenceNorm
-from bkn_core.norm.rivals.response import EvoNorm, FilterResponseNorm
-from bkn_core.norm.rivals.whitening import IterativeNorm
+from bkn_core.layers.baselines import BatchRenorm, FrozenNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d
+from bkn_core.layers.rivals.cross_iteration import CrossIterationNorm
+from bkn_core.layers.rivals.group_kalman import GroupKalmanNorm
+from bkn_core.layers.rivals.moving_average import MovingAverageNorm
+from bkn_core.layers.rivals.online import OnlineNorm
+from bkn_core.layers.rivals.propagation import NormalizationPropagation
+from bkn_core.layers.rivals.reference import ReferenceNorm
+from bkn_core.layers.rivals.response import EvoNorm, FilterResponseNorm
+from bkn_core.layers.rivals.whitening import IterativeNorm
 
 VARIANTS: list[dict[str, Any]] = [
     {},

@@ -11,7 +11,7 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
 import bkn_core as bkn
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
 class Block(nn.Module):

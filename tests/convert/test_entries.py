@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from bkn_core.convert import conversion_report, convert, find_messenger, to_batch_norm
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.convert import conversion_report, convert, to_batch_norm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.priors.hooks import find_hooks
 
 OUTSIDE = "outside the forward of its converted model"
 
@@ -121,7 +122,7 @@ def test_a_converted_model_inside_a_larger_one_is_found_and_converted_again() ->
     model, x = converted({}), images()
     wrapper = nn.Sequential(nn.Conv2d(3, 3, 1), model, nn.Linear(4, 2)).train()
     wrapper(x).sum().backward()
-    assert find_messenger(wrapper)[0] is model
+    assert find_hooks(wrapper)[0] is model
     again = convert(wrapper, x)
     assert sum(len(m._forward_pre_hooks) for m in again.modules()) == 1
     assert {r.name: r.prior for r in conversion_report(again)}["1.layer.bn2"] == "relu(1.bn1) -> 1.layer.conv2"

@@ -14,7 +14,7 @@ from torch import nn
 
 from bkn_core.convert import conversion_report, convert, fold
 from bkn_core.errors import ConversionError
-from bkn_core.norm.baselines import ChannelAffine
+from bkn_core.layers.baselines import ChannelAffine
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

@@ -11,7 +11,7 @@ from small_models import SmallResNet, images, step
 from torch import nn
 
 from bkn_core.convert import convert, to_batch_norm
-from bkn_core.norm.left_behind import _watches
+from bkn_core.layers.stale_optimizers import _watches
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:

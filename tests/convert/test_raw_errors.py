@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from bkn_core.convert import conversion_report, convert, to_batch_norm
 from bkn_core.errors import ConversionError
-from bkn_core.norm.schedule import anneal_gain_
+from bkn_core.layers.schedule import anneal_gain_
 
 
 class TwoInputs(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bkn_core.convert import conversion_report, convert, to_batch_norm
 from bkn_core.errors import ConversionError
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
 def chain(first: nn.Module, second: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ def test_two_halves_in_replicas_have_the_gradient_of_the_whole(size: int) -> Non
     network = build_network("cifar_resnet8", classes=10, channels=3)
     model = bkn.convert(network, images[:2], statistics_batch_size=size, input_prior=images)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    for _ in range(4):  # which gives the innovations a gradient
+    for _ in range(4):  # which gives the inflations a gradient
         optimizer.zero_grad()
         F.cross_entropy(model(images + 0.1 * torch.randn_like(images)), labels).backward()
         optimizer.step()

@@ -15,8 +15,8 @@ from joint_batches import CASES, build, joint_batch, plain, trained
 from small_models import assert_same
 from torch import nn
 
-from bkn_core.norm.kalman import moments
-from bkn_core.norm.synchronized import joint_moments
+from bkn_core.filter.kalman import moments
+from bkn_core.ops.synchronized import joint_moments
 
 Found = dict[str, dict[str, Any]]
 

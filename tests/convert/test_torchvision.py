@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.convert import conversion_report, convert, find_messenger
+from bkn_core.convert import conversion_report, convert
+from bkn_core.priors.hooks import find_hooks
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], int]] = {
     "resnet18": (torchvision.models.resnet18, {}, 64),
@@ -74,9 +75,9 @@ def check(name: str) -> None:
     assert [r.name for r in reports if r.prior is None] == layers[:1]
     converted = convert(model, images[:2], input_prior=images)
     assert all(r.prior for r in conversion_report(converted))
-    root, messenger = find_messenger(converted)
+    root, hooks = find_hooks(converted)
     with torch.no_grad():
-        priors = messenger.priors(root)
+        priors = hooks.priors(root)
     truth = observed_variances(model, images)
     ratios = torch.cat([priors[n].variance / truth[n] for n in layers if truth[n].min() > 0])
     assert ratios.isfinite().all()

@@ -11,7 +11,6 @@ from tiny_runs import tiny
 from torch import nn
 from torch.nn import functional as F
 
-from bkn_core.convert import find_messenger
 from bkn_core.engine import build
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.cifar_networks import CifarResNet
@@ -27,7 +26,8 @@ from bkn_core.engine.models import (
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.kinds import KINDS
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.priors.hooks import find_hooks
 
 NAMES = ["cifar_plain", "cifar_resnet8", "cifar_preact_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]
 
@@ -245,7 +245,7 @@ def test_priors_of_pretrained_weights_begin_at_their_statistics(
     assert splits.preprocess.mean == (0.485, 0.456, 0.406) and splits.preprocess.std == (0.229, 0.224, 0.225)
     model = build_model(recipe, splits.preprocess, 10, images=splits.train if with_images else None)
     assert torch.equal(model.get_parameter("layer4.1.conv2.weight"), state["layer4.1.conv2.weight"])
-    priors = find_messenger(model)[1].priors(model)
+    priors = find_hooks(model)[1].priors(model)
     assert len(priors) == 20
     for name, prior in priors.items():
         torch.testing.assert_close(prior.mean, state[f"{name}.running_mean"], rtol=1e-3, atol=1e-3)

@@ -11,8 +11,8 @@ from torch import nn
 
 from bkn_core.convert import convert
 from bkn_core.engine.optimization import build_optimizer, learning_rate, set_step_
-from bkn_core.norm.layers import BatchKalmanNorm
-from bkn_core.norm.schedule import anneal_gain_
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.schedule import anneal_gain_
 from bkn_core.recipe import OptimConfig, Recipe, load_recipe
 
 CPU = torch.device("cpu")

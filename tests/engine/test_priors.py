@@ -18,7 +18,7 @@ from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
 from bkn_core.engine.priors import initial_priors
 from bkn_core.errors import RecipeError
-from bkn_core.quality import PriorError, PriorQuality
+from bkn_core.priors.quality import PriorError, PriorQuality
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny_runs import assert_same_run, tiny, train_in_parts, training
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.loop import train
 from bkn_core.kinds import Rivals
-from bkn_core.norm.rivals.groups import Rival
+from bkn_core.layers.rivals.groups import Rival
 
 QUICK = ("mabn", "online", "reference")  # what has the most to remember
 

@@ -16,7 +16,7 @@ from bkn_core.engine.batches import epoch_order, normalize
 from bkn_core.engine.finite import BufferSnapshot
 from bkn_core.engine.training import Training
 from bkn_core.errors import DivergedError, InputError
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
 def steps_of(run: Training, epoch: int = 0) -> list[list[int]]:

@@ -8,12 +8,12 @@ import torch
 from drawn_models import drawn_images, drawn_model
 from torch import Tensor, nn
 
-from bkn_core.convert import find_messenger
 from bkn_core.errors import ConversionError
 from bkn_core.export.batch_statistics import ImageNorm, with_image_statistics
-from bkn_core.norm.kalman import Gaussian
-from bkn_core.norm.layers import BatchKalmanNorm
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.population import statistics
+from bkn_core.priors.hooks import find_hooks
 
 
 def drawn_layer(gain: float, channels: int = 5) -> BatchKalmanNorm:
@@ -86,8 +86,8 @@ def test_one_value_per_channel_without_a_prior_is_refused_by_name() -> None:
 
 def test_priors_become_constants_computed_in_float64() -> None:
     model = drawn_model()
-    root, messenger = find_messenger(model.double())
-    expected = messenger.priors(root)["bn2"]
+    root, hooks = find_hooks(model.double())
+    expected = hooks.priors(root)["bn2"]
     prepared, layers = with_image_statistics(model.float())
     norm = prepared.get_submodule("bn2")
     gain = float(model.get_submodule("bn2").gain.detach())
