@@ -92,7 +92,7 @@ def draw_differences(rows: Sequence[Row], comparisons: Sequence[Comparison], mod
     axis.set_ylim(len(ours) - 0.5, -0.5)
     references = " or ".join(dict.fromkeys(comparison.reference for comparison in ours))
     axis.set_xlabel(plain(f"points of top-1 above {references}"))
-    numbers = "; ".join(f"{comparison.row} {100 * comparison.difference:+.2f}" for comparison in ours)
+    numbers = "; ".join(f"{comparison.row} {100 * comparison.difference:+z.2f}" for comparison in ours)
     words = f"Points of top-1 above {references}, {MODES[mode]}, with 95 % intervals: {numbers}."
     return to_picture(figure, f"{mode}-differences", MODES[mode].capitalize(), words)
 

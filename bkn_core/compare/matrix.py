@@ -181,8 +181,10 @@ def _read(turn: Turn) -> tuple[Cell, dict[str, Any] | None]:
     Raises:
         InputError: a file is damaged.
     """
+    folder = RunFolder(turn.path)
     try:
-        return turn.finished(), RunFolder(turn.path).data
+        _ = folder.recipe  # what cannot be read may be another than the cell's
+        return turn.finished(), folder.data
     except InputError as error:
         raise InputError(error.message, f"Remove {turn.path}, and the same command trains it again.") from error
 
@@ -230,9 +232,10 @@ def _check_unchanged(recipe: Recipe, path: Path) -> None:
     Raises:
         RecipeError: naming the keys that differ.
     """
-    if not (path / "config.yaml").is_file():
+    try:
+        there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
+    except InputError:  # there is none, or its cell says that it is damaged
         return
-    there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
     changed = [key for key in wanted if there[key] != wanted[key] and key not in _FREE]
     if changed:
         differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)
