@@ -13,7 +13,7 @@ from bkn_core.compare.histories import common_points, history, measured_on
 from bkn_core.compare.looks import Look, give_looks, series
 from bkn_core.compare.rows import Comparison, Row
 from bkn_core.compare.words import MODES
-from bkn_core.engine.plots import plain
+from bkn_core.engine.plots import count_percent, plain
 from bkn_core.kinds import GROUPLESS
 
 _OVER = {"step": "optimizer steps", "seconds": "seconds of training"}
@@ -32,6 +32,7 @@ def draw_training(rows: Sequence[Row], cells: Sequence[Cell], mode: str, over: s
         return None
     axis.set(xlabel=_OVER[over], ylabel=f"{measured_on(cells)} top-1 in %")
     axis.set_xlim(left=0)
+    count_percent(axis)
     words = f"Accuracy against {_OVER[over]}, {MODES[mode]}. It ends at: {_ends(rows, mode)}."
     return to_picture(figure, f"{mode}-{over}", f"Against {_OVER[over]}, {MODES[mode]}", words)
 
@@ -52,6 +53,7 @@ def draw_sizes(rows: Sequence[Row], mode: str) -> Picture | None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
+    count_percent(axis)
     axis.set(xlabel="images of a statistics group, s", ylabel="test top-1 in %")
     words = f"Accuracy by the size of statistics groups, {MODES[mode]}: {_ends(rows, mode)}."
     return to_picture(figure, f"{mode}-sizes", MODES[mode].capitalize(), words)
