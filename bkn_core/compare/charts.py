@@ -32,6 +32,7 @@ def draw_training(rows: Sequence[Row], cells: Sequence[Cell], mode: str, over: s
         return None
     axis.set(xlabel=_OVER[over], ylabel=f"{measured_on(cells)} top-1 in %")
     axis.set_xlim(left=0)
+    axis.xaxis.get_major_locator().set_params(integer=over == "step", min_n_ticks=1)
     count_percent(axis)
     words = f"Accuracy against {_OVER[over]}, {MODES[mode]}. It ends at: {_ends(rows, mode)}."
     return to_picture(figure, f"{mode}-{over}", f"Against {_OVER[over]}, {MODES[mode]}", words)
