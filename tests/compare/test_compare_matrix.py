@@ -220,6 +220,16 @@ def test_damaged_cells_are_named_and_the_others_are_compared(tmp_path: Path, cal
         assert cell.hint == f"Remove {cell.run}, and the same command trains it again."
 
 
+def test_a_begun_cell_with_a_damaged_state_says_what_to_remove(tmp_path: Path) -> None:
+    steps: list[object] = []
+    with pytest.raises(InterruptedRun):
+        compare(None, TINY, norms=["ln"], out=tmp_path, on_event=steps.append, should_stop=lambda: len(steps) > 3)
+    cell = tmp_path / "cells" / "ln-g32-s2-seed0"
+    (cell / "checkpoints" / "last.state.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"last\.state\.pt is damaged .*\nRemove {cell}, and the same command"):
+        compare(None, TINY, norms=["ln"], out=tmp_path)
+
+
 def test_a_finished_cell_without_its_recipe_is_not_taken_for_that_of_another(tmp_path: Path, calls: Calls) -> None:
     (cell,) = compare(None, TINY, norms=["ln"], out=tmp_path).cells
     (cell.run / "config.yaml").unlink()
