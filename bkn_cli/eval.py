@@ -182,6 +182,6 @@ def _gains(report: Any) -> Table:
 def _numbers(row: Any) -> tuple[str, ...]:
     if row.refined is None:
         return "", "", "", ""
-    used = f"{row.refined.log_variance_ratio:+.2f} ± {row.refined.spread:.2f}"
-    others = (f"{error.log_variance_ratio:+.2f}" for error in (row.analytic, row.local))
+    used = f"{row.refined.log_variance_ratio:+z.2f} ± {row.refined.spread:.2f}"
+    others = (f"{error.log_variance_ratio:+z.2f}" for error in (row.analytic, row.local))
     return f"{row.refined.mean_error:.3f}", used, *others

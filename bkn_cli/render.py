@@ -124,7 +124,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "statistics" else "right")
     for kind, measured in metrics.items():
         fractions = [f"{100 * measured.topk[k]:.2f}" if k in measured.topk else "" for k in columns]
-        table.add_row(kind, f"{100 * measured.top1:.2f}", *fractions, f"{measured.loss:.4f}", str(measured.images))
+        table.add_row(kind, f"{100 * measured.top1:.2f}", *fractions, f"{measured.loss:z.4f}", str(measured.images))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,10 @@ def test_sizes_stay_within_the_walls(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_no_signed_number_is_printed_as_minus_nothing() -> None:
+    assert [name(path) for path in SOURCES if re.search(r":\+\.\d", path.read_text())] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -51,7 +51,7 @@ def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_
     assert {"refined", "analytic", "local", "prior", "reason", "channels"} <= rows[0].keys()
     for row in rows:
         line = next(line for line in table.splitlines() if f" {row['name']} " in line)
-        assert f"{row['refined']['log_variance_ratio']:+.2f} ± {row['refined']['spread']:.2f}" in line
+        assert f"{row['refined']['log_variance_ratio']:+z.2f} ± {row['refined']['spread']:.2f}" in line
         assert f"{row['refined']['mean_error']:.3f}" in line
         gains = [line for line in table.splitlines() if f" {row['name']} " in line][1]  # of the second table
         assert ", ".join(f"{value:.2f}" for value in row["gain"]["implied"]) in gains
