@@ -116,7 +116,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
         self.slots = ContextSlots()
         self.context: LayerContext | None = None  # the newest of all threads
-        self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
+        self.on_posterior: Callable[[Filtered, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(initial, device=device, dtype=wide)
         zeros = start.new_zeros(num_features)
@@ -195,7 +195,7 @@ class BatchKalmanNorm(_BatchNorm):
             context.publish(filtered.posterior)
         if self.on_posterior is not None:
             share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
-            self.on_posterior(Gaussian(filtered.statistics[0], filtered.statistics[4]), share, len(x))
+            self.on_posterior(filtered, share, len(x))
         elif is_tracked and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
             seen = Observation(self, prior, filtered.statistics, images)

@@ -20,8 +20,6 @@ from bkn_core.export.graph import signed
 from bkn_core.export.providers import create_session
 from bkn_core.export.sessions import open_session
 
-SECONDS = 1.0
-
 
 def test_metadata_comes_back_as_it_was_given(small: Path) -> None:
     model = open_session(small, "cpu")
@@ -56,7 +54,8 @@ def test_images_of_another_shape_are_refused(small: Path) -> None:
         open_session(small, "cpu").logits(drawn_images(size=20))
 
 
-def test_eight_threads_on_one_session_get_equal_outputs(small: Path) -> None:
+@pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_eight_threads_on_one_session_get_equal_outputs(small: Path, seconds: float) -> None:
     model, images = open_session(small, "cpu"), drawn_images().numpy()
     expected = model.logits(images)
     outcomes: list[bool] = []
@@ -69,10 +68,11 @@ def test_eight_threads_on_one_session_get_equal_outputs(small: Path) -> None:
     threads = [threading.Thread(target=serve) for _ in range(8)]
     for thread in threads:
         thread.start()
-    enough.wait(SECONDS)
+    enough.wait(seconds)
     enough.set()
     for thread in threads:
         thread.join()
+    print(len(outcomes), "outputs")
     assert len(outcomes) >= 8 and all(outcomes)
 
 
