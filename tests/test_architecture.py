@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "priors": {"graph", "layers", "ops", "filter"},
     "baselines": {"graph", "layers"},
     "convert": {"kinds", "baselines", "priors", "graph", "layers", "filter"},
-    "population": {"layers", "filter"},
+    "population": {"layers", "ops", "filter"},
     "engine": {"kinds", "recipe", "convert", "population", "priors", "layers", "ops", "filter"},
     "export": {"kinds", "engine", "recipe", "convert", "population", "priors", "layers", "filter"},
     "evaluate": {"kinds", "engine", "export", "recipe"},
@@ -41,7 +41,7 @@ def name(path: Path) -> str:
 
 
 def room(path: Path) -> str:
-    """`norm` for bkn_core/filter/kalman.py; files beside the rooms that share a name's beginning share its room."""
+    """`filter` for bkn_core/filter/kalman.py; files beside the rooms that share a name's beginning share its room."""
     first = path.relative_to(ROOT / "bkn_core").parts[0].removesuffix(".py")
     return "recipe" if first.startswith("recipe") else first
 
