@@ -21,8 +21,7 @@ from bkn_core.graph.input_moments import (
     reserve_input_moments,
 )
 from bkn_core.graph.interpret import STRUCTURE, Interpreter
-from bkn_core.graph.support import supported
-from bkn_core.graph.trace import trace
+from bkn_core.graph.trace import supported, trace
 from bkn_core.kinds import KINDS, Kind
 from bkn_core.layers.arguments import check_gain
 from bkn_core.layers.batch_kalman import BatchKalmanNorm

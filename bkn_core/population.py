@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian, average_over_groups, normalize, spread_over_images
+from bkn_core.filter.state import FilterStatistics
 from bkn_core.layers.batch_kalman import BatchKalmanNorm, Statistics
-from bkn_core.ops.normalize import Filtered
 
 Part = Literal["population", "group"]
 
@@ -72,17 +72,17 @@ def mixed_statistics(
 @contextlib.contextmanager
 def _mixed(layer: BatchKalmanNorm, mean: Part, size: int | None) -> Iterator[None]:
     """Normalize again what a layer has normalized by its groups, with a mean or a variance that is the moving one."""
-    seen: list[Filtered] = []
+    seen: list[FilterStatistics] = []
 
     def again(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         x, moving = inputs[0], (layer.running_mean, layer.running_var)
         assert moving[0] is not None and moving[1] is not None
-        own_mean, own_variance = seen.pop().statistics[:2]
-        pair = (own_mean, moving[1]) if mean == "group" else (moving[0], own_variance)
-        rows = (spread_over_images(values.expand_as(own_mean), len(x), size) for values in pair)
+        own = seen.pop()
+        pair = (own.mean, moving[1]) if mean == "group" else (moving[0], own.variance)
+        rows = (spread_over_images(values.expand_as(own.mean), len(x), size) for values in pair)
         return normalize(x, Gaussian(*rows), layer.weight, layer.bias, layer.eps)
 
-    layer.on_posterior = lambda filtered, *_: seen.append(filtered)
+    layer.on_posterior = lambda found, *_: seen.append(found)
     handle = layer.register_forward_hook(again)
     try:
         yield
@@ -136,8 +136,8 @@ class _PosteriorSums:
         self.weight, self.mean, self.variance = 0.0, torch.zeros(()), torch.zeros(())
         layer.on_posterior = self._add
 
-    def _add(self, filtered: Filtered, share: Tensor | None, images: int) -> None:
-        mean, unbiased = filtered.statistics[0], filtered.statistics[4]
+    def _add(self, found: FilterStatistics, share: Tensor | None, images: int) -> None:
+        mean, unbiased = found.moving
         self.mean = self.mean + images * average_over_groups(mean.double(), share)
         self.variance = self.variance + images * average_over_groups(unbiased.double(), share)
         self.weight += images

@@ -37,6 +37,18 @@ def check_form(covariance: str, statistics_batch_size: int | None) -> None:
         raise ConversionError(f"statistics_batch_size is {size!r}", "It must be a whole number from 1, or None.")
 
 
+def check_shape(x: Tensor, dimensions: tuple[int, ...], channels: int) -> None:
+    """Refuse an activation of another form, as `nn.BatchNorm*` does.
+
+    Raises:
+        ValueError: for a number of dimensions that is none of those allowed (any, where there is none), or channels.
+    """
+    if dimensions and x.dim() not in dimensions:
+        raise ValueError(f"expected {' or '.join(f'{n}-D' for n in dimensions)} input (got {x.dim()}-D input)")
+    if x.shape[1] != channels:
+        raise ValueError(f"expected {channels} channels (got input of shape {tuple(x.shape)})")
+
+
 def check_values(x: Tensor, statistics_batch_size: int | None, *, has_prior: bool) -> None:
     """Refuse a batch without statistics, and exporters, which crash on our nodes.
 

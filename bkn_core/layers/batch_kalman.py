@@ -17,18 +17,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.errors import StatisticsError
 from bkn_core.filter import kalman
 from bkn_core.filter.inflation_gradient import Sensitivity
-from bkn_core.filter.kalman import Gaussian, moments, rectangular_identity
+from bkn_core.filter.kalman import Gaussian, rectangular_identity
+from bkn_core.filter.state import FilterSettings, FilterStatistics, LayerState, Observation
 from bkn_core.filter.uncertainty import FIELDS, FIRST_GAIN
-from bkn_core.layers.arguments import check_form, check_gain, check_values
-from bkn_core.layers.forward import ContextSlots, LayerContext, is_recomputation
+from bkn_core.layers.arguments import check_form, check_gain, check_shape, check_values
+from bkn_core.layers.forward import OUTSIDE, ContextSlots, LayerContext, is_recomputation
 from bkn_core.layers.loading import complete_
-from bkn_core.layers.track import Observation, track
-from bkn_core.ops.covariance import matrix_normalize, normalize_by
-from bkn_core.ops.normalize import Filtered, FilterSettings, images_per_group, kalman_normalize
-from bkn_core.ops.synchronized import joint_normalize, spans_processes
+from bkn_core.ops.forms import normalize_batch
+from bkn_core.ops.normalize import Filtered, images_per_group
+from bkn_core.ops.synchronized import spans_processes
+from bkn_core.ops.track import track
 
 Statistics = Literal["batch", "population"]
 GUARD_LIMIT = 100.0
+_INFLATED = ("innovation", "mean_innovation", "sensitivity", "residual", "gathered_sensitivity", "uncertainty")
 
 
 class BatchKalmanNorm(_BatchNorm):
@@ -78,7 +80,6 @@ class BatchKalmanNorm(_BatchNorm):
     uncertainty: Tensor | None
     sensitivity: Tensor | None  # see `inflation_gradient.py`
     gathered_sensitivity: Tensor | None
-    inflations_then: tuple[Tensor, Tensor] | None = None  # both, before the last forward moved them
     synchronized = False  # whether the group that is the whole batch spans `process_group`, as nn.SyncBatchNorm's does
     process_group: ProcessGroup | None = None
 
@@ -114,9 +115,9 @@ class BatchKalmanNorm(_BatchNorm):
         self.statistics: tuple[Statistics, int | None] | None = None  # set for a while by `population.statistics`
         self.expects_prior = False
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
-        self.slots = ContextSlots()
+        self.slots, self.past = ContextSlots(), list[tuple[Tensor, Tensor]]()
         self.context: LayerContext | None = None  # the newest of all threads
-        self.on_posterior: Callable[[Filtered, Tensor | None, int], None] | None = None  # see `population`
+        self.on_posterior: Callable[[FilterStatistics, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(initial, device=device, dtype=wide)
         zeros = start.new_zeros(num_features)
@@ -130,7 +131,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.transition = None if identity is None else nn.Parameter(identity)
 
     def _register_records(self, zeros: Tensor, *, is_inflated: bool) -> None:
-        """Make the buffers of `track.MOVED`, None without an inflation."""
+        """Make the buffers of `LayerState` that an inflation needs, None without one."""
         c = len(zeros)
         shapes = {"innovation": (c,), "mean_innovation": (c,), "sensitivity": (2, c), "gathered_sensitivity": (3, c)}
         for name, shape in (shapes | {"residual": (2, c), "uncertainty": (FIELDS,)}).items():
@@ -152,17 +153,32 @@ class BatchKalmanNorm(_BatchNorm):
     @property
     def present_inflation(self) -> Tensor | None:
         """The inflation of the forward that runs, or that is computed again and has moved it since."""
-        return self.inflations_then[0] if self.inflations_then and is_recomputation() else self.innovation
+        return self.past[0][0] if self.past and is_recomputation() else self.innovation
 
     @property
     def present_mean_inflation(self) -> Tensor | None:
         """The inflation of the mean, likewise."""
-        return self.inflations_then[1] if self.inflations_then and is_recomputation() else self.mean_innovation
+        return self.past[0][1] if self.past and is_recomputation() else self.mean_innovation
+
+    @property
+    def state(self) -> LayerState:
+        """What the layer remembers of the forwards of a training."""
+        own = self._buffers  # past `nn.Module.__getattr__`, which is slow
+        gain = own["fixed_gain"] if self.computes_gain else None
+        running = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        return LayerState(*map(own.get, _INFLATED), gain, *running, self.past)  # type: ignore[arg-type, call-arg]
+
+    @property
+    def settings(self) -> FilterSettings:
+        """What the filter needs to know beside tensors."""
+        size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
+        limit = GUARD_LIMIT if self.guarded else math.inf
+        return FilterSettings(self.eps, size, limit, self.momentum, self.covariance == "full")
 
     def refine(self, prior: Gaussian) -> Gaussian:
         """Apply correction and inflations: µ' + (δ + mean inflation) sqrt(v' + ε), v' exp(ρ + inflation)."""
-        correction = self.prior_offset, self.prior_log_scale
-        return kalman.refine(prior, correction, (self.present_mean_inflation, self.present_inflation), self.eps)
+        inflations = self.present_mean_inflation, self.present_inflation
+        return kalman.refine(prior, (self.prior_offset, self.prior_log_scale), inflations, self.eps)
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize; `prior` overrides the one that a converted model hands to its layers."""
@@ -180,87 +196,73 @@ class BatchKalmanNorm(_BatchNorm):
         return filtered.y, filtered.posterior
 
     def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
-        is_tracked = self.training and self.statistics is None and self.on_posterior is None
         context = self._context_of_forward(warn=prior is None)
         gain = None if context is None else context.gain()
         if prior is not None:
             prior = self.refine(prior)
         elif context is not None and self.expects_prior:
             prior = context.prior()
-        size = self.statistics_batch_size if self.statistics is None else self.statistics[1]
-        if not self._spans_processes(size):
+        settings = self.settings
+        size = settings.statistics_batch_size
+        is_joint = self.synchronized and size is None and self._trains and spans_processes(self.process_group)
+        if not is_joint:
             check_values(x, size, has_prior=prior is not None)
-        filtered = self._by_batch(x, prior, self.gain if gain is None else gain, size)
+        parameters, memory = (self.gain if gain is None else gain, self.weight, self.bias), self._sensitivity(prior)
+        processes = (self.process_group,) if is_joint else None
+        filtered = normalize_batch(x, prior, parameters, settings, memory, processes)
         if context is not None and context.reads_posteriors:
             context.publish(filtered.posterior)
         if self.on_posterior is not None:
             share = None if size is None or len(x) % size == 0 else images_per_group(len(x), size, x) / len(x)
-            self.on_posterior(filtered, share, len(x))
-        elif is_tracked and not is_recomputation():
+            self.on_posterior(filtered.statistics, share, len(x))
+        elif self._trains and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
-            seen = Observation(self, prior, filtered.statistics, images)
-            if context is None or torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
-                track([seen])
-            else:
-                context.observe(seen)
+            self._observe(Observation(self.state, prior, filtered.statistics, images, settings), context)
         return filtered
+
+    def _observe(self, seen: Observation, context: LayerContext | None) -> None:
+        if not torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
+            self.__dict__["was_tracked"] = True  # for whoever wants to know which layers ran
+            if context is not None:
+                context.observe(seen)
+                return
+        track([seen])
 
     def _by_population(self, x: Tensor) -> Tensor:
         if self.running_mean is None:
             raise StatisticsError("this layer keeps no population statistics", "Use track_running_stats=True.")
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def _by_batch(self, x: Tensor, prior: Gaussian | None, gain: Tensor, size: int | None) -> Filtered:
-        own = self._buffers  # past `nn.Module.__getattr__`, which is slow
-        weight, bias = (_of_type(self.gain_factor.dtype, parameter) for parameter in (self.weight, self.bias))
-        settings = FilterSettings(self.eps, size, GUARD_LIMIT if self.guarded else math.inf)
-        used, gathered, memory = own["sensitivity"], own["gathered_sensitivity"], None
-        if prior is not None and used is not None and gathered is not None:
-            is_tracked = self.training and self.statistics is None
-            memory = Sensitivity(used, gathered if is_tracked else gathered.clone())
-        if self._spans_processes(size):
-            form = self.process_group, self.covariance == "full"
-            return joint_normalize(x, prior, (gain, weight, bias), settings, form, memory)
-        if memory is not None and size is not None and x.shape[0] % min(size, x.shape[0]):
-            return normalize_by(x, prior, moments(x, size), (gain, weight, bias), settings, memory)
-        normalize = kalman_normalize if self.covariance == "diagonal" else matrix_normalize
-        return normalize(x, prior, gain, weight, bias, settings, memory)
+    def _sensitivity(self, prior: Gaussian | None) -> Sensitivity | None:
+        used, gathered = self._buffers["sensitivity"], self._buffers["gathered_sensitivity"]
+        if prior is None or used is None or gathered is None:
+            return None
+        return Sensitivity(used, gathered if self._trains else gathered.clone())
 
-    def _spans_processes(self, size: int | None) -> bool:
-        is_asked = self.synchronized and size is None and self.training and self.statistics is None
-        return is_asked and spans_processes(self.process_group)
+    @property
+    def _trains(self) -> bool:
+        return self.training and self.statistics is None
 
     def enter(self, context: LayerContext) -> None:
         """Take the context of the forward that begins on this thread."""
-        own = self.__dict__  # which `nn.Module.__setattr__` writes as well, after looking for tensors and modules
-        if own.get("inflations_then") is not None and not is_recomputation():
-            own["inflations_then"] = None
-        own["context"] = context
+        if self.past and not is_recomputation():
+            self.past.clear()
+        self.__dict__["context"] = context  # as `nn.Module.__setattr__` does, after looking for tensors and modules
         self.slots.own.enter(context)
 
     def _context_of_forward(self, *, warn: bool) -> LayerContext | None:
         context = self.slots.own.current(self.context)
-        if context is not None:
-            return context
-        if self.expects_prior and warn:
-            warnings.warn(
-                f"a {type(self).__name__} was called outside the forward of its converted model and has no prior: "
-                "it normalizes by its batch alone",
-                stacklevel=5,
-            )
-        return None
+        if context is None and self.expects_prior and warn:
+            warnings.warn(OUTSIDE.format(type(self).__name__), stacklevel=5)
+        return context
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if self.dimensions and input.dim() not in self.dimensions:
-            wanted = " or ".join(f"{n}-D" for n in self.dimensions)
-            raise ValueError(f"expected {wanted} input (got {input.dim()}-D input)")
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels (got input of shape {tuple(input.shape)})")
+        check_shape(input, self.dimensions, self.num_features)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the context of the last forward: it belongs to that forward's graph, not to the layer."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "context": None, "on_posterior": None, "inflations_then": None, "was_tracked": False}
+        return {**state, "context": None, "on_posterior": None, "past": [], "was_tracked": False}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take what an earlier version saved as well."""
@@ -274,10 +276,6 @@ class BatchKalmanNorm(_BatchNorm):
         prior = "prior" if self.expects_prior else "no prior"
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"
-
-
-def _of_type(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 class BatchKalmanNorm1d(BatchKalmanNorm, nn.BatchNorm1d):

@@ -11,80 +11,63 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.layers.track import Observation
+from bkn_core.filter.state import Observation
 
-
-class LayerContext(Protocol):
-    """A layer's access to the forward of the model that holds it."""
-
-    reads_posteriors: bool
-    is_without_gradient: bool  # whether the layer ran under torch.no_grad
-    observations: list[Observation]
-
-    def prior(self) -> Gaussian | None:
-        """Return the refined prior of the layer."""
-
-    def gain(self) -> Tensor | None:
-        """Return the layer's gain, None where the layer is to compute it."""
-
-    def publish(self, posterior: Gaussian) -> None:
-        """Take the posterior of the layer for those that follow."""
-
-    def observe(self, seen: Observation) -> None:
-        """Take what moves the layer's moving statistics when the forward ends."""
-
-    def unshared(self) -> LayerContext:
-        """Return a context whose prior and gain share nothing with those of other layers.
-
-        Raises:
-            ConversionError: where there is none.
-        """
+OUTSIDE = (
+    "a {} was called outside the forward of its converted model and has no prior: it normalizes by its batch alone"
+)
 
 
 @dataclasses.dataclass
-class ParameterContext:
-    """A layer's prior and gain where both depend on parameters only.
+class LayerContext:
+    """A layer's access to the forward of the model that holds it; its prior and gain depend on parameters only.
 
     Args:
-        observations: of this forward.
+        observations: of this forward; they move what the layers remember when it ends.
         value: the refined prior.
-        weight: the gain.
-        renew: how to compute both once more, for a reentrant checkpoint.
+        weight: the gain; None where the layer is to compute it.
+        renew: how to compute both once more, sharing nothing with other layers, for a reentrant checkpoint.
     """
 
     observations: list[Observation]
-    value: Gaussian | None
-    weight: Tensor
-    renew: Callable[[], ParameterContext] | None = None
+    value: Gaussian | None = None
+    weight: Tensor | None = None
+    renew: Callable[[], LayerContext] | None = None
     reads_posteriors = False
-    is_without_gradient: bool = False
+    is_without_gradient: bool = False  # whether the layer ran under torch.no_grad
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior."""
         return self.value
 
-    def gain(self) -> Tensor:
+    def gain(self) -> Tensor | None:
         """Return q."""
         return self.weight
 
     def publish(self, posterior: Gaussian) -> None:
-        """Nobody reads it."""
+        """Take the posterior of the layer for those that follow, where one reads it."""
 
     def observe(self, seen: Observation) -> None:
         """Keep it for the end of the forward."""
         self.observations.append(seen)
 
-    def unshared(self) -> ParameterContext:
-        """Compute prior and gain once more, from the parameters."""
+    def unshared(self) -> LayerContext:
+        """Return a context whose prior and gain share nothing with those of other layers.
+
+        Raises:
+            ConversionError: where they cannot be computed again.
+        """
         if self.renew is None:
-            raise not_again()
+            raise ConversionError(
+                "reentrant activation checkpointing needs message='normalized' and a model that is not compiled",
+                "Use checkpoint(..., use_reentrant=False).",
+            )
         return self.renew()
 
 
@@ -124,14 +107,6 @@ class ContextSlots(threading.local):
     def __reduce__(self) -> tuple[type[ContextSlots], tuple[()]]:
         """Copies are empty: a context belongs to the graph of its forward."""
         return ContextSlots, ()
-
-
-def not_again() -> ConversionError:
-    """Return what to say of a forward that a reentrant checkpoint cannot compute again."""
-    return ConversionError(
-        "reentrant activation checkpointing needs message='normalized' and a model that is not compiled",
-        "Use checkpoint(..., use_reentrant=False).",
-    )
 
 
 def is_recomputation() -> bool:

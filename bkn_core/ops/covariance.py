@@ -20,7 +20,8 @@ from bkn_core.filter.kalman import (
     unbiased,
     update,
 )
-from bkn_core.ops.normalize import Filtered, FilterSettings
+from bkn_core.filter.state import FilterSettings, FilterStatistics
+from bkn_core.ops.normalize import Filtered
 
 
 def matrix_normalize(
@@ -77,7 +78,8 @@ def normalize_by(
     size = settings.statistics_batch_size
     rows = Gaussian(*(spread_over_images(values, len(x), size) for values in variances))
     moving = unbiased(posterior, observed, weight_of_seen)
-    statistics = torch.stack((*variances, *seen, moving.variance, (variances.variance + settings.eps).rsqrt()))
+    packed = torch.stack((*variances, *seen, moving.variance, (variances.variance + settings.eps).rsqrt()))
     matrix = posterior.variance if posterior.variance.dim() > posterior.mean.dim() else None
     joint = None if processes is None else processes.images
-    return Filtered(normalize(x, rows, weight, bias, settings.eps), statistics, matrix, joint)
+    y = normalize(x, rows, weight, bias, settings.eps)
+    return Filtered(y, FilterStatistics(packed), matrix, joint)

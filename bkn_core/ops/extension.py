@@ -24,7 +24,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LIMIT = 900.0  # seconds that the compiler may take, which takes half a minute of a core
 _LOG = logging.getLogger("bkn")
 
-Known = tuple[Tensor | None, ...]
+Tensors = tuple[Tensor | None, ...]
 
 
 class SharedRow(Protocol):
@@ -114,15 +114,14 @@ def normalize(
     return compiled.normalize(x, *parameters, *sensitivity, eps, groups) or None
 
 
-def track(rows: Sequence[Known], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
+def track(rows: Sequence[Tensors], numbers: Sequence[float], *, is_alone: bool) -> list[Tensor] | None:
     """Move what layers remember and return their inflations of variance and mean as they were, by turns; None where
     that cannot be done here.
 
     Args:
-        rows: statistics, µ', v', what `track.MOVED` names, the computed gain, moving mean and variance, batches, of
-            each record; None for what a layer has not.
-        numbers: least speed of the inflations, weight of the newest statistics, ε, of each record.
-        is_alone: whether no two records are of one layer.
+        rows: statistics, µ', v' and the tensors of `LayerState`, of each observation; None for what a layer has not.
+        numbers: least speed of the inflations, weight of the newest statistics, ε, of each observation.
+        is_alone: whether no two observations are of one layer.
     """
     compiled = operations()
     tensors = [tensor for row in rows for tensor in row if tensor is not None]

@@ -28,23 +28,10 @@ from bkn_core.filter import inflation_gradient
 from bkn_core.filter.autograd import is_eager, once_differentiable, with_signature
 from bkn_core.filter.inflation_gradient import Sensitivity
 from bkn_core.filter.kalman import Gaussian, guard, limited
+from bkn_core.filter.state import FilterSettings, FilterStatistics
 from bkn_core.ops import activation_rows, extension, kernels
 
 _LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
-
-
-class FilterSettings(NamedTuple):
-    """What the filter needs to know beside tensors.
-
-    Args:
-        eps: ε.
-        statistics_batch_size: images per statistics group.
-        guard_limit: by how much a prior may exceed what is observed.
-    """
-
-    eps: float
-    statistics_batch_size: int | None = None
-    guard_limit: float = math.inf
 
 
 class Filtered(NamedTuple):
@@ -52,30 +39,28 @@ class Filtered(NamedTuple):
 
     Args:
         y: the normalized input.
-        statistics: per group and channel µ̂, v̂ (differentiable: later layers may predict from them), x̄, S,
-            the unbiased v̂ + q S / (n-1) for moving averages, and r.
+        statistics: of each group and channel.
         covariance: Σ̂, where the layer carries the full matrix.
         images: how many images were observed, where that is not the length of x.
 
     Shape:
-        y (N, C, *spatial), statistics (6, G, C), covariance (G, C, C).
+        y (N, C, *spatial), covariance (G, C, C).
     """
 
     y: Tensor
-    statistics: Tensor
+    statistics: FilterStatistics
     covariance: Tensor | None = None
     images: Tensor | None = None
 
     @property
     def posterior(self) -> Gaussian:
         """Return µ̂ and v̂, (G, C) each, or Σ̂ in the place of v̂."""
-        return Gaussian(self.statistics[0], self.statistics[1] if self.covariance is None else self.covariance)
+        return Gaussian(self.statistics.mean, self.statistics.variance if self.covariance is None else self.covariance)
 
-    @property
-    def observed(self) -> Gaussian:
-        """Return x̄ and S, (G, C) each, as constants."""
-        constants = self.statistics.detach()
-        return Gaussian(constants[2], constants[3])
+    @classmethod
+    def of(cls, y: Tensor, packed: Tensor) -> Filtered:
+        """Name what a kernel or node returns."""
+        return cls(y, FilterStatistics(packed))
 
 
 def kalman_normalize(
@@ -111,9 +96,9 @@ def kalman_normalize(
         if is_direct and settings.guard_limit == math.inf:
             made = extension.normalize(x, parameters, memory, settings.eps, groups)
             if made is not None:
-                return Filtered(*made)
+                return Filtered.of(*made)
         node = _Direct if is_direct else _KalmanNormalize
-        return Filtered(*node.apply(x, *parameters, *memory, settings, groups))
+        return Filtered.of(*node.apply(x, *parameters, *memory, settings, groups))
     # A smaller last group is normalized on its own: rare, so its copy does not matter.
     if sensitivity is not None:
         raise ValueError("an inflation can be followed in groups of one size only")  # see `covariance.normalize_by`
@@ -121,7 +106,7 @@ def kalman_normalize(
         kalman_normalize(x[:body], _part(prior, slice(None, -1)), gain, weight, bias, settings),
         kalman_normalize(x[body:], _part(prior, slice(-1, None)), gain, weight, bias, settings),
     ]
-    return Filtered(torch.cat([part.y for part in parts]), torch.cat([part.statistics for part in parts], 1))
+    return Filtered.of(torch.cat([part.y for part in parts]), torch.cat([part.statistics.packed for part in parts], 1))
 
 
 def _part(prior: Gaussian | None, groups: slice) -> Gaussian | None:

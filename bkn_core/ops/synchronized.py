@@ -24,8 +24,9 @@ from torch import Tensor
 from bkn_core.filter.autograd import once_differentiable
 from bkn_core.filter.inflation_gradient import Processes, Sensitivity
 from bkn_core.filter.kalman import Gaussian, Moments, root_above
+from bkn_core.filter.state import FilterSettings
 from bkn_core.ops.covariance import normalize_by
-from bkn_core.ops.normalize import Filtered, FilterSettings
+from bkn_core.ops.normalize import Filtered
 
 
 def spans_processes(group: dist.ProcessGroup | None) -> bool:

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian, diagonal, predict
+from bkn_core.filter.state import Observation
 from bkn_core.graph.graph import Graph
 from bkn_core.graph.input_moments import remove_input_moments
 from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, parameter
 from bkn_core.graph.lookup import Lookup
 from bkn_core.graph.lower import LoweredGraph
-from bkn_core.layers import batched
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
-from bkn_core.layers.forward import LayerContext, ParameterContext, is_recomputation, not_again
+from bkn_core.layers.forward import LayerContext, is_recomputation
 from bkn_core.layers.loading import explain
-from bkn_core.layers.track import Observation, track
 from bkn_core.ops import kernels
-from bkn_core.priors.named_layers import checked, layer_of, no_autocast, norm_of, normalized_message
+from bkn_core.ops.track import track
+from bkn_core.priors.named_layers import checked, gains_of, layer_of, no_autocast, norm_of, normalized_message, refine
 from bkn_core.priors.shared import Shared, SharedRow
 
 Transition = Literal["learned", "network"]
@@ -65,7 +65,7 @@ class PriorHooks:
     def attach(self, model: nn.Module) -> None:
         """Register the hooks on the model."""
         model.register_forward_pre_hook(self)
-        model.register_forward_hook(ForwardEnd(self), always_call=True)
+        model.register_forward_hook(self.close_forward, always_call=True)
         model.register_load_state_dict_post_hook(explain)  # type: ignore[no-untyped-call]
 
     @property
@@ -85,7 +85,7 @@ class PriorHooks:
         elif self.is_static:
             priors, gains = self.predictions(model, layers)
             contexts = [
-                ParameterContext(observations, priors.get(name), gain, self._renewal(model, name, gain))
+                LayerContext(observations, priors.get(name), gain, self._renewal(model, name, gain))
                 for name, gain in zip(self.names, gains, strict=True)
             ]
         else:
@@ -94,26 +94,47 @@ class PriorHooks:
         for layer, context in zip(layers, contexts, strict=True):
             layer.enter(context)
 
+    def close_forward(self, model: nn.Module, *_: Any) -> None:
+        """Move what the layers remember and close their contexts.
+
+        A layer called on its own afterwards does not use that forward's prior, which stays readable for recomputation
+        in the backward pass.
+        """
+        observations: list[Observation] = []
+        try:
+            layers = self.lookup(model)
+        except ConversionError:  # a changed model has been refused before
+            return
+        for layer in layers:
+            slot = layer.slots.own if isinstance(layer, BatchKalmanNorm) else None
+            if slot is not None and slot.is_open and slot.context is not None:
+                slot.is_open, observations = False, slot.context.observations
+        if self.shared is None:
+            track(observations)
+        else:
+            self.shared.keep(observations)
+        observations.clear()  # or the layers, which hold their context, would hold themselves
+
     def layers(self, model: nn.Module) -> list[BatchKalmanNorm]:
         """Return the layers in the order of their names."""
         return [checked(layer, name) for layer, name in zip(self.lookup(model), self.names, strict=True)]
 
-    def _renewal(self, model: nn.Module, name: str, present: Tensor) -> Callable[[], ParameterContext] | None:
+    def _renewal(self, model: nn.Module, name: str, present: Tensor) -> Callable[[], LayerContext] | None:
         """Return how to compute one layer's prior and gain on their own, as reentrant checkpoints need them."""
         if torch.compiler.is_compiling():
             return None
         found = weakref.ref(model)  # so that a model that is dropped goes at once
 
-        def renew() -> ParameterContext:
+        def renew() -> LayerContext:
             living = found()
             assert living is not None  # its backward is running
             layer, number = layer_of(living, name), self.graph.priors.get(name)
             gain = present.detach() if layer.computes_gain else layer.gain  # which has moved since
             if number is None:
-                return ParameterContext([], None, gain)
+                return LayerContext([], None, gain)
             with no_autocast(layer):
                 interpreter = Interpreter(self.graph, living, lambda name: normalized_message(norm_of(living, name)))
-                return ParameterContext([], layer.refine(interpreter.node(number)), gain)
+                return LayerContext([], layer.refine(interpreter.node(number)), gain)
 
         return renew
 
@@ -133,9 +154,9 @@ class PriorHooks:
             interpreter = Interpreter(self.graph, model, lambda name: normalized_message(norm_of(model, name)))
             receiving = [layer for layer, name in zip(layers, self.names, strict=True) if name in self.graph.priors]
             analytic = [interpreter.node(self.graph.priors[name]) for name in self.names if name in self.graph.priors]
-            refined = batched.refine(receiving, analytic)
+            refined = refine(receiving, analytic)
         named = [name for name in self.names if name in self.graph.priors]
-        return dict(zip(named, refined, strict=True)), batched.gains(layers)
+        return dict(zip(named, refined, strict=True)), gains_of(layers)
 
     def programs(self, model: nn.Module) -> LoweredGraph | None:
         """Return the programs for the CPU kernels, None where these cannot be called now."""
@@ -144,37 +165,6 @@ class PriorHooks:
         if self.lowered is None:
             self.lowered = LoweredGraph(self.graph, self.names, model)
         return self.lowered
-
-
-class ForwardEnd:
-    """The end of a forward: moves the moving statistics and closes the contexts.
-
-    A layer called on its own afterwards does not use that forward's prior, which stays readable for recomputation in
-    the backward pass.
-    """
-
-    def __init__(self, hooks: PriorHooks) -> None:
-        self.hooks = hooks
-
-    def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Close the contexts."""
-        observations: list[Observation] = []
-        try:
-            layers = self.hooks.lookup(model)
-        except ConversionError:  # a changed model has been refused before
-            return
-        for layer in layers:
-            if not isinstance(layer, BatchKalmanNorm):
-                continue
-            slot = layer.slots.own
-            if slot.is_open and slot.context is not None:
-                slot.is_open, observations = False, slot.context.observations
-        shared = self.hooks.shared
-        if shared is None:
-            track(observations)
-        else:
-            shared.keep(observations)
-        observations.clear()  # or the layers, which hold their context, would hold themselves
 
 
 class _Posteriors:
@@ -197,15 +187,14 @@ class _Posteriors:
         return posterior if self.hooks.transition == "learned" else diagonal(posterior)
 
 
-@dataclasses.dataclass
-class _PosteriorContext:
-    """One layer's access to the posteriors."""
+class _PosteriorContext(LayerContext):
+    """The context of a layer whose prior depends on the posteriors of this forward."""
 
-    observations: list[Observation]
-    forward: _Posteriors
-    name: str
     reads_posteriors = True
-    is_without_gradient: bool = False
+
+    def __init__(self, observations: list[Observation], forward: _Posteriors, name: str) -> None:
+        super().__init__(observations)
+        self.forward, self.name = forward, name
 
     def prior(self) -> Gaussian | None:
         """Return the refined prior of the layer, from the posteriors that have arrived."""
@@ -224,20 +213,9 @@ class _PosteriorContext:
                 value = predict(value, layer.transition.to(value.mean.dtype), self.forward.noise)
             return layer.refine(value)
 
-    def gain(self) -> None:
-        """Leave it to the layer."""
-
     def publish(self, posterior: Gaussian) -> None:
         """Take the posterior of the layer for those that follow."""
         self.forward.posteriors[self.name] = posterior
-
-    def observe(self, seen: Observation) -> None:
-        """Keep it for the end of the forward."""
-        self.observations.append(seen)
-
-    def unshared(self) -> LayerContext:
-        """Refuse: others have used the posterior without its gradient."""
-        raise not_again()
 
 
 def find_hooks(model: nn.Module) -> tuple[nn.Module, PriorHooks]:
@@ -269,7 +247,7 @@ def detach(model: nn.Module) -> None:
     """Remove, in place, what a conversion added to a model beside its layers."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, PriorHooks | ForwardEnd)]:
+            for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", h), PriorHooks)]:
                 hooks.pop(key)
                 module._forward_hooks_always_called.pop(key, None)
         for key in [k for k, hook in module._load_state_dict_post_hooks.items() if hook is explain]:

@@ -1,15 +1,19 @@
-"""The layers of a converted model by their names, and what each sends to those that follow it."""
+"""The layers of a converted model: by name, what each sends to those that follow, the priors and gains of all."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.errors import ConversionError
+from bkn_core.filter import kalman
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.expressions import check_own
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.ops.batched import alike, apart, beside, existing
 
 
 def no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
@@ -62,3 +66,52 @@ def checked(layer: nn.Module, name: str) -> BatchKalmanNorm:
     if not isinstance(layer, BatchKalmanNorm):
         raise ConversionError(f"{name} is a {type(layer).__name__} since the conversion", "Convert the model again.")
     return layer
+
+
+def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> list[Gaussian]:
+    """Apply each layer's learned correction and inflations to its prior.
+
+    µ' + (δ + mean inflation) sqrt(v' + ε),   v' exp(ρ + inflation)
+    """
+    refined = list(priors)
+    for numbers in alike([_form(*pair) for pair in zip(layers, priors, strict=True)]):
+        chosen = [layers[i] for i in numbers]
+        widths = [layer.num_features for layer in chosen]
+        prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
+        offset, log_scale, shift, inflation = (
+            _beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True)
+        )
+        mean, variance = kalman.refine(prior, (offset, log_scale), (shift, inflation), chosen[0].eps)
+        for i, *parts in zip(numbers, apart(mean, widths), apart(variance, widths), strict=True):
+            refined[i] = Gaussian(*parts)
+    return refined
+
+
+def _refinement(layer: BatchKalmanNorm) -> tuple[Tensor | None, ...]:
+    inflations = layer.present_mean_inflation, layer.present_inflation
+    return layer.prior_offset, layer.prior_log_scale, *inflations
+
+
+def _beside_or_none(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    known = existing(vectors)
+    return beside(known) if known else None
+
+
+def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
+    if prior.variance.dim() > prior.mean.dim():
+        return id(layer)  # matrices of different sizes cannot be laid side by side
+    corrected, observed = layer.prior_offset is not None, layer.innovation is not None
+    return corrected, observed, layer.eps, prior.mean.shape[:-1], prior.mean.dtype, prior.mean.device
+
+
+def gains_of(layers: Sequence[BatchKalmanNorm]) -> list[Tensor]:
+    """Return each layer's gain q, schedule included."""
+    found = [layer.fixed_gain if layer.gain_logit is None else layer.gain_logit for layer in layers]
+    for numbers in alike([(layers[i].gain_logit is None, v.dtype, v.device) for i, v in enumerate(found)]):
+        values = torch.stack([found[i] for i in numbers])
+        if layers[numbers[0]].gain_logit is not None:
+            values = values.sigmoid()
+        factors = torch.stack([layers[i].gain_factor for i in numbers])
+        for i, gain in zip(numbers, (values * factors).unbind(), strict=True):
+            found[i] = gain
+    return found

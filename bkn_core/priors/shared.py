@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
+from bkn_core.filter.state import Observation
 from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import Entries
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
-from bkn_core.layers.batched import existing
-from bkn_core.layers.forward import LayerContext, ParameterContext
-from bkn_core.layers.track import Observation, joined, track
+from bkn_core.layers.forward import LayerContext
+from bkn_core.ops.batched import existing
 from bkn_core.ops.extension import Operations
 from bkn_core.ops.priors import ACCUMULATES, FIELDS
+from bkn_core.ops.track import joined, track
 
 Constants = tuple[dict[str, Gaussian], list[Tensor]]  # priors by the names of their layers, gains of all layers
 
@@ -50,8 +51,8 @@ class Shared:
         found: list[LayerContext] = []
         for name, gain in zip(names, self.gains, strict=True):
             prior = self.priors.get(name)
-            renew = functools.partial(ParameterContext, [], prior, gain)
-            found.append(ParameterContext(observations, prior, gain, renew))
+            renew = functools.partial(LayerContext, [], prior, gain)
+            found.append(LayerContext(observations, prior, gain, renew))
         return found
 
     def keep(self, observations: Sequence[Observation]) -> None:

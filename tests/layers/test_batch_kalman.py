@@ -20,7 +20,7 @@ from bkn_core.layers.batch_kalman import (
     BatchKalmanNorm2d,
     BatchKalmanNorm3d,
 )
-from bkn_core.layers.forward import ParameterContext
+from bkn_core.layers.forward import LayerContext
 
 KINDS: list[tuple[type[nn.Module], type[BatchKalmanNorm], tuple[int, ...]]] = [
     (nn.BatchNorm1d, BatchKalmanNorm1d, (6, 5)),
@@ -190,7 +190,7 @@ def test_state_dict_holds_all_names_of_batch_norm() -> None:
 def test_layer_with_a_prior_of_a_forward_survives(through: str) -> None:
     layer = BatchKalmanNorm2d(4, gain=0.3, correction=True, innovation=True, statistics_batch_size=2)
     prior = Gaussian(layer.bias * 2, layer.weight.square())  # tensors of a graph, which cannot be copied
-    layer.enter(ParameterContext([], prior, layer.gain))
+    layer.enter(LayerContext([], prior, layer.gain))
     layer(torch.randn(4, 4, 3, 3))
     layer.slots.own.is_open = False
     if through == "state_dict":

@@ -55,7 +55,7 @@ def results(given: Leaves, size: int) -> list[Tensor]:
     torch.manual_seed(4)
     objective = (filtered.y * torch.randn(x.shape)).sum() + filtered.posterior.variance.sin().sum()
     wanted = [t for t in (x, *(prior or ()), gain if prior else None, weight, bias) if t is not None]
-    found = [filtered.y, filtered.statistics, *torch.autograd.grad(objective, wanted)]
+    found = [filtered.y, filtered.statistics.packed, *torch.autograd.grad(objective, wanted)]
     return found if sensitivity is None else [*found, sensitivity.gathered]
 
 

@@ -12,30 +12,10 @@ from typing import Any
 import torch
 
 from bkn_core.filter.spatial import phases
+from bkn_core.graph import instructions as op
 from bkn_core.graph.expressions import Call, Parameter
 from bkn_core.graph.graph import Node
-from bkn_core.graph.instructions import (
-    ADD,
-    AFFINE,
-    AVERAGE,
-    CLIPPED,
-    CONVOLUTION,
-    CURVE,
-    GATHER,
-    GIVEN,
-    LEAKY,
-    MAX_POOL,
-    MULTIPLY,
-    NORM,
-    PATCHES,
-    RELU,
-    SCALE,
-    SHIFT,
-    TRANSPOSED,
-    NoKernel,
-    ProgramBuilder,
-    Slot,
-)
+from bkn_core.graph.instructions import NoKernel, ProgramBuilder, Slot
 from bkn_core.graph.interpret import AVERAGE_POWER, INPUT_COVARIANCE, INPUT_MEAN, MAXIMUM_POWER
 from bkn_core.graph.rules.curves import code_of
 
@@ -48,18 +28,18 @@ Writer = Callable[[ProgramBuilder, Node, Sequence[Slot]], Slot]
 
 def _norm(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     tensors = (builder.tensor(node.name, "weight"), builder.tensor(node.name, "bias"))
-    return builder.write(NORM, builder.slot(node.channels), tensors=tensors)
+    return builder.write(op.NORM, builder.slot(node.channels), tensors=tensors)
 
 
 def _measured(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     mean, covariance = builder.tensor(node.name, INPUT_MEAN), builder.tensor(node.name, INPUT_COVARIANCE)
     step = node.channels + 1 if len(builder.shape(covariance)) == 2 else 1
-    return builder.write(GIVEN, builder.slot(node.channels), shape=(0, step, 1), tensors=(mean, covariance))
+    return builder.write(op.GIVEN, builder.slot(node.channels), shape=(0, step, 1), tensors=(mean, covariance))
 
 
 def _given(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     first = 2 * builder.given.index(node.name)
-    return builder.write(GIVEN, builder.slot(node.channels), shape=(0, 1, 1), tensors=(first, first + 1))
+    return builder.write(op.GIVEN, builder.slot(node.channels), shape=(0, 1, 1), tensors=(first, first + 1))
 
 
 def _convolution(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
@@ -70,7 +50,7 @@ def _convolution(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) ->
         raise NoKernel
     shape = (inner * groups, torch.Size(taps).numel(), groups)
     tensors = (weight, builder.named(bias))
-    return builder.write(CONVOLUTION, builder.slot(channels), inputs[0], shape=shape, tensors=tensors)
+    return builder.write(op.CONVOLUTION, builder.slot(channels), inputs[0], shape=shape, tensors=tensors)
 
 
 def _patches(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
@@ -82,14 +62,14 @@ def _patches(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slo
         raise NoKernel
     is_matrix = int(len(builder.shape(covariance)) == 2)
     tensors = (weight, builder.named(bias), mean, covariance)
-    return builder.write(PATCHES, builder.slot(node.channels), shape=(width, taps, is_matrix), tensors=tensors)
+    return builder.write(op.PATCHES, builder.slot(node.channels), shape=(width, taps, is_matrix), tensors=tensors)
 
 
 _CLOSED_FORMS: dict[str, Callable[..., tuple[int, float, float]]] = {
-    "relu": lambda: (RELU, 0.0, 0.0),
-    "relu6": lambda: (CLIPPED, 0.0, 6.0),
-    "hardtanh": lambda min_val=-1.0, max_val=1.0: (CLIPPED, min_val, max_val),
-    "leaky_relu": lambda negative_slope=0.01: (LEAKY, negative_slope, 0.0),
+    "relu": lambda: (op.RELU, 0.0, 0.0),
+    "relu6": lambda: (op.CLIPPED, 0.0, 6.0),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: (op.CLIPPED, min_val, max_val),
+    "leaky_relu": lambda negative_slope=0.01: (op.LEAKY, negative_slope, 0.0),
 }
 
 
@@ -98,8 +78,8 @@ def _elementwise(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) ->
     if name not in _CLOSED_FORMS:
         return _curve(builder, node, inputs[0], (name, ("x", *arguments), options))
     operation, *numbers = _CLOSED_FORMS[name](*arguments, **dict(options))
-    if operation == RELU:
-        return builder.write(RELU, builder.slot(node.channels), inputs[0])
+    if operation == op.RELU:
+        return builder.write(op.RELU, builder.slot(node.channels), inputs[0])
     return _kept(builder, operation, inputs[0], numbers=tuple(map(float, numbers)))
 
 
@@ -112,7 +92,7 @@ def _curve(builder: ProgramBuilder, node: Node, message: Slot, expression: Any, 
     code = code_of(expression)
     if code is None or message.channels != node.channels:
         raise NoKernel
-    return _kept(builder, CURVE, message, numbers=(count,), index=code)
+    return _kept(builder, op.CURVE, message, numbers=(count,), index=code)
 
 
 def _fused(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
@@ -120,7 +100,7 @@ def _fused(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
 
 
 def _prelu(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
-    return _kept(builder, LEAKY, inputs[0], **_parameter(builder, node))
+    return _kept(builder, op.LEAKY, inputs[0], **_parameter(builder, node))
 
 
 def _seen(expression: Any) -> Any:
@@ -143,7 +123,7 @@ def _parameter(builder: ProgramBuilder, node: Node) -> dict[str, Any]:
 def _scale_or_shift(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     if node.options or inputs[0].channels != node.channels:  # a number for each position, or for more channels
         raise NoKernel
-    operation = SCALE if node.operation == "scale" else SHIFT
+    operation = op.SCALE if node.operation == "scale" else op.SHIFT
     return builder.write(operation, builder.slot(node.channels), inputs[0], **_parameter(builder, node))
 
 
@@ -156,7 +136,7 @@ def _transposed_convolution(builder: ProgramBuilder, node: Node, inputs: Sequenc
     table = phases(torch.empty(1, 1, *taps), stride, dilation)
     more = {"numbers": (float(table.shape[1]),), "index": tuple(table.argmax(1).tolist())}
     tensors, shape = (weight, builder.named(bias)), (width, table.shape[0], groups)
-    return builder.write(TRANSPOSED, builder.slot(node.channels), inputs[0], shape=shape, tensors=tensors, **more)
+    return builder.write(op.TRANSPOSED, builder.slot(node.channels), inputs[0], shape=shape, tensors=tensors, **more)
 
 
 def _max_pool(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
@@ -164,27 +144,27 @@ def _max_pool(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Sl
     if expression not in _MAXIMA:
         return _curve(builder, node, inputs[0], expression, count**MAXIMUM_POWER)
     numbers = (count**MAXIMUM_POWER, float(expression != "x"))
-    return builder.write(MAX_POOL, builder.slot(node.channels), inputs[0], numbers=numbers)
+    return builder.write(op.MAX_POOL, builder.slot(node.channels), inputs[0], numbers=numbers)
 
 
 def _average(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     numbers = (node.options[0] ** -AVERAGE_POWER,)
-    return builder.write(AVERAGE, builder.slot(node.channels), inputs[0], numbers=numbers)
+    return builder.write(op.AVERAGE, builder.slot(node.channels), inputs[0], numbers=numbers)
 
 
 def _gather(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
-    return builder.write(GATHER, builder.slot(node.channels), inputs[0], index=tuple(node.options[0]))
+    return builder.write(op.GATHER, builder.slot(node.channels), inputs[0], index=tuple(node.options[0]))
 
 
 def _affine(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     if not all(isinstance(number, int | float) for number in node.options):
         raise NoKernel
-    return builder.write(AFFINE, builder.slot(node.channels), inputs[0], numbers=tuple(map(float, node.options)))
+    return builder.write(op.AFFINE, builder.slot(node.channels), inputs[0], numbers=tuple(map(float, node.options)))
 
 
 def _binary(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
     inputs = [_repeated(builder, slot, node.channels) for slot in inputs]
-    return builder.write(ADD if node.operation == "add" else MULTIPLY, builder.slot(node.channels), *inputs)
+    return builder.write(op.ADD if node.operation == "add" else op.MULTIPLY, builder.slot(node.channels), *inputs)
 
 
 def _repeated(builder: ProgramBuilder, message: Slot, channels: int) -> Slot:
@@ -193,7 +173,7 @@ def _repeated(builder: ProgramBuilder, message: Slot, channels: int) -> Slot:
         return message
     if message.channels != 1:
         raise NoKernel
-    return builder.write(GATHER, builder.slot(channels), message, index=(0,) * channels)
+    return builder.write(op.GATHER, builder.slot(channels), message, index=(0,) * channels)
 
 
 def _concatenate(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:

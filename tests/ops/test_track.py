@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from bkn_core.filter.kalman import Gaussian
+from bkn_core.filter.state import FilterStatistics, Observation
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
-from bkn_core.layers.track import Observation, track
 from bkn_core.ops import extension, kernels
+from bkn_core.ops.track import track
 
 WIDTHS = (3, 16, 7)
 MOVED = ("innovation", "mean_innovation", "sensitivity", "residual", "uncertainty", "fixed_gain")
@@ -36,53 +38,68 @@ def layers(**options: object) -> list[BatchKalmanNorm2d]:
     return found
 
 
-def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = False) -> list[Observation]:
+class Record(NamedTuple):
+    """What a layer is to have seen."""
+
+    layer: BatchKalmanNorm2d
+    prior: Gaussian | None
+    statistics: Tensor
+    images: int
+
+
+def records(these: list[BatchKalmanNorm2d], *, groups: int = 4, own: bool = False) -> list[Record]:
     found = []
     for layer in these:
         width = layer.num_features
         rows, dtype = (groups, width) if own else (width,), layer.gain_factor.dtype
         prior = Gaussian(drawn(*rows).to(dtype), drawn(*rows).square().to(dtype) + 0.1)
         statistics = drawn(6, groups, width).abs().to(dtype)
-        found.append(Observation(layer, prior, statistics, 2 * groups))
+        found.append(Record(layer, prior, statistics, 2 * groups))
     return found
 
 
-def copied(seen: list[Observation]) -> list[Observation]:
+def copied(seen: list[Record]) -> list[Record]:
     known: dict[int, BatchKalmanNorm2d] = {}
-    return [r._replace(layer=known.setdefault(id(r.layer), copy.deepcopy(r.layer))) for r in seen]  # type: ignore[arg-type]
+    return [r._replace(layer=known.setdefault(id(r.layer), copy.deepcopy(r.layer))) for r in seen]
 
 
-def track_by_kernel(seen: list[Observation]) -> None:
+def move(seen: list[Record]) -> None:
+    track(
+        [Observation(r.layer.state, r.prior, FilterStatistics(r.statistics), r.images, r.layer.settings) for r in seen]
+    )
+
+
+def track_by_kernel(seen: list[Record]) -> None:
     """Move the layers by the kernel, called from Python."""
     calls: list[str] = []
     run = kernels.run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "operations", lambda: None)
         patch.setattr(kernels, "run", lambda name, slots: (calls.append(name), run(name, slots))[1])
-        track(seen)
+        move(seen)
     assert calls == ["bkn_track"]
 
 
-def track_in_pytorch(seen: list[Observation]) -> None:
+def track_in_pytorch(seen: list[Record]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "library", lambda: None)
         patch.setattr(kernels, "run", no_kernel)
-        track(seen)
+        move(seen)
 
 
-def track_in_cpp(seen: list[Observation]) -> None:
+def track_in_cpp(seen: list[Record]) -> None:
     """Move the layers by the kernel, called from C++."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "run", no_kernel)
-        patch.setattr("bkn_core.layers.track._track_in_pytorch", lambda _: pytest.fail("PyTorch did the work"))
-        track(seen)
+        patch.setattr("bkn_core.ops.track._track_in_pytorch", lambda _: pytest.fail("PyTorch did the work"))
+        move(seen)
 
 
 def no_kernel(*_: object) -> None:
     pytest.fail("the kernel ran")
 
 
-def assert_same(seen: list[Observation], *, in_cpp: bool) -> None:
+def assert_same(seen: list[Record], *, in_cpp: bool) -> None:
     """Move the layers by the kernel, and copies of them in C++ and in PyTorch."""
     twins, exact = copied(seen), copied(seen)
     before = {
@@ -104,8 +121,7 @@ def assert_same(seen: list[Observation], *, in_cpp: bool) -> None:
                     torch.testing.assert_close(getattr(equal.layer, name), actual, rtol=0, atol=0, equal_nan=True)
         for layer in (one.layer, other.layer, equal.layer)[: 2 + in_cpp]:
             if one.prior is not None and layer.innovation is not None:
-                assert layer.inflations_then is not None
-                assert all(map(torch.equal, layer.inflations_then, before[id(one.layer)]))
+                assert all(map(torch.equal, layer.past[0], before[id(one.layer)]))
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +144,7 @@ def test_kernel_and_pytorch_agree(groups: int, own: bool, forwards: int, in_cpp:
 def test_layers_without_prior_inflation_or_moving_statistics(in_cpp: bool) -> None:
     seen = records(layers()) + records(layers(track_running_stats=False)) + records(layers(gain=0.3))
     plain = BatchKalmanNorm2d(5, statistics_batch_size=2, momentum=0.3)
-    seen += [Observation(plain, None, drawn(6, 4, 5).abs(), 8), seen[0]._replace(prior=None)]
+    seen += [Record(plain, None, drawn(6, 4, 5).abs(), 8), seen[0]._replace(prior=None)]
     assert_same(seen, in_cpp=in_cpp)
 
 
@@ -151,7 +167,7 @@ def test_what_the_kernel_does_not_know_is_left_to_pytorch(
 ) -> None:
     seen = records(layers(**options))
     monkeypatch.setattr(kernels, "run", no_kernel)
-    track(seen)
+    move(seen)
     assert all(int(r.layer.num_batches_tracked) == 1 for r in seen)  # type: ignore[arg-type]
 
 
@@ -161,14 +177,12 @@ def test_a_buffer_that_is_not_dense_is_left_to_pytorch(monkeypatch: pytest.Monke
     strided = torch.zeros(2 * WIDTHS[0])
     seen[0].layer.running_mean = strided[::2]
     monkeypatch.setattr(kernels, "run", no_kernel)
-    track(seen)
+    move(seen)
     assert strided[::2].any() and not strided[1::2].any()
 
 
 @pytest.mark.parametrize("by", [track_by_kernel, track_in_cpp, track_in_pytorch])
-def test_whoever_saved_a_moving_average_learns_that_it_moved(
-    by: Callable[[list[Observation]], None], in_cpp: bool
-) -> None:
+def test_whoever_saved_a_moving_average_learns_that_it_moved(by: Callable[[list[Record]], None], in_cpp: bool) -> None:
     if by is track_in_cpp and not in_cpp:
         pytest.skip("no C++ compiler")
     seen = records(layers())
