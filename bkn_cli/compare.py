@@ -189,7 +189,7 @@ def _findings(result: Any) -> Iterator[str]:
         tost = one.equivalence
         shown = tost is not None and tost.equivalent
         within = f"; within half a point of it (TOST p {tost.p:.2g} over {tost.over})" if shown else ""
-        difference = f"{100 * one.difference:+.2f} points by {one.mode} statistics"
+        difference = f"{100 * one.difference:+z.2f} points by {one.mode} statistics"
         yield f"{one.row} against {one.reference}: {difference}{within}"
     for row in result.summary:
         if row.edge:

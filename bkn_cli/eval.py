@@ -28,10 +28,13 @@ def evaluate(
         ),
     ] = None,
     stats: Annotated[
-        Literal["population", "batch", "both"] | None,
+        Literal["population", "batch", "both", "mixtures"] | None,
         typer.Option(
             metavar="KIND",
-            help="population, batch (each image by itself) or both; default the recipe's, for a file its own.",
+            help="population, batch (each image by itself), both, or mixtures: the mean and the variance each of the "
+            "population or of a group of batch.statistics test images, as training normalizes one (bn by its own "
+            "moments, bkn by the blend with the prior, with the gain of the end). Default the recipe's, for a file its "
+            "own.",
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Images per forward pass.")] = None,
@@ -52,6 +55,7 @@ def evaluate(
     Examples:
       bkn eval
       bkn eval runs/NAME --stats both
+      bkn eval runs/NAME --stats mixtures
       bkn eval runs/NAME --priors
       bkn eval model.onnx
       bkn eval model.onnx data.name=imagefolder data.root=photos.zip
@@ -76,9 +80,11 @@ def evaluate(
             reporter.warn(text)
         reporter.text(f"{result.target} ({result.provider}):")
         reporter.text(f"test images: {result.data}")
-        reporter.table(metrics_table(result.metrics))
+        reporter.table(metrics_table(result.metrics, group=result.statistics_batch_size))
         _show_classes(reporter, result)
         details: dict[str, Any] = {"target": str(result.target), "provider": result.provider, "data": result.data}
+        if result.statistics_batch_size is not None:
+            details["statistics_batch_size"] = result.statistics_batch_size
         details["classes"], class_files = _classes_result(result.classes)
         files = {"predictions": str(result.predictions), **class_files}
         if result.priors is not None:
@@ -182,6 +188,6 @@ def _gains(report: Any) -> Table:
 def _numbers(row: Any) -> tuple[str, ...]:
     if row.refined is None:
         return "", "", "", ""
-    used = f"{row.refined.log_variance_ratio:+.2f} ± {row.refined.spread:.2f}"
-    others = (f"{error.log_variance_ratio:+.2f}" for error in (row.analytic, row.local))
+    used = f"{row.refined.log_variance_ratio:+z.2f} ± {row.refined.spread:.2f}"
+    others = (f"{error.log_variance_ratio:+z.2f}" for error in (row.analytic, row.local))
     return f"{row.refined.mean_error:.3f}", used, *others

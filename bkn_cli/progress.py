@@ -88,7 +88,7 @@ class TrainingProgress:
     def _stepped(self, event: Any) -> None:
         self.images += event.images
         if event.loss is not None:
-            self.loss = f"loss {event.loss:.3f}"
+            self.loss = f"loss {event.loss:z.3f}"
         speed = self.images / max(time.perf_counter() - self.since, 1e-9)
         self.bar.update(
             self.task,
@@ -101,7 +101,7 @@ class TrainingProgress:
         images = "validation " if event.images == "validation" else ""
         measured = ", ".join(f"{images}top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in event.top1.items())
         self.reporter.say(
-            f"epoch {event.epoch:>3}/{event.epochs}  training loss {event.train_loss:.4f}  {measured}  "
+            f"epoch {event.epoch:>3}/{event.epochs}  training loss {event.train_loss:z.4f}  {measured}  "
             f"{event.images_per_second:.0f} images/s"
         )
 

@@ -116,20 +116,22 @@ class Reporter:
         self.phase = "stepping" if "WORLD_SIZE" in os.environ else "free"
 
 
-def metrics_table(metrics: dict[str, Any]) -> Table:
-    """Lay out measures by kind of statistics."""
-    table = Table()
+def metrics_table(metrics: dict[str, Any], *, group: int | None = None) -> Table:
+    """Lay out measures by kind of statistics, some of them of groups of so many images."""
+    whose = "an image by itself" if group == 1 else f"{group} images together"
+    table = Table(caption=f"group: {whose}, as in training" if group else None, caption_justify="left")
     columns = list(dict.fromkeys(k for m in metrics.values() for k in m.topk))
     for name in ("statistics", "top-1 %", *(f"top-{k} %" for k in columns), "loss", "images"):
         table.add_column(name, justify="left" if name == "statistics" else "right")
     for kind, measured in metrics.items():
         fractions = [f"{100 * measured.topk[k]:.2f}" if k in measured.topk else "" for k in columns]
-        table.add_row(kind, f"{100 * measured.top1:.2f}", *fractions, f"{measured.loss:.4f}", str(measured.images))
+        name = kind.replace("_mean_", " mean, ").replace("_", " ")
+        table.add_row(name, f"{100 * measured.top1:.2f}", *fractions, f"{measured.loss:z.4f}", str(measured.images))
     return table
 
 
 def metrics_result(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return measures for JSON: flat for one kind of statistics, by kind for both."""
+    """Return measures for JSON: flat for one kind of statistics, by kind for several."""
     if len(metrics) == 1:
         kind, measured = next(iter(metrics.items()))
         return {"stats": kind, **measured.summary()}

@@ -201,7 +201,7 @@ def _layers(layers: list[Any], initial: dict[str, Any]) -> Table:
     table.add_column("prior, or why there is none", overflow="fold")
     for layer in layers:
         error = initial[layer.name].refined if initial else None
-        ratio = f"{error.log_variance_ratio:+.2f} ± {error.spread:.2f}" if error else ""
+        ratio = f"{error.log_variance_ratio:+z.2f} ± {error.spread:.2f}" if error else ""
         numbers = [str(layer.channels), *([ratio] if initial else [])]
         table.add_row(layer.name, *numbers, layer.prior or f"none: {layer.reason}")
     return table

@@ -29,7 +29,7 @@ from bkn_core.layers.factory import add_noise_, folded_layer, kalman_layer, plai
 from bkn_core.layers.rivals.reference import has_reference, settled
 from bkn_core.layers.rivals.weights import bake_weights_
 from bkn_core.layers.stale_optimizers import watched
-from bkn_core.layers.surgery import check_replaceable, copied, replaced
+from bkn_core.layers.surgery import check_replaceable, copied, is_frozen_norm, replaced, thawed
 from bkn_core.priors.hooks import Message, PriorHooks, Transition, detach, find_hooks
 from bkn_core.priors.named_layers import layer_of
 
@@ -75,7 +75,7 @@ def convert(
     """Return a copy of a model whose batch normalization layers are of another kind; the model itself is untouched.
 
     Args:
-        model: any model with `nn.BatchNorm*` layers; what they learned is kept.
+        model: any model with `nn.BatchNorm*` layers, or a detector's frozen ones; what they learned is kept.
         example_input: a tensor, or a tuple or dict of the forward's arguments, for one forward that finds the graph.
         kind: "bkn", or a baseline: "bn", "brn", "gn", "ln", "in", "none", or one of docs/rivals.md.
         transition: "network" predicts through the model's own layers, "learned" through trained matrices (the paper).
@@ -107,6 +107,7 @@ def convert(
     if is_converted(model):
         model = to_batch_norm(model)  # another conversion begins from what every conversion begins from
     chosen = _chosen(model, include, exclude)
+    model = thawed(model, chosen)
     check_replaceable({name: model.get_submodule(name) for name in chosen})
     if kind != "bkn":
         return with_baselines(model, chosen, kind, example_input, (statistics_batch_size, input_prior))
@@ -228,7 +229,7 @@ def _check(kind: str, transition: str, message: str, gain: float | str, learn_ga
 
 
 def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) or is_frozen_norm(m)]
     if not norms:
         raise ConversionError(
             f"{type(model).__name__} has no batch normalization layer to convert", "Build the model with nn.BatchNorm*."

@@ -15,7 +15,7 @@ from bkn_core.engine.checkpoint import find_run, load_weights, weights_path
 from bkn_core.engine.classes import ClassReport, report_classes
 from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.device import choose_device
-from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
+from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
 from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
@@ -40,6 +40,7 @@ class EvaluationResult:
         classes: precision and recall of each class and what it is taken for, by kind of statistics.
         warnings: what the user should know.
         priors: how well the layers' priors predict what they see, where that was asked for.
+        statistics_batch_size: images of the groups that mixtures are of, where those were asked for.
     """
 
     target: Path
@@ -50,6 +51,7 @@ class EvaluationResult:
     classes: dict[str, ClassReport]
     warnings: tuple[str, ...] = ()
     priors: PriorReport | None = None
+    statistics_batch_size: int | None = None
 
 
 def evaluate(
@@ -65,7 +67,8 @@ def evaluate(
 
     Args:
         target: a run folder, a .safetensors checkpoint or an .onnx file; default the newest finished run.
-        stats: "population", "batch" (each image by itself) or "both"; default the recipe's, for a file its own.
+        stats: "population", "batch" (each image by itself), "both" or "mixtures" (mean and variance each of the
+            population or of groups as in training); default the recipe's, for a file its own.
         batch_size: images per forward pass.
         device: auto, cpu, cuda, cuda:N or mps.
         overrides: `data.*=VALUE` words for other test images than the recipe's; only they lead out of the working
@@ -79,8 +82,8 @@ def evaluate(
         CheckFailedError: the model gives values that are not finite.
     """
     path = newest_run() if target is None else Path(target)
-    if stats is not None and stats not in ("population", "batch", "both"):
-        raise RecipeError(f"stats is {stats!r}", "Choose one of population, batch, both.")
+    if stats not in (None, "population", "batch", "both", "mixtures"):
+        raise RecipeError(f"stats is {stats!r}", "Choose one of population, batch, both, mixtures.")
     if batch_size is not None and batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}", "Give at least 1.")
     if path.suffix.lower() == ".onnx":
@@ -106,21 +109,29 @@ def _evaluate_weights(
     size = batch_size or recipe.eval.batch_size
     metrics = {
         kind: measure_model(
-            model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, topk=recipe.eval.topk
+            model,
+            images,
+            weights.preprocess,
+            kind=kind,
+            device=chosen,
+            batch_size=size,
+            topk=recipe.eval.topk,
+            statistics_batch_size=recipe.batch.statistics,
         )
         for kind in modes(stats or recipe.eval_stats)
     }
     _check_finite(path, metrics)
     file = path / "evaluation.npz" if path.is_dir() else path.with_suffix(".predictions.npz")
     save_predictions(file, images, metrics)
-    seen = _report_classes(path, images, metrics)
+    seen = _report_classes(path, images, {kind: metrics[kind] for kind in metrics if kind not in MIXTURES})
     report = None
     if priors:
         kind = next(iter(metrics))
         report = report_priors(
             model, images, weights.preprocess, kind=kind, device=chosen, batch_size=size, files=_prior_files(path)
         )
-    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), seen, notes, report)
+    group = recipe.batch.statistics if stats == "mixtures" else None
+    return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), seen, notes, report, group)
 
 
 def _report_classes(
@@ -156,10 +167,10 @@ def _evaluate_file(
     model = open_session(path, device=device)
     own = model.norm["stats"]
     if stats not in (None, own):
-        raise RecipeError(
-            f"{path} normalizes by {own} statistics, not by {stats}",
-            f"Export another with `bkn export --stats {stats}`.",
-        )
+        hint = f"Export another with `bkn export --stats {stats}`."
+        if stats in ("both", "mixtures"):
+            hint = "A file has one kind of statistics: name the run that it came from."
+        raise RecipeError(f"{path} normalizes by {own} statistics, not by {stats}", hint)
     source = model.metadata.source
     trained, claimed = find_run(source["weights_sha256"]), source.get("data")
     if trained is None and claimed is None and not overrides:

@@ -39,12 +39,19 @@ def check_statistics(kind: Kind, stats: str | None, *, asked: str) -> None:
 
     Args:
         kind: of normalization.
-        stats: what was asked for, such as "population", "both" or "auto".
+        stats: what was asked for, such as "population", "both", "mixtures" or "auto".
         asked: where, such as `eval.stats`.
 
     Raises:
-        RecipeError: it was "batch" or "both", and layers of this kind know the population's alone.
+        RecipeError: it was "batch" or "both", and layers of this kind know the population's alone; or "mixtures", and
+            they do not have moving statistics beside those of groups.
     """
+    if stats == "mixtures" and kind not in ("bn", "bkn"):
+        raise RecipeError(
+            f"{asked} is mixtures, but norm.kind is {kind}, whose layers do not choose between moving statistics and "
+            "those of a group",
+            "Measure a run of norm.kind bn or bkn.",
+        )
     if stats in ("batch", "both") and kind in POPULATION_ONLY:
         raise RecipeError(
             f"{asked} is {stats}, but norm.kind is {kind}, whose layers know no statistics of a single image",

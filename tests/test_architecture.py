@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def name(path: Path) -> str:
 
 
 def room(path: Path) -> str:
-    """`norm` for bkn_core/filter/kalman.py; files beside the rooms that share a name's beginning share its room."""
+    """`filter` for bkn_core/filter/kalman.py; files beside the rooms that share a name's beginning share its room."""
     first = path.relative_to(ROOT / "bkn_core").parts[0].removesuffix(".py")
     return "recipe" if first.startswith("recipe") else first
 
@@ -155,6 +156,10 @@ def test_sizes_stay_within_the_walls(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_no_signed_number_is_printed_as_minus_nothing() -> None:
+    assert [name(path) for path in SOURCES if re.search(r":\+\.\d", path.read_text())] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

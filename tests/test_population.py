@@ -14,7 +14,7 @@ from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm2d
 from bkn_core.layers.forward import LayerContext
-from bkn_core.population import estimate_population, statistics
+from bkn_core.population import Part, estimate_population, mixed_statistics, statistics
 
 VARIANTS: list[dict[str, Any]] = [{}, {"message": "raw"}, {"transition": "learned"}]
 
@@ -73,6 +73,56 @@ def test_contexts_nest_and_end_after_an_exception() -> None:
     assert model[1].statistics is None
     with pytest.raises(ConversionError, match="'moving'"), statistics(model, "moving"):  # type: ignore[arg-type]
         pass
+
+
+PARTS: tuple[Part, ...] = ("population", "group")
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("mean", "variance"), [(mean, variance) for mean in PARTS for variance in PARTS])
+def test_mean_and_variance_come_each_from_where_they_are_wanted(mean: Part, variance: Part, gain: float) -> None:
+    layer = BatchKalmanNorm2d(3, gain=gain, learn_gain=False, statistics_batch_size=2).double().eval()
+    layer.expects_prior = True
+    moving = {"mean": np.array([3.0, -1.0, 0.5]), "var": np.array([0.3, 4.0, 1.0])}
+    for name, values in (
+        *((f"running_{k}", v) for k, v in moving.items()),
+        ("weight", [2, 1, -1]),
+        ("bias", [0, 1, 2]),
+    ):
+        layer.state_dict()[name].copy_(torch.tensor(values))
+    prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
+    layer.enter(LayerContext([], prior, layer.gain))
+    gain = float(layer.gain)
+    images = torch.randn(5, 3, 4, 4, dtype=torch.float64) + 1
+    with mixed_statistics(layer, mean, variance, 2), torch.no_grad():
+        found = layer(images)
+    expected = []
+    for group in images.split(2):  # the last holds one image
+        x = group.numpy()
+        d = x.mean((0, 2, 3)) - prior.mean.numpy()
+        v = (1 - gain) * prior.variance.numpy() + gain * x.var((0, 2, 3)) + gain * (1 - gain) * d**2
+        m = moving["mean"] if mean == "population" else prior.mean.numpy() + gain * d
+        v = moving["var"] if variance == "population" else v
+        y = (x - m[:, None, None]) / np.sqrt(v + layer.eps)[:, None, None]
+        expected.append(y * np.array([2, 1, -1])[:, None, None] + np.array([0, 1, 2])[:, None, None])
+    np.testing.assert_allclose(found.numpy(), np.concatenate(expected))
+    assert layer.statistics is None and layer.on_posterior is None and not layer._forward_hooks
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"transition": "learned", "covariance": "full"}], ids=str)
+def test_two_parts_of_one_kind_are_that_kind(options: dict[str, Any]) -> None:
+    images = torch.randn(6, 3, 6, 6)
+    model = converted(options, images).train()
+    model(images)
+    model.eval()
+    with torch.no_grad():
+        for part, kind in (("population", "population"), ("group", "batch")):
+            with mixed_statistics(model, part, part, 2):
+                mixed = model(images)
+            with statistics(model, kind, 2):
+                assert torch.equal(mixed, model(images))
+        with mixed_statistics(model, "group", "population", 2):
+            assert not torch.allclose(model(images), mixed, atol=1e-2)
 
 
 def test_estimate_is_the_average_posterior() -> None:

@@ -13,7 +13,7 @@ from bkn_core.compare.histories import common_points, history, measured_on
 from bkn_core.compare.looks import Look, give_looks, series
 from bkn_core.compare.rows import Comparison, Row
 from bkn_core.compare.words import MODES
-from bkn_core.engine.plots import plain
+from bkn_core.engine.plots import count_percent, plain
 from bkn_core.kinds import GROUPLESS
 
 _OVER = {"step": "optimizer steps", "seconds": "seconds of training"}
@@ -32,6 +32,8 @@ def draw_training(rows: Sequence[Row], cells: Sequence[Cell], mode: str, over: s
         return None
     axis.set(xlabel=_OVER[over], ylabel=f"{measured_on(cells)} top-1 in %")
     axis.set_xlim(left=0)
+    axis.xaxis.get_major_locator().set_params(integer=over == "step", min_n_ticks=1)
+    count_percent(axis)
     words = f"Accuracy against {_OVER[over]}, {MODES[mode]}. It ends at: {_ends(rows, mode)}."
     return to_picture(figure, f"{mode}-{over}", f"Against {_OVER[over]}, {MODES[mode]}", words)
 
@@ -52,6 +54,7 @@ def draw_sizes(rows: Sequence[Row], mode: str) -> Picture | None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
+    count_percent(axis)
     axis.set(xlabel="images of a statistics group, s", ylabel="test top-1 in %")
     words = f"Accuracy by the size of statistics groups, {MODES[mode]}: {_ends(rows, mode)}."
     return to_picture(figure, f"{mode}-sizes", MODES[mode].capitalize(), words)
@@ -92,7 +95,7 @@ def draw_differences(rows: Sequence[Row], comparisons: Sequence[Comparison], mod
     axis.set_ylim(len(ours) - 0.5, -0.5)
     references = " or ".join(dict.fromkeys(comparison.reference for comparison in ours))
     axis.set_xlabel(plain(f"points of top-1 above {references}"))
-    numbers = "; ".join(f"{comparison.row} {100 * comparison.difference:+.2f}" for comparison in ours)
+    numbers = "; ".join(f"{comparison.row} {100 * comparison.difference:+z.2f}" for comparison in ours)
     words = f"Points of top-1 above {references}, {MODES[mode]}, with 95 % intervals: {numbers}."
     return to_picture(figure, f"{mode}-differences", MODES[mode].capitalize(), words)
 

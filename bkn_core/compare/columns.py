@@ -102,7 +102,7 @@ def show(name: str, value: Any) -> str:
         mean = f"{factor * value.mean:.2f}"
         return mean if math.isnan(value.sd) else f"{mean} ± {factor * value.sd:.2f}"
     if field == "interval":
-        return " to ".join(f"{factor * end:+.2f}" for end in value)
+        return " to ".join(f"{factor * end:+z.2f}" for end in value)
     if isinstance(value, dict):
         p_values = field == "p_values"
         return ", ".join(f"{part:.2g}" if p_values else f"{part} {key}" for key, part in value.items())
@@ -117,10 +117,10 @@ def show(name: str, value: Any) -> str:
 
 def _number(field: str, of: str, value: float) -> str:
     if field == "difference":
-        return f"{value:+.2f}"
+        return f"{value:+z.2f}"
     if field in _SHARES and (of in ("", "population", "batch") or of in _SHARES):
         return f"{value:.2f}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:z.3g}"
 
 
 def _listed(part: Any) -> str:

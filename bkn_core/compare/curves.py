@@ -11,7 +11,7 @@ from bkn_core.compare.histories import Point, common_points, history, measured_o
 from bkn_core.compare.looks import Look, give_looks
 from bkn_core.compare.rows import Row
 from bkn_core.engine.files import replacing
-from bkn_core.engine.plots import count_epochs, new_figure, plain
+from bkn_core.engine.plots import count_epochs, count_percent, new_figure, plain
 
 _TITLES = {"population": "By population statistics", "batch": "Each image by its own statistics"}
 
@@ -41,6 +41,7 @@ def draw_curves(path: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
         count_epochs(axis)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    count_percent(axes[0])  # which they share
     axes[0].set_ylabel(f"{measured_on(cells)} top-1 in %")
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     if lines:

@@ -168,23 +168,13 @@ def _found(turns: Sequence[Turn]) -> Iterator[tuple[Turn, Cell]]:
     known: dict[tuple[object, str], dict[str, Any]] = {}
     for turn in turns:
         try:
-            cell, data = _read(turn)
-            _check_data(turn, data, known)
+            folder = RunFolder(turn.path)
+            _ = folder.recipe  # what cannot be read may be another than the cell's
+            cell = turn.finished()
+            _check_data(turn, folder.data, known)
         except BknError as error:
             cell = turn.failed(error)
         yield turn, cell
-
-
-def _read(turn: Turn) -> tuple[Cell, dict[str, Any] | None]:
-    """Return a finished cell and the fingerprint of its data.
-
-    Raises:
-        InputError: a file is damaged.
-    """
-    try:
-        return turn.finished(), RunFolder(turn.path).data
-    except InputError as error:
-        raise InputError(error.message, f"Remove {turn.path}, and the same command trains it again.") from error
 
 
 def _check_data(turn: Turn, saved: dict[str, Any] | None, known: dict[tuple[object, str], dict[str, Any]]) -> None:
@@ -230,9 +220,10 @@ def _check_unchanged(recipe: Recipe, path: Path) -> None:
     Raises:
         RecipeError: naming the keys that differ.
     """
-    if not (path / "config.yaml").is_file():
+    try:
+        there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
+    except InputError:  # there is none, or its cell says that it is damaged
         return
-    there, wanted = flat_keys(RunFolder(path).recipe), flat_keys(recipe)
     changed = [key for key in wanted if there[key] != wanted[key] and key not in _FREE]
     if changed:
         differences = ", ".join(f"{key} ({there[key]} there, {wanted[key]} wanted)" for key in changed)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bkn_core.engine.files import read_text
+from bkn_core.engine.files import read_json
 from bkn_core.errors import InputError
 
 _LEFT_OUT = ("labels", "pixels")  # digests of the data
@@ -45,7 +44,6 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(path))
-    except (InputError, ValueError, RecursionError):
+        return read_json(path)
+    except InputError:
         return {}
-    return value if isinstance(value, dict) else {}

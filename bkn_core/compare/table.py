@@ -73,13 +73,13 @@ def _differences(comparisons: Sequence[Comparison]) -> Iterator[str]:
 def _comparison_line(comparison: Comparison) -> list[str]:
     interval = _NONE
     if comparison.interval is not None:
-        interval = " to ".join(f"{100 * end:+.2f}" for end in comparison.interval)
+        interval = " to ".join(f"{100 * end:+z.2f}" for end in comparison.interval)
     tost = comparison.equivalence
     return [
         comparison.row,
         comparison.mode,
         ", ".join(map(str, comparison.seeds)),
-        f"{100 * comparison.difference:+.2f}",
+        f"{100 * comparison.difference:+z.2f}",
         interval,
         ", ".join(f"{value:.2g}" for value in comparison.p_values.values()) or _NONE,
         _number(comparison.t_p, ".2g"),

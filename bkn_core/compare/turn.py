@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from bkn_core.engine.events import Event, Started, Stepped
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import BknError, InterruptedRun, OutputError, StatisticsError
+from bkn_core.errors import BknError, InputError, InterruptedRun, OutputError, StatisticsError
 from bkn_core.recipe import Recipe
 
 OnEvent = Callable[[Event | CellStarted | CellMoved | CellEnded], None]
@@ -36,7 +37,9 @@ class Turn:
         return CellStarted(self.index, self.total, *place, reused, self.planned.more)
 
     def failed(self, error: BknError) -> Cell:
-        """Return its cell with an error in it."""
+        """Return its cell with an error in it; a damaged file in its folder needs no more than to be removed."""
+        if isinstance(error, InputError) and f"{self.path}{os.sep}" in error.message:
+            error = InputError(error.message, f"Remove {self.path}, and the same command trains it again.")
         return failed_cell(self.path, self.planned.recipe, error, self.planned.names)
 
     def finished(self) -> Cell:

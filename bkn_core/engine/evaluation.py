@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.engine.batches import normalize
+from bkn_core.engine.batches import epoch_order, normalize
 from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import write_with
 from bkn_core.engine.preprocess import Preprocess
-from bkn_core.population import statistics
+from bkn_core.population import Part, mixed_statistics, statistics
 
 Predict = Callable[[Tensor], Tensor]
+MIXTURES: dict[str, tuple[Part, Part]] = {
+    "population_mean_group_variance": ("population", "group"),
+    "group_mean_population_variance": ("group", "population"),
+    "group": ("group", "group"),
+}
+"""Where mean and variance come from in the kinds of statistics that take one or both from groups of training's size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,12 @@ class Metrics:
 
 
 def measure(
-    predict: Predict, images: ImageSet | LazyImageSet, *, batch_size: int, topk: Sequence[int] = (1, 5)
+    predict: Predict,
+    images: ImageSet | LazyImageSet,
+    *,
+    batch_size: int,
+    topk: Sequence[int] = (1, 5),
+    order: Tensor | None = None,
 ) -> Metrics:
     """Measure a classifier on labelled images.
 
@@ -64,8 +75,10 @@ def measure(
         images: what it is measured on.
         batch_size: images per call.
         topk: the k of the fractions; those above the number of classes are left out.
+        order: in which the images are taken; default their own, in which records are given anyway.
     """
-    parts = torch.split(torch.arange(len(images)), batch_size)
+    order = torch.arange(len(images)) if order is None else order
+    parts, back = torch.split(order, batch_size), order.argsort()
     ranks, losses, predictions = [], [], []
     for batch, labels in prefetch(images, parts):
         logits = predict(batch).float().cpu()
@@ -75,8 +88,7 @@ def measure(
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
         predictions.append(logits.argmax(1))
         classes = logits.shape[1]
-    rank, loss = torch.cat(ranks), torch.cat(losses)
-    prediction = torch.cat(predictions)
+    rank, loss, prediction = (torch.cat(rows)[back] for rows in (ranks, losses, predictions))
     correct = prediction == images.labels
     correct &= loss.isfinite()
     fractions = {k: (rank < k).double().mean().item() for k in topk if 1 < k < classes}
@@ -96,8 +108,14 @@ def measure_model(
     topk: Sequence[int] = (1, 5),
     channels_last: bool = True,
     stop: Callable[[], None] = lambda: None,
+    statistics_batch_size: int = 1,
 ) -> Metrics:
-    """Measure a model in evaluation mode by its population statistics or by each image's own ("batch")."""
+    """Measure a model in evaluation mode by one kind of statistics.
+
+    Args:
+        kind: "population", "batch" (each image's own) or one of `MIXTURES`, whose groups hold `statistics_batch_size`
+            images each, drawn as an epoch draws them: in their own order those of one class lie side by side.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def predict(batch: Tensor) -> Tensor:
@@ -105,13 +123,20 @@ def measure_model(
         logits: Tensor = model(normalize(batch.to(device), preprocess, memory_format=layout))
         return logits
 
-    with _evaluating(model), statistics(model, kind, 1), torch.inference_mode():  # type: ignore[arg-type]
-        return measure(predict, images, batch_size=batch_size, topk=topk)
+    order = None
+    if kind in MIXTURES:
+        used = mixed_statistics(model, *MIXTURES[kind], statistics_batch_size)
+        order = epoch_order(len(images), 0, 0)
+        batch_size += -batch_size % statistics_batch_size
+    else:
+        used = statistics(model, kind, 1)  # type: ignore[arg-type]
+    with _evaluating(model), used, torch.inference_mode():
+        return measure(predict, images, batch_size=batch_size, topk=topk, order=order)
 
 
 def modes(stats: str) -> tuple[str, ...]:
-    """Return the kinds of statistics that "population", "batch" or "both" asks for."""
-    return ("population", "batch") if stats == "both" else (stats,)
+    """Return the kinds of statistics that "population", "batch", "both" or "mixtures" asks for."""
+    return {"both": ("population", "batch"), "mixtures": ("population", *MIXTURES)}.get(stats, (stats,))
 
 
 def save_predictions(path: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bkn_core.errors import InputError, OutputError
+from bkn_core.recipe_words import shown
 
 
 @contextlib.contextmanager
@@ -121,3 +122,18 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode()
     except ValueError as error:
         raise InputError(f"{path} is no text: {error}", "Give a folder that `bkn train` made.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run.
+
+    Raises:
+        InputError: as `read_text`, or it is no JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {shown(value)}, which is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
+    return value

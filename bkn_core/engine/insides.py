@@ -23,7 +23,7 @@ from bkn_core.engine.sources import choose
 from bkn_core.engine.tensor_files import opened
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, InputError, OutputError
-from bkn_core.filter.kalman import Gaussian
+from bkn_core.filter.state import FilterStatistics
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.population import statistics
 from bkn_core.priors.quality import gain_quality, prior_quality
@@ -193,8 +193,8 @@ class _Seen:
         groups = x.reshape(-1, self.size, x.shape[1], x[0, 0].numel())
         self.observed = groups.double().var((1, 3), correction=0)
 
-    def keep(self, posterior: Gaussian, share: Tensor | None, images: int) -> None:
-        self.used = posterior.variance
+    def keep(self, found: FilterStatistics, share: Tensor | None, images: int) -> None:
+        self.used = found.variance
 
 
 def _variances(model: nn.Module, images: Tensor, size: int, *, is_kalman: bool) -> Variances | None:

@@ -98,6 +98,15 @@ def count_epochs(axis: Any) -> None:
     axis.set_xlim(min(low, 0.5), max(high, 1.5))
 
 
+def count_percent(axis: Any) -> None:
+    """Give an axis over which percentages are drawn ticks from 0 to 100 alone, and equal ones space around them."""
+    low, high = axis.get_ylim()
+    if high - low < 1:
+        low, high = low - 5, high + 5
+        axis.set_ylim(low, high)
+    axis.set_yticks([tick for tick in axis.get_yticks() if max(low, 0) <= tick <= min(high, 100)])
+
+
 def plot_curves(folder: RunFolder) -> None:
     """Draw loss, top-1 and gain into plots/curves.png, in the colour of the run's norm.
 
@@ -119,6 +128,7 @@ def plot_curves(folder: RunFolder) -> None:
     axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
     axes[1].set(ylabel="top-1 in %", title="Accuracy")
     count_epochs(axes[1])
+    count_percent(axes[1])
     if has_gain:
         _line(axes[2], steps, "gain", "mean Kalman gain", color=color)
         axes[2].set(xlabel="step", ylabel="gain q", title="Weight of the observation", ylim=(0, None))

@@ -21,6 +21,7 @@ from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
 from bkn_core.priors.quality import PriorQuality, prior_quality
 from bkn_core.recipe import Recipe
+from bkn_core.recipe_words import printable
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "local": {"color": "tab:green", "marker": "^", "label": "closed form alone, from measured messages"},
@@ -28,7 +29,9 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "refined": {"color": "tab:blue", "marker": "o", "label": "as the layer uses it"},
 }
 _INITIAL_IMAGES, _INITIAL_PIXELS = 256, 2**19  # seconds on the CPU, whatever the size of the images
-_FACTORS = (0.01, 0.03, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 10, 30, 100)  # marked where they fall within the picture
+_FACTORS = (1, 1.5, 0.5, 2, 3, 0.25, 4, 6, 0.1, 10, 0.03, 30, 0.01, 100, 1e-4, 1e4, 1e-8, 1e8, 1e-12, 1e12)
+"""Marked where they fall within the picture and find room, the first before the others."""
+_LONGEST = 80  # letters of a reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,9 @@ def plot_prior_quality(rows: Sequence[PriorQuality], path: str | Path) -> None:
             mean.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
         if row.refined is None:
             place = variance.get_yaxis_transform()
-            variance.text(0.01, i, f"no prior: {plain(row.reason)}", transform=place, color="gray")
+            words = plain(f"no prior: {printable(row.reason, _LONGEST)}")
+            # Inside the axis, however long: a layout that makes room for it would leave none for the axis.
+            variance.text(0.01, i, words, transform=place, color="gray", fontsize=9, clip_on=True, in_layout=False)
     variance.set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     variance.set_ylim(len(rows) - 0.5, -0.5)
     _label(variance, mean)
@@ -130,7 +135,11 @@ def _label(variance: Any, mean: Any) -> None:
     variance.axvline(0, color="black", linewidth=1)
     low, high = variance.get_xlim()
     factors = variance.secondary_xaxis("top")
-    factors.set_xticks(*zip(*((math.log(f), f"{f:g}") for f in _FACTORS if low <= math.log(f) <= high), strict=True))
+    marks: dict[float, str] = {}
+    for place, factor in ((math.log(factor), factor) for factor in _FACTORS):
+        if low <= place <= high and all(abs(place - other) > (high - low) / 18 for other in marks):
+            marks[place] = f"{factor:g}"
+    factors.set_xticks([*marks], [*marks.values()])
     factors.set_xlabel("observed / predicted variance")
     variance.set_xlabel("log(observed / predicted variance); right of 0 the prior is too small")
     mean.set_xlim(left=-0.02 * mean.get_xlim()[1])  # markers at 0 stay whole

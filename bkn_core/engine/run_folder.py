@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bkn_core.engine.environment import environment
-from bkn_core.engine.files import finite, read_text, sweep, write_json, write_text
+from bkn_core.engine.files import finite, read_json, sweep, write_json, write_text
 from bkn_core.engine.locks import is_held
 from bkn_core.engine.rows import read_rows
-from bkn_core.errors import InputError, OutputError, located
+from bkn_core.errors import BknError, InputError, OutputError, located
 from bkn_core.recipe import Recipe, dump_recipe, load_recipe
+from bkn_core.recipe_words import shown
 
 _LONGEST = 40  # letters of a data set or model in the name of a run
+_STATUSES = ("running", "finished", "interrupted", "failed")
 _DATA = TypeAdapter(dict[str, list[str] | dict[str, int | str]])
 
 
@@ -105,8 +107,15 @@ class RunFolder:
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run."""
-        return load_recipe(self.path / "config.yaml")
+        """The resolved recipe of the run.
+
+        Raises:
+            InputError: config.yaml is missing or damaged.
+        """
+        try:
+            return load_recipe(self.path / "config.yaml")
+        except BknError as error:
+            raise InputError(error.message, f"Put it back as it was, or remove {self.path} and train again.") from error
 
     def adopt(self, recipe: Recipe) -> None:
         """Go on by a recipe in the place of the run's own.
@@ -151,14 +160,15 @@ class RunFolder:
         path = self.path / "env.json"
         if not path.exists():
             return None
+        found = read_json(path).get("data")
         try:
-            found = json.loads(read_text(path)).get("data")
             return None if found is None else _DATA.validate_python(found)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
+        except ValidationError as error:
+            message = f"{path} does not say what data the run was trained on: its data is {shown(found)}"
+            raise InputError(message, "Give a folder that `bkn train` made.") from error
 
     def write_summary(self, status: str, **values: Any) -> None:
-        """Write summary.json: status is running, finished, interrupted or failed."""
+        """Write summary.json: status is one of `_STATUSES`."""
         write_json(self.path / "summary.json", {"schema": "bkn.run/1", "status": status, **values})
 
     def summary(self) -> dict[str, Any]:
@@ -169,23 +179,23 @@ class RunFolder:
         """
         path = self.path / "summary.json"
         try:
-            value = json.loads(read_text(path))
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read: {error}", "Give a folder that `bkn train` made.") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{path} holds no summary", "Give a folder that `bkn train` made.")
-        if value.get("status") == "running" and not is_held(self.path):
+            value = read_json(path)
+            if value.get("status") not in _STATUSES:
+                raise InputError(f"{path} does not say how the run ended: its status is {shown(value.get('status'))}")
+        except InputError as error:
+            raise InputError(error.message, f"`bkn train --resume {self.path}` writes it anew.") from error
+        if value["status"] == "running" and not is_held(self.path):
             value["status"] = "killed"
         return value
 
     @property
     def status(self) -> str:
-        """Return running, finished, interrupted, failed or killed; "not begun" where there is no summary.json.
+        """Return running, finished, interrupted, failed or killed.
 
         Raises:
-            InputError: it is damaged.
+            InputError: summary.json is missing or damaged.
         """
-        return str(self.summary().get("status")) if (self.path / "summary.json").is_file() else "not begun"
+        return str(self.summary()["status"])
 
     def log(self, text: str) -> None:
         """Append a line with its time to train.log."""

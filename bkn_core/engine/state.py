@@ -25,6 +25,12 @@ class _Part(BaseModel):
     )
 
 
+class _Data(_Part):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, int | str]]  # by part, such as "training"
+    classes: list[str]
+
+
 class _Best(_Part):
     top1: Annotated[float, Field(ge=-1, le=1)]
     epoch: Count
@@ -56,7 +62,7 @@ class _Empty(_Part):
 class _State(_Part):
     kind: Annotated[Literal["bkn.state/1"], Field(alias="schema")]
     recipe: dict[str, dict[str, Any]]
-    data: dict[str, list[str] | dict[str, int | str]]
+    data: _Data
     step: Count
     measured: Count
     skipped: Count

@@ -20,7 +20,7 @@ _REINSTALL = 'pip install --force-reinstall "torch>=2.11" "onnxruntime-gpu>=1.27
 
 
 class OpenedSession(NamedTuple):
-    """A session, the provider that runs it, and why that is not CUDA where "auto" was asked for."""
+    """A session, the provider that runs it, and why "auto" left a GPU idle that PyTorch finds."""
 
     session: Any
     provider: str
@@ -46,7 +46,8 @@ def create_session(
         try:
             return create_session(graph, "cuda", level=level, exact=exact)
         except DeviceError as error:
-            return create_session(graph, "cpu", level=level)._replace(fell_back=f"{error.message}; it runs on the CPU")
+            why = f"{error.message}; it runs on the CPU" if torch.cuda.is_available() else None
+            return create_session(graph, "cpu", level=level)._replace(fell_back=why)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -26,7 +26,7 @@ class OnnxModel:
         session: the ONNX Runtime session.
         metadata: what the file says about itself.
         provider: what runs it.
-        fell_back: why it is not on the GPU although "auto" was asked for, or None.
+        fell_back: why "auto" left a GPU idle that PyTorch finds, or None.
     """
 
     session: Any
@@ -75,7 +75,7 @@ def open_session(path: Path | str, device: str = "auto") -> OnnxModel:
 
     Args:
         path: the file.
-        device: "auto", "cpu", "cuda" or "cuda:N". "auto" prefers CUDA and says why when it falls back.
+        device: "auto", "cpu", "cuda" or "cuda:N". "auto" prefers CUDA and says why a GPU is left idle.
 
     Raises:
         InputError: no such file, or none that this library wrote.

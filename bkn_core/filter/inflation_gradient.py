@@ -13,8 +13,13 @@ remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and us
 the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
 or processes.
 
-There is one exception. Where many images are in a forward and its h suddenly is many times larger, as when some are
-misread with confidence, the step would go where ι takes it back, by many times its usual length (`docs/method.md`
+One image that is far from all others shows a spread N_g = S_g + (x̄_g - µ')² of many times v', and would decide alone
+where the weights go. So beyond r = 3 times v' what a group shows counts by its logarithm:
+
+    N / v' = mean_G b( N_g / v' ) ,   b(x) = x up to r ,  r (1 + log(x / r)) beyond ,   d² = max( v', mean_G(N_g) / r )
+
+There is one exception to h̄. Where many images are in a forward and its h suddenly is many times larger, as when some
+are misread with confidence, the step would go where ι takes it back, by many times its usual length (`docs/method.md`
 tells of a training that three such steps spoiled). So a forward of n images uses
 
     h̄ + α ( u - clip(u, ±30 rms_C(h̄)) ),   u = h - h̄,   α = clip( (n - 32) / (128 - 32), 0, 1)
@@ -39,7 +44,7 @@ from bkn_core.filter.kalman import Gaussian, average_over_groups, limited
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
 USUAL = 30.0  # times the root mean square of h̄, by which the h of a forward may differ from it
 FEW, MANY = 32, 128  # images of a forward from which what is beyond is followed, and followed wholly
-LARGEST_RATIO = 10.0  # N / v' in one forward; beyond it the gradient is that of 10 log N
+LARGEST_RATIO = 3.0  # r: of what one group shows to v', beyond which it counts no more
 
 
 class Sensitivity(NamedTuple):
@@ -115,9 +120,22 @@ def used(running: Tensor, seen: Tensor, images: int | Tensor) -> Tensor:
     return torch.where(surplus.isfinite() & (usual > 0), followed, running)
 
 
-def scales(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
-    """Return what N and v' are divided by: v' + ε, or a tenth of N + ε where that is larger."""
-    return torch.maximum(predicted + eps, (spread + eps) / LARGEST_RATIO)
+def weights(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
+    """Return how much of its spread each group pulls with, w_g = min( 1, r (v' + ε) / N_g ).
+
+    Shape:
+        spread (G, C), predicted (C,) -> (G, C).
+    """
+    return (LARGEST_RATIO * (predicted + eps) / spread).clamp(max=1)
+
+
+def deviation(spread: Tensor, predicted: Tensor, eps: float) -> Tensor:
+    """Return d, in which the error of the mean is measured: d² = max( v' + ε, (N + ε) / r ).
+
+    Shape:
+        spread (C,) of all groups, predicted (C,) -> (C,).
+    """
+    return torch.maximum(predicted + eps, (spread + eps) / LARGEST_RATIO).sqrt()
 
 
 def follow(
@@ -144,12 +162,14 @@ def follow(
         prior (C,) or (G, C), observed (G, C), share (G, 1), sensitivity (2, C).
     """
     difference = observed.mean - prior.mean
-    spread = average_over_groups(limited(torch.addcmul(observed.variance, difference, difference)), share)
+    spread = limited(torch.addcmul(observed.variance, difference, difference))
     predicted = prior.variance if prior.variance.dim() == 1 else average_over_groups(prior.variance, share)
-    scale = scales(spread, predicted, eps).detach()
-    growth = (spread - predicted * ((spread + eps) / (predicted + eps)).detach()) / scale
-    inflations = torch.stack((growth, average_over_groups(difference, share) / scale.sqrt()))
-    return Gaussian(*_Follow.apply(*prior, inflations, scale.sqrt(), *sensitivity, images, processes))
+    scale = (predicted + eps).detach()
+    width = deviation(average_over_groups(spread, share), predicted, eps).detach()
+    pull = average_over_groups(spread * weights(spread, predicted, eps).detach(), share)
+    growth = (pull - predicted * (pull + eps).detach() / scale) / scale
+    inflations = torch.stack((growth, average_over_groups(difference, share) / width))
+    return Gaussian(*_Follow.apply(*prior, inflations, width, *sensitivity, images, processes))
 
 
 class _Follow(torch.autograd.Function):

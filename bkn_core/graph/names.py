@@ -50,6 +50,9 @@ OVER_POSITIONS = {
 # Functions that lay a tensor's memory open. What is written there leaves no version behind.
 MEMORY = _names("data numpy array dlpack cuda_array_interface storage untyped_storage data_ptr")
 
+# Functions that make a tensor of numbers alone. What is computed of the input and of those is as good as the input.
+CONSTANT = _names("tensor as_tensor zeros ones full arange linspace eye")
+
 TRANSPOSED = _names("conv_transpose1d conv_transpose2d conv_transpose3d")
 LINEAR = _names("conv1d conv2d conv3d linear") | TRANSPOSED
 MATRIX_PRODUCTS = _names("matmul bmm einsum")

@@ -22,11 +22,12 @@ from torch.utils import _pytree as pytree
 
 from bkn_core.graph.entry import entered
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.names import MEMORY, name_of
+from bkn_core.graph.names import CONSTANT, MEMORY, name_of
 from bkn_core.graph.translator import Translator
 from bkn_core.graph.values import Arguments, Running, Step, Value, argument
 from bkn_core.layers.surgery import copied
 
+_PLAIN = (int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 REPEATED = "called more than once in a forward"
 
 
@@ -90,7 +91,10 @@ class Tracer(TorchFunctionMode):
             return self._norm(arguments)
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
         operands = [self.value(t) for t in tensors]
+        kept = self._inputs_of_a_write(func, tensors, operands)
         result = func(*args, **arguments[1])
+        for known in kept:
+            self.keep(known, Value(is_input=True))
         if name in MEMORY:
             self._give_up(tensors[0])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
@@ -100,7 +104,15 @@ class Tracer(TorchFunctionMode):
             results = self._translated(Step(name, func, arguments, operands, outputs))
             for tensor, value in zip(outputs, results, strict=True):
                 self.keep(tensor, value)
+        elif outputs and name in CONSTANT and self._is_of_numbers(arguments):
+            self.keep(outputs[0], Value(is_input=True))
         return result
+
+    def _is_of_numbers(self, arguments: Arguments) -> bool:
+        """Whether a function was given numbers alone, and none that was read from a tensor."""
+        leaves = pytree.tree_leaves(arguments)
+        known = self.translator.builder.read_numbers
+        return all(isinstance(leaf, _PLAIN) and not (isinstance(leaf, float) and leaf in known) for leaf in leaves)
 
     def _translated(self, step: Step) -> list[Value]:
         """Translate a function; one that is called in a way nobody foresaw costs a prior, not the conversion."""
@@ -117,12 +129,27 @@ class Tracer(TorchFunctionMode):
         else:
             self.values[id(tensor)] = dataclasses.replace(value, tensor=tensor, version=tensor._version)
 
+    def _inputs_of_a_write(
+        self, func: Callable[..., Any], tensors: list[Tensor], operands: Sequence[Value | None]
+    ) -> list[Tensor]:
+        """Return the inputs that are still inputs when a function has written one in place: into a batch, say."""
+        name = getattr(func, "__name__", "")
+        if not ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__"):
+            return []
+        if not operands or not all(v is None or v.is_input for v in operands) or operands[0] is None:
+            return []
+        return [t for t in self._sharing(tensors[0]) if (found := self.value(t)) is not None and found.is_input]
+
+    def _sharing(self, tensor: Tensor) -> list[Tensor]:
+        """Return the known tensors that share their memory with one."""
+        storage = tensor.untyped_storage()._cdata
+        known = [v.tensor for v in self.values.values() if v.tensor is not None]
+        return [t for t in known if t.untyped_storage()._cdata == storage]
+
     def _give_up(self, tensor: Tensor) -> None:
         """Forget all tensors that share their memory with one whose memory the model asked for."""
-        storage = tensor.untyped_storage()._cdata
-        for known in [v.tensor for v in self.values.values() if v.tensor is not None]:
-            if known.untyped_storage()._cdata == storage:
-                self.keep(known, Value(reason="a tensor that may be written in place through its .data or memory"))
+        for known in self._sharing(tensor):
+            self.keep(known, Value(reason="a tensor that may be written in place through its .data or memory"))
 
     def value(self, tensor: Tensor) -> Value | None:
         """Return what is known of a tensor; None for a number that was made in the forward."""

@@ -55,7 +55,9 @@ class Translator:
             reason = "" if plain else f"{step.name} of the network input with parameters"
             results = [Value(is_input=plain, reason=reason)] * count
         elif any(v.is_input for v in features):
-            results = [Value(reason=f"{step.name} mixes the network input with features")] * count
+            results = [
+                Value(reason=f"{step.name} mixes features with the network input or numbers made in the forward")
+            ] * count
         elif step.name in names.SHAPE_ONLY:
             results = spatial.moved(self.builder, step, features[0])
         else:

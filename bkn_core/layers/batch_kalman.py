@@ -18,7 +18,7 @@ from bkn_core.errors import StatisticsError
 from bkn_core.filter import kalman
 from bkn_core.filter.inflation_gradient import Sensitivity
 from bkn_core.filter.kalman import Gaussian, Groups, rectangular_identity
-from bkn_core.filter.state import FilterSettings, LayerState, Observation
+from bkn_core.filter.state import FilterSettings, FilterStatistics, LayerState, Observation
 from bkn_core.filter.uncertainty import FIELDS, FIRST_GAIN
 from bkn_core.layers.arguments import check_form, check_gain, check_shape, check_values
 from bkn_core.layers.forward import OUTSIDE, ContextSlots, LayerContext, is_recomputation
@@ -117,7 +117,7 @@ class BatchKalmanNorm(_BatchNorm):
         self.predecessor: tuple[_BatchNorm] | None = None  # an emptied layer of a kind of its own
         self.slots, self.past = ContextSlots(), list[tuple[Tensor, Tensor]]()
         self.context: LayerContext | None = None  # the newest of all threads
-        self.on_posterior: Callable[[Gaussian, Tensor | None, int], None] | None = None  # see `population`
+        self.on_posterior: Callable[[FilterStatistics, Tensor | None, int], None] | None = None  # see `population`
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         start = torch.tensor(initial, device=device, dtype=wide)
         zeros = start.new_zeros(num_features)
@@ -213,8 +213,7 @@ class BatchKalmanNorm(_BatchNorm):
         if context is not None and context.reads_posteriors:
             context.publish(filtered.posterior)
         if self.on_posterior is not None:
-            share = Groups.of(len(x), size).share(x)
-            self.on_posterior(Gaussian(*filtered.statistics.moving), share, len(x))
+            self.on_posterior(filtered.statistics, Groups.of(len(x), size).share(x), len(x))
         elif self._trains and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
             self._observe(Observation(self.state, prior, filtered.statistics, images, settings), context)

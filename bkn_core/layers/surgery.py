@@ -17,6 +17,7 @@ from bkn_core.errors import ConversionError
 Model = TypeVar("Model", bound=nn.Module)
 Build = Callable[[str, _BatchNorm], nn.Module]
 
+_FROZEN = ("weight", "bias", "running_mean", "running_var")
 _FUSED = {"drop", "act"}  # what timm's BatchNormAct2d applies after its normalization
 _PLAIN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -46,6 +47,37 @@ def copied(model: Model) -> Model:
             f"this {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}",
             "Use torch.nn.utils.parametrizations, not torch.nn.utils.weight_norm, and keep no results on its modules.",
         ) from error
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch normalization of which everything is a constant, as detectors have it."""
+    buffers = module._buffers
+    return type(module).__name__.endswith("FrozenBatchNorm2d") and {*_FROZEN} <= {
+        n for n in buffers if buffers[n] is not None
+    }
+
+
+def thawed(model: Model, names: set[str]) -> Model:
+    """Return a model in which the frozen ones of some layers are `nn.BatchNorm2d`, with their γ, β and statistics.
+
+    A layer is trained where another layer of the module that holds it is.
+
+    Args:
+        model: left as it is, and returned where no layer is frozen.
+        names: the layers' paths.
+    """
+    frozen = [name for name in names if is_frozen_norm(model.get_submodule(name))]
+    replica = copied(model) if frozen else model
+    for name in frozen:
+        parent = replica.get_submodule(name.rpartition(".")[0])
+        old = replica.get_submodule(name)
+        beside = [p.requires_grad for child in parent.children() for p in child.parameters(recurse=False)]
+        mean: Tensor = old.get_buffer("running_mean")
+        new = nn.BatchNorm2d(len(mean), getattr(old, "eps", 1e-5), device=mean.device, dtype=mean.dtype)
+        new.load_state_dict({n: old.get_buffer(n) for n in _FROZEN}, strict=False)
+        new.requires_grad_(any(beside) or not beside)
+        setattr(parent, name.rpartition(".")[2], new.train(old.training))
+    return replica
 
 
 def replaced(model: Model, names: set[str], build: Build) -> Model:

@@ -55,7 +55,7 @@ def building() -> Building:
     folders = (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     made_for = f'-DBKN_TORCH="{torch.__version__}"'  # another PyTorch, another library
-    flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, made_for, *(f"-I{folder}" for folder in folders)]
+    flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, made_for, *(f"-isystem{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     headers = [folder / name for name in ("calls.h", "shared_row.h", "track.h")]
     source = Source("extension", "CXX", ("c++", "g++", "clang++"), [folder / "extension.cpp"], headers, flags, links)

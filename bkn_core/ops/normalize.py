@@ -235,17 +235,17 @@ def _gradients(
         to_mean, to_variance = torch.addcmul(-cross, gm, p), p * gv
         gx, gs = torch.addcmul(cross, gm, q), q * gv
         if sensitivity is not None:
-            spread = limited(torch.addcmul(observed_variance, d, d)).mul_(1 / groups).sum(0)
-            predicted = prior_variance.reshape(-1, len(spread)).mean(0)
-            divisor = inflation_gradient.scales(spread, predicted, settings.eps)
-            deviation = divisor.sqrt()
+            spread = limited(torch.addcmul(observed_variance, d, d))
+            predicted = prior_variance.reshape(-1, spread.shape[1]).mean(0)
+            weights = inflation_gradient.weights(spread, predicted, settings.eps)
+            deviation = inflation_gradient.deviation(spread.mean(0), predicted, settings.eps)
             seen = torch.stack(((to_variance * prior_variance).sum(0), to_mean.sum(0) * deviation))
             inflation_gradient.gather(sensitivity.gathered, seen)
             to_ratio, push = (inflation_gradient.used(sensitivity.used, seen, len(x)).to(gv.dtype) / groups).unbind()
-            share = to_ratio / divisor
-            shift = torch.addcmul(push / deviation, share, d, value=2)
-            gx, gs, to_mean = gx + shift, gs + share, to_mean - shift
-            to_variance = to_variance - share * (spread + settings.eps) / (predicted + settings.eps)
+            share = to_ratio / (predicted + settings.eps)
+            shift = torch.addcmul(push / deviation, share * weights, d, value=2)
+            gx, gs, to_mean = gx + shift, gs + share * weights, to_mean - shift
+            to_variance = to_variance - share * ((weights * spread).mean(0) + settings.eps) / (predicted + settings.eps)
         surplus = _surplus(d, observed_variance, prior_variance, p - q)
         to_prior = _to_prior((to_mean, to_variance), (gm, gv, d, surplus), q, gain, prior_mean.dim() == 1)
     count = view.positions

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from bkn_core.errors import ConversionError, StatisticsError
 from bkn_core.filter.kalman import Gaussian, diagonal, predict
 from bkn_core.filter.uncertainty import Uncertainty
+from bkn_core.graph.entry import entered
 from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, parameter
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.priors.hooks import PriorHooks, find_hooks
 from bkn_core.priors.named_layers import layer_of, norm_of, normalized_message
 
-Batches = Tensor | Iterable[Tensor | Sequence[Any]]
+Batches = Tensor | Iterable[Tensor | Sequence[Any] | dict[str, Any]]
 ERRORS = ("refined", "analytic", "local")
 
 
@@ -123,7 +125,8 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
 
     Args:
         model: a model that `convert` returned (or a wrapper around it); it is left as it was.
-        images: a batch as the model sees it, or batches of them, alone or first in a pair as a loader gives them.
+        images: a batch as the model sees it, or batches of them, alone or first in a pair as a loader gives them, or
+            a tuple that begins with something else than a tensor, or a dict, of all that the forward takes.
 
     Returns:
         A row for each normalization layer, in the order in which they run; layers without a prior have no errors.
@@ -137,9 +140,9 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
     norms = {name: module for name, module in root.named_modules() if isinstance(module, _BatchNorm)}
     with _observing(model, norms) as seen:
         for batch in [images] if isinstance(images, Tensor) else images:
-            inputs = batch if isinstance(batch, Tensor) else batch[0]
+            inputs = batch if isinstance(batch, Tensor | dict) or not isinstance(batch[0], Tensor) else batch[0]
             if len(inputs):
-                model(inputs.to(device))
+                entered(model, pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs), "a batch")
     if not seen:
         raise ConversionError("prior_quality was given no image", "Give a batch of images as the model sees them.")
     with torch.autocast(device.type, enabled=False):

@@ -107,6 +107,6 @@ def test_many_runs_train_or_are_refused(words: list[str], environment: dict[str,
 @pytest.mark.slow
 def test_a_screen_that_does_not_exist_does_not_end_a_run(tmp_path: Path) -> None:
     words = [*FEW, "log.plots=true", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "bkn_cli.app", "train", *words]
+    command = [sys.executable, "-m", "bkn_cli", "train", *words]
     subprocess.run(command, env={**os.environ, "MPLBACKEND": "abc"}, check=True, timeout=300)
     assert (tmp_path / "run" / "plots" / "curves.png").is_file()

@@ -43,6 +43,20 @@ def test_both_kinds_of_statistics_have_their_own_measures(run: Path) -> None:
     assert "by population statistics" in words and "by batch statistics" in words
 
 
+def test_mixtures_of_statistics_are_a_table_and_a_part_of_the_json(run: Path) -> None:
+    table = call("eval", str(run), "--stats", "mixtures").stdout
+    result = json.loads(call("eval", str(run), "--stats", "mixtures", "--json").stdout)["result"]
+    assert "group: 2 images together, as in training" in table and result["statistics_batch_size"] == 2
+    for name, words in (
+        ("population", "population"),
+        ("population_mean_group_variance", "population mean, group variance"),
+        ("group_mean_population_variance", "group mean, population variance"),
+        ("group", "group"),
+    ):
+        line = next(line for line in table.splitlines() if line.startswith(f"│ {words:<31} │"))
+        assert f" {100 * result[name]['top1']:.2f} " in line and f" {result[name]['loss']:.4f} " in line
+
+
 def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_path: Path) -> None:
     checkpoint = str(shutil.copy(run / "checkpoints" / "best.safetensors", tmp_path / "some.safetensors"))
     table = call("eval", checkpoint, "--priors").stdout
@@ -51,7 +65,7 @@ def test_the_quality_of_priors_is_a_table_and_a_part_of_the_json(run: Path, tmp_
     assert {"refined", "analytic", "local", "prior", "reason", "channels"} <= rows[0].keys()
     for row in rows:
         line = next(line for line in table.splitlines() if f" {row['name']} " in line)
-        assert f"{row['refined']['log_variance_ratio']:+.2f} ± {row['refined']['spread']:.2f}" in line
+        assert f"{row['refined']['log_variance_ratio']:+z.2f} ± {row['refined']['spread']:.2f}" in line
         assert f"{row['refined']['mean_error']:.3f}" in line
         gains = [line for line in table.splitlines() if f" {row['name']} " in line][1]  # of the second table
         assert ", ".join(f"{value:.2f}" for value in row["gain"]["implied"]) in gains

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,46 @@ def test_a_request_to_stop_saves_all_runs_and_leaves_no_process(tmp_path: Path) 
     for name in ("bn", "ln"):
         folder = RunFolder(tmp_path / "cells" / f"{name}-g32-s32-seed0")
         assert (folder.status, folder.state.is_file()) == ("interrupted", True)
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from bkn_core.compare.cells import CellMoved
+from bkn_core.compare.matrix import compare
+
+def tell(event):
+    if isinstance(event, CellMoved) and event.index == 3:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+axes = {"norms": ["bn", "ln", "gn"], "statistics_batch_sizes": [32]}
+compare(None, sys.argv[2:], jobs=2, out=sys.argv[1], on_event=tell, **axes)
+"""
+
+
+def is_running(process: str) -> bool:
+    state = Path("/proc", process, "stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="sees processes as Linux shows them")
+def test_a_killed_comparison_goes_on_at_once_and_leaves_no_process(tmp_path: Path) -> None:
+    """The third run has begun, so one at least has ended; what was running saves and ends by itself."""
+    words = [*TINY, "train.epochs=5"]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *words]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600)
+    left = killed.stdout.split()
+    assert killed.returncode == -signal.SIGKILL and left
+    rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/metrics.jsonl")}
+    finished = {path for path in rows if RunFolder(path.parent).status == "finished"}
+    events: list[Any] = []
+    axes = {**AXES, "norms": ["bn", "ln", "gn"]}
+    result = compare(None, words, out=tmp_path, jobs=2, on_event=events.append, **axes)
+    assert [cell.status for cell in result.cells] == ["finished"] * 3
+    assert finished and all(path.stat().st_mtime_ns == rows[path] for path in finished)
+    assert sum(event.reused for event in events if isinstance(event, CellStarted)) >= len(finished)
+    assert not any(map(is_running, left))
 
 
 class Spoken:

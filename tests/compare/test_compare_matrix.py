@@ -200,18 +200,38 @@ def test_a_failure_that_no_other_measure_mends_is_not_tried_twice(
 
 
 def test_damaged_cells_are_named_and_the_others_are_compared(tmp_path: Path, calls: Calls) -> None:
-    norms = ["ln", "gn", "in", "none", "frn"]
+    files = ["predictions.npz", "predictions.npz", "summary.json", "metrics.jsonl", "env.json", "config.yaml"]
+    norms = ["ln", "gn", "in", "none", "cbn", "brn", "frn"]
     compare(None, TINY, norms=norms, statistics_batch_sizes=[2], out=tmp_path)
     calls.clear()
-    cut, empty, summary, metrics = (tmp_path / "cells" / f"{norm}-g32-s2-seed0" for norm in norms[:4])
+    cut, empty, summary, metrics, data, recipe = (tmp_path / "cells" / f"{norm}-g32-s2-seed0" for norm in norms[:6])
     (cut / "predictions.npz").write_bytes((cut / "predictions.npz").read_bytes()[:100])
     np.savez(empty / "predictions.npz", labels=[], population_predictions=[], population_losses=[])
     values = {**RunFolder(summary).summary(), "results": {"population": {"top1": "high"}}}
     (summary / "summary.json").write_text(json.dumps(values))
     (metrics / "metrics.jsonl").write_text("1\n")
+    (data / "env.json").write_text('{"data": 3}')
+    (recipe / "config.yaml").write_text("norm: [")
     cells = compare(None, TINY, norms=norms, statistics_batch_sizes=[2], out=tmp_path).cells
-    assert [cell.status for cell in cells] == ["failed"] * 4 + ["finished"]
+    assert [cell.status for cell in cells] == ["failed"] * 6 + ["finished"]
     assert calls == []
-    for cell, name in zip(cells, ("predictions.npz", "predictions.npz", "summary.json", "metrics.jsonl"), strict=False):
-        assert cell.message.startswith(str(cell.run / name))
+    for cell, name in zip(cells, files, strict=False):
+        assert cell.message.startswith(str(cell.run / name)) and "pydantic" not in cell.message
         assert cell.hint == f"Remove {cell.run}, and the same command trains it again."
+
+
+def test_a_begun_cell_with_a_damaged_state_says_what_to_remove(tmp_path: Path) -> None:
+    steps: list[object] = []
+    with pytest.raises(InterruptedRun):
+        compare(None, TINY, norms=["ln"], out=tmp_path, on_event=steps.append, should_stop=lambda: len(steps) > 3)
+    cell = tmp_path / "cells" / "ln-g32-s2-seed0"
+    (cell / "checkpoints" / "last.state.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"last\.state\.pt is damaged .*\nRemove {cell}, and the same command"):
+        compare(None, TINY, norms=["ln"], out=tmp_path)
+
+
+def test_a_finished_cell_without_its_recipe_is_not_taken_for_that_of_another(tmp_path: Path, calls: Calls) -> None:
+    (cell,) = compare(None, TINY, norms=["ln"], out=tmp_path).cells
+    (cell.run / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"ln-g32-s2-seed0/config.yaml does not exist\nRemove .* trains it again"):
+        compare(None, [*TINY, "optim.lr=0.2"], norms=["ln"], out=tmp_path)

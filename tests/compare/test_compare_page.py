@@ -15,10 +15,12 @@ import pytest
 from made_runs import make_run
 
 from bkn_core.compare.cells import Cell
+from bkn_core.compare.charts import draw_training
 from bkn_core.compare.columns import tabulate
 from bkn_core.compare.commands import command
 from bkn_core.compare.report import publish, with_page
 from bkn_core.compare.rows import Comparison, Equivalence, Row, Spread
+from bkn_core.compare.summary import summarize
 from bkn_core.compare.surroundings import surroundings
 from bkn_core.compare.words import cautions, findings, verdict
 from bkn_core.engine.insides import Gains, Insides, PriorMiss, Variances
@@ -214,3 +216,10 @@ def test_one_of_a_kind_is_said_in_the_singular(tmp_path: Path) -> None:
     words = ["norm.kind=gn", "train.epochs=1", "batch.gradient=1", "batch.statistics=1"]
     page = page_of(tmp_path / "out", [make_run(tmp_path / "a", words, epochs=1)])
     assert "1 run · digits · cifar_resnet8 · 1 epoch · 1 image a step" in Reader(page).text
+
+
+def test_steps_are_counted_in_whole_ones(tmp_path: Path) -> None:
+    cells = [make_run(tmp_path / "run", ["norm.kind=bn"], epochs=2)]
+    picture = draw_training(summarize(cells), cells, "population", "step")
+    assert picture is not None
+    assert {"0", "1", "2"} <= set(re.findall(r">([\d.]+)</text>", picture.svg))

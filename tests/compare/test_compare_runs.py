@@ -41,6 +41,29 @@ def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "it is not there"),
+        ("{}", "does not say how the run ended: its status is null"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_summary_that_is_lost_or_says_nothing_is_named(tmp_path: Path, content: str | None, words: str) -> None:
+    make_run(tmp_path / "run", ["norm.kind=bn"])
+    summary = tmp_path / "run" / "summary.json"
+    summary.unlink() if content is None else summary.write_text(content)
+    with pytest.raises(InputError, match=rf"summary\.json .*{words}.*\n`bkn train --resume .*run` writes it anew"):
+        compare([tmp_path / "run"], out=tmp_path / "report")
+
+
+def test_a_damaged_recipe_of_a_run_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", ["norm.kind=bn"])
+    (tmp_path / "run" / "config.yaml").write_text("norm: [")
+    with pytest.raises(InputError, match=r"config\.yaml:\d.* not valid YAML"):
+        compare([tmp_path / "run"], out=tmp_path / "report")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere is no run folder"):
         compare([tmp_path / "nowhere"], out=tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import (
     LABELS,
+    VARIANTS,
     SmallResNet,
     assert_same,
     converted,
@@ -86,7 +87,9 @@ def test_mixed_precision_keeps_statistics_in_float32(options: dict[str, Any]) ->
         assert model.layer.bn2.context.prior().variance.dtype == torch.float32
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS[1:])], ids=str
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at last forward's priors
 def test_compiled_model_equals_the_eager_one(options: dict[str, Any]) -> None:
     model, x = converted(options), images(7)

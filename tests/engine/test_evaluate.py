@@ -13,7 +13,7 @@ from tiny_runs import stop_at, tiny
 from torch.nn import functional as F
 
 import bkn_core as bkn
-from bkn_core.engine.batches import normalize
+from bkn_core.engine.batches import epoch_order, normalize
 from bkn_core.engine.checkpoint import load_weights, save_weights, weights_path
 from bkn_core.engine.data import load_test_images
 from bkn_core.engine.loop import train
@@ -21,6 +21,7 @@ from bkn_core.engine.pictures import resize
 from bkn_core.engine.run_folder import RunFolder, newest_run
 from bkn_core.errors import BknError, DeviceError, InputError, InterruptedRun, RecipeError
 from bkn_core.export.sessions import open_session
+from bkn_core.kinds import KINDS, check_statistics
 
 # A run of few images asks for as few where it is measured.
 ALL = ("data.train_images=null", "data.test_images=null")
@@ -81,6 +82,33 @@ def test_measuring_agrees_with_the_model_that_load_run_gives(run: Path) -> None:
 @pytest.mark.parametrize("stats", ["population", "batch"])
 def test_only_the_kind_that_was_asked_for_is_measured(run: Path, stats: str) -> None:
     assert list(bkn.evaluate(run, stats=stats, device="cpu").metrics) == [stats]
+
+
+def test_mixtures_measure_groups_of_the_trainings_size(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny("norm.kind=bn", "batch.statistics=4"), out=run)
+    found = bkn.evaluate(run, stats="mixtures", device="cpu", batch_size=7)
+    mixtures = ["population_mean_group_variance", "group_mean_population_variance", "group"]
+    assert list(found.metrics) == ["population", *mixtures] and found.statistics_batch_size == 4
+    losses = [metrics.loss for metrics in found.metrics.values()]
+    assert len(set(losses)) == 4 and np.isfinite(losses).all()
+    alone = bkn.evaluate(run, stats="population", device="cpu")
+    torch.testing.assert_close(found.metrics["population"].losses, alone.metrics["population"].losses)
+    assert list(found.classes) == ["population"] and alone.statistics_batch_size is None
+    weights = load_weights(weights_path(run))
+    images, _ = load_test_images("digits", root="", preprocess=weights.preprocess, test_images=40)
+    order = epoch_order(40, 0, 0)
+    with bkn.statistics(model := weights.model(), "batch", 4), torch.no_grad():
+        logits = model(normalize(images.batch(order)[0], weights.preprocess))
+    expected = F.cross_entropy(logits, images.labels[order], reduction="none")
+    torch.testing.assert_close(found.metrics["group"].losses[order], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bn", "bkn")])
+def test_only_layers_that_have_both_kinds_of_statistics_mix_them(kind: str) -> None:
+    with pytest.raises(RecipeError, match=f"stats is mixtures, but norm.kind is {kind}, whose layers") as caught:
+        check_statistics(kind, "mixtures", asked="stats")
+    assert "norm.kind bn or bkn" in caught.value.hint
 
 
 def test_without_a_target_the_newest_finished_run_is_measured(

@@ -11,9 +11,11 @@ import torch
 from tiny_runs import litter, training
 from torch import Tensor, nn
 
+from bkn_core.engine.batches import epoch_order
 from bkn_core.engine.data import ImageSet
-from bkn_core.engine.evaluation import Metrics, measure, measure_model, modes, save_predictions
+from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
 from bkn_core.engine.preprocess import Preprocess
+from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.population import statistics
 
 CPU = torch.device("cpu")
@@ -108,6 +110,30 @@ def test_batch_statistics_measure_each_image_by_itself() -> None:
     inputs = torch.randn(3, 1, 8, 8)
     with statistics(run.model.eval(), "batch", 1), torch.no_grad():
         torch.testing.assert_close(run.model(inputs)[:1], run.model(inputs[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_mixtures_are_drawn_and_every_image_keeps_its_place() -> None:
+    labels = torch.arange(IMAGES).sort().values % CLASSES
+    images = ImageSet(torch.randint(256, (IMAGES, 1, 3, 3), dtype=torch.uint8), labels, tuple("abcdefg"))
+    norm = BatchKalmanNorm2d(1, statistics_batch_size=4)
+    norm.running_mean, norm.running_var = torch.tensor([0.4]), torch.tensor([0.2])
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(9, CLASSES)).eval()
+    preprocess = Preprocess("L", (3, 3), (0.0,), (1.0,))
+    options = {"device": CPU, "batch_size": 10, "statistics_batch_size": 4}
+    found = {kind: measure_model(model, images, preprocess, kind=kind, **options) for kind in ("population", *MIXTURES)}
+    weight, bias = (p.detach().double().numpy() for p in model[2].parameters())
+    pixels, order = images.images.double().numpy() / 255, epoch_order(IMAGES, 0, 0).numpy()
+    assert sorted(order) != order.tolist(), "images of one class lie side by side"
+    for kind, (mean, variance) in {"population": ("population",) * 2, **MIXTURES}.items():
+        losses = np.empty(IMAGES)
+        for start in range(0, IMAGES, 4):  # also across the 10 images of a forward
+            x = pixels[order[start : start + 4]]
+            m = 0.4 if mean == "population" else x.mean()
+            v = 0.2 if variance == "population" else x.var()
+            logits = ((x - m) / np.sqrt(v + norm.eps)).reshape(len(x), 9) @ weight.T + bias
+            picked = logits[range(len(x)), labels[order[start : start + 4]]]
+            losses[order[start : start + 4]] = np.log(np.exp(logits).sum(1)) - picked
+        np.testing.assert_allclose(found[kind].losses.numpy(), losses, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -15,6 +15,7 @@ from bkn_core.engine import insides
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.insides import look_inside
 from bkn_core.engine.loop import train
+from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.population import statistics
 
 
@@ -54,6 +55,25 @@ def test_variances_are_those_of_each_group_beside_the_moving_one(tmp_path: Path)
         model(images)
     groups = seen[0].reshape(len(observed), 4, seen[0].shape[1], -1)
     assert np.allclose(observed, groups.var((1, 3))) and found.variances.used == []
+
+
+def test_the_posterior_is_the_one_that_normalizes(tmp_path: Path) -> None:
+    run = tmp_path / "bkn"
+    train(tiny("batch.statistics=2", "norm.gain=0.5", "norm.learn_gain=false"), out=run)
+    found = look_inside(run, measure=True, trusted=False)
+    assert found is not None and found.variances is not None
+    weights = load_weights(weights_path(run))
+    images = insides._images(weights, trusted=False)
+    layer = (model := weights.model()).get_submodule(found.variances.layer)
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda layer, x, y: seen.extend([x[0], y]))
+    assert isinstance(layer, BatchKalmanNorm) and layer.weight is not None and images is not None
+    with torch.no_grad(), statistics(model, "batch", 2):
+        model(images)
+    pairs = (values.double().unflatten(0, (-1, 2)) for values in seen)
+    before, after = (values.var((1, 3, 4), correction=0) for values in pairs)
+    used = before / (after / layer.weight.double().square()) - layer.eps
+    np.testing.assert_allclose(found.variances.used, used.detach()[:, :64], rtol=1e-3)
 
 
 def test_a_second_look_reads_what_the_first_has_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,6 @@ def test_another_process_keeps_out_until_it_is_killed(tmp_path: Path) -> None:
 
 def test_a_run_that_says_running_is_killed_where_nobody_is_in_its_folder(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    assert run.status == "not begun"
     run.write_summary("running", step=3)
     assert run.status == "killed" and run.summary()["step"] == 3
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as process:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from PIL import Image
 from tiny_runs import tiny, training
 
 import bkn_core as bkn
+from bkn_core.engine import priors
 from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.data import load_test_images
+from bkn_core.engine.plots import new_figure
 from bkn_core.engine.priors import initial_priors
 from bkn_core.errors import RecipeError
 from bkn_core.priors.quality import PriorError, PriorQuality
@@ -108,3 +112,24 @@ def test_the_picture_grows_with_the_layers_and_bears_what_cannot_be_drawn(tmp_pa
             heights.append(image.height)
     assert heights == sorted(set(heights))
     assert [path.name for path in tmp_path.iterdir()] == ["priors.png"]
+
+
+def test_a_picture_of_far_errors_and_long_reasons_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def keep(**options: Any) -> Any:
+        figures.append(new_figure(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(priors, "new_figure", keep)
+    far = PriorError(torch.linspace(0, 50, 8), torch.linspace(-33, -20, 8))
+    rows = [PriorQuality("far", 8, "conv", "", far, far, far)]
+    rows += [PriorQuality("none", 8, None, "attention " * 20, None, None, None)]
+    bkn.plot_prior_quality(rows, tmp_path / "priors.png")
+    variance = figures[0].axes[0]
+    (factors,) = variance.child_axes
+    assert variance.get_position().width > 0.4
+    words = [label.get_window_extent() for label in factors.get_xticklabels()]
+    assert len(words) >= 3 and not any(a.overlaps(b) for a, b in itertools.combinations(words, 2))

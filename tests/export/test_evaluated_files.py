@@ -95,3 +95,10 @@ def test_infinite_logits_are_no_measurement(small: Path, tmp_path: Path) -> None
     with pytest.raises(CheckFailedError, match="not finite for 4 of 4 images"):
         bkn.evaluate(tmp_path / "model.onnx", device="cpu", overrides=words)
     assert not (tmp_path / "model.predictions.npz").exists()
+
+
+@pytest.mark.parametrize("stats", ["both", "mixtures"])
+def test_a_file_has_one_kind_of_statistics(small: Path, stats: str) -> None:
+    with pytest.raises(RecipeError, match=f"normalizes by population statistics, not by {stats}") as caught:
+        bkn.evaluate(small, stats=stats)
+    assert caught.value.hint == "A file has one kind of statistics: name the run that it came from."

@@ -42,21 +42,21 @@ def leaves(*, images: int, grouped: bool, dtype: torch.dtype, last: bool) -> lis
 
 
 def rows_of(mean: Tensor, x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """N and m, and the share of each group."""
+    """N_g and m, and the share of each group."""
     observed = moments(x, size)
     share = observed.count[:, None] / observed.count.sum()
-    spread = (share * (observed.variance + (observed.mean - mean).square())).sum(0)
-    return spread, (share * (observed.mean - mean)).sum(0), share
+    rows = observed.variance + (observed.mean - mean).square()
+    return rows, (share * (observed.mean - mean)).sum(0), share
 
 
 def inflations_of(x: Tensor, mean: Tensor, variance: Tensor, size: int = 2, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """N / v' and m / d, the second of them only for its gradient by m; and d."""
-    spread, shift, share = rows_of(mean, x, size)
-    predicted = (share * variance).sum(0) if variance.dim() > 1 else variance
-    ratio = (spread + eps) / (predicted + eps)
-    bounded = torch.where(ratio > LARGEST_RATIO, LARGEST_RATIO * ratio.log(), ratio)
-    deviation = torch.maximum(predicted + eps, (spread + eps) / LARGEST_RATIO).sqrt().detach()
-    return torch.stack((bounded, shift / deviation)), deviation
+    """The mean of N_g / v' and m / d, the second of them only for its gradient by m; and d."""
+    rows, shift, share = rows_of(mean, x, size)
+    scale = ((share * variance).sum(0) if variance.dim() > 1 else variance) + eps
+    ratios = rows / scale
+    bounded = torch.where(ratios > LARGEST_RATIO, LARGEST_RATIO * (1 + (ratios / LARGEST_RATIO).log()), ratios)
+    deviation = torch.maximum(scale, ((share * rows).sum(0) + eps) / LARGEST_RATIO).sqrt().detach()
+    return torch.stack(((share * bounded).sum(0) + eps / scale, shift / deviation)), deviation
 
 
 def filtered_by_hand(values: list[Tensor], inflations: Tensor | None = None) -> tuple[Tensor, Gaussian]:

@@ -116,7 +116,7 @@ def plain(case: Case, values: list[Tensor | None], eps: float) -> tuple[Tensor, 
     return normalize(x, rows, weight, bias, eps), posterior
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(case=cases(most_values=120), wanted=st.sampled_from(["y", "posterior", "all"]))
 def test_gradients_equal_finite_differences(case: Case, wanted: str) -> None:
     values = case.tensors(torch.float64)
@@ -127,7 +127,7 @@ def test_gradients_equal_finite_differences(case: Case, wanted: str) -> None:
         y, posterior = fused(case, [None if t is None else next(rest) for t in values], 1e-2)
         return {"y": (y,), "posterior": tuple(posterior), "all": (y, *posterior)}[wanted]
 
-    small = leaves[0].numel() <= 128
+    small = leaves[0].numel() <= 32
     if wanted == "posterior":  # γ and β do not reach the posterior
         for leaf in (values[4], values[5]):
             if leaf is not None:

@@ -6,7 +6,7 @@
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
 
 static const double LARGEST_GRADIENT = 1e30; /* of the gain by one channel of one group: their sum stays finite */
-static const double LARGEST_RATIO = 10, USUAL = 30, FEW = 32, MANY = 128; /* as in `inflation_gradient.py` */
+static const double LARGEST_RATIO = 3, USUAL = 30, FEW = 32, MANY = 128; /* as in `inflation_gradient.py` */
 
 static double limited(double value, double limit)
 {
@@ -100,20 +100,30 @@ static double used(const Backward *b, int64_t c, int i, double seen)
     return running + b->own_part * (surplus - limited(surplus, b->usual[i]));
 }
 
+/* What a group shows of a channel: how far its mean is from the prior's, and its spread. */
+static double shown(const Backward *b, int64_t g, int64_t c, double *apart)
+{
+    *apart = *coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c];
+    return limited(b->statistics[(3 * b->groups + g) * b->channels + c], LARGEST) + limited(*apart * *apart, LARGEST);
+}
+
 /* What the gradient of the inflations adds to every group. */
 static void follow(const Backward *b, int64_t c, Totals *totals)
 {
-    double groups = (double)b->groups, count = (double)(b->images * b->length);
+    double groups = (double)b->groups, count = (double)(b->images * b->length), apart, pull = b->eps;
     double spread = totals->spread / groups + b->eps, predicted = totals->predicted / groups + b->eps;
-    double divisor = predicted > spread / LARGEST_RATIO ? predicted : spread / LARGEST_RATIO, deviation = sqrt(divisor);
+    double largest = LARGEST_RATIO * predicted, square = spread / LARGEST_RATIO;
+    double deviation = sqrt(predicted > square ? predicted : square);
     double seen[2] = {totals->sensitivity, totals->prior_mean * deviation};
     remember(b, c, seen[0], seen[1]);
-    double share = used(b, c, 0, seen[0]) / groups / divisor, push = used(b, c, 1, seen[1]) / groups;
-    double to_variance = share * spread / predicted;
+    for (int64_t g = 0; g < b->groups; g++)
+        pull += limited(shown(b, g, c, &apart), largest) / groups;
+    double share = used(b, c, 0, seen[0]) / groups / predicted, push = used(b, c, 1, seen[1]) / groups / deviation;
+    double to_variance = share * pull / predicted;
     for (int64_t g = 0; g < b->groups; g++) {
-        double apart = *coefficient(b, g, 2, c) - (double)b->prior_mean[g * b->prior_stride + c];
-        double shift = push / deviation + 2 * share * apart;
-        *coefficient(b, g, 1, c) += (float)(2 * share / count);
+        double own = shown(b, g, c, &apart), part = own > largest ? share * largest / own : share;
+        double shift = push + 2 * part * apart;
+        *coefficient(b, g, 1, c) += (float)(2 * part / count);
         *coefficient(b, g, 3, c) += (float)(shift / count);
         totals->prior_mean -= shift;
         totals->prior_variance -= to_variance;

@@ -13,7 +13,7 @@ struct Reader {
     const std::vector<Tensor> &tensors;
     size_t at = 0;
     bool fits = true;
-    std::vector<Tensor> moved;
+    std::vector<Tensor> moved{};
 
     const Tensor &next()
     {
