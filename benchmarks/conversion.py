@@ -51,7 +51,7 @@ def cover(architecture: Architecture) -> Coverage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models warn about themselves
         if architecture.parameters() > MOST_PARAMETERS:
-            return _wiring_only(architecture)
+            return _graph_only(architecture)
         model = architecture.build().eval()
         draw_norms(model)
         images, expected = _smallest(architecture, model)
@@ -63,7 +63,7 @@ def cover(architecture: Architecture) -> Coverage:
     return Coverage(architecture, _norms(model), dict(collections.Counter(reasons)), error)
 
 
-def _wiring_only(architecture: Architecture) -> Coverage:
+def _graph_only(architecture: Architecture) -> Coverage:
     with torch.device(architecture.device):
         model = architecture.build()
         graph = trace(model, architecture.images(architecture.sides()[-1], 2, architecture.device))

@@ -50,7 +50,7 @@ def row(name: str, group: list[Coverage]) -> str:
     for coverage in group:
         reasons.update(coverage.reasons)
     errors = [c.error for c in group if c.error is not None]
-    error = f"{max(errors):.0e}" if errors else "wiring only"
+    error = f"{max(errors):.0e}" if errors else "graph only"
     words = "" if name == "all" else "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
     return f"| {name} | {len(group)} | {layers} | {priors} ({priors / layers:.1%}) | {error} | {words} |"
 

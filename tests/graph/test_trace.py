@@ -58,7 +58,7 @@ def test_exception_of_the_model_is_named_and_leaves_no_mode_behind() -> None:
     assert set(trace(Tied(), EXAMPLE).priors) == {"bn1", "bn2", "bn3"}
 
 
-def test_wiring_is_plain_data() -> None:
+def test_a_graph_is_plain_data() -> None:
     graph = trace(Residual(), EXAMPLE)
     assert pickle.loads(pickle.dumps(graph)) == copy.deepcopy(graph) == graph
     assert len(pickle.dumps(graph)) < 3000
