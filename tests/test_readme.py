@@ -136,5 +136,6 @@ def test_named_recipes_are_shipped() -> None:
 
 
 def test_linked_files_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    found = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    links = [link for link in found if not link.startswith("http")]
     assert links and all((ROOT / link).exists() for link in links)
