@@ -10,8 +10,7 @@ that they run after have a gradient:
 so the loss gets h ∇ι with h = ∂L/∂ι, what a larger prior does to the loss, which the backward pass knows anyway, and
 likewise for δ. With few images h is noise that belongs to the very images that ∇ι is computed from. So a layer
 remembers a running mean h̄ of both over 10 forwards, its *sensitivity*, and uses that of the forwards before. With it
-the gradient is linear in what each group shows: it does not depend on how the images of a step are split over forwards
-or processes.
+the gradient is a sum over groups: it does not depend on how the images of a step are split over forwards or processes.
 
 One image that is far from all others shows a spread N_g = S_g + (x̄_g - µ')² of many times v', and would decide alone
 where the weights go. So beyond r = 3 times v' what a group shows counts by its logarithm:
@@ -44,7 +43,7 @@ from bkn_core.filter.kalman import Gaussian, average_over_groups, limited
 WEIGHT = 0.1  # of the newest forward in the running sensitivity
 USUAL = 30.0  # times the root mean square of h̄, by which the h of a forward may differ from it
 FEW, MANY = 32, 128  # images of a forward from which what is beyond is followed, and followed wholly
-LARGEST_RATIO = 3.0  # r: of what one group shows to v', beyond which it counts no more
+LARGEST_RATIO = 3.0  # r: of what one group shows to v', beyond which it counts by its logarithm
 
 
 class Sensitivity(NamedTuple):
