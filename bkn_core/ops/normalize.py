@@ -13,12 +13,14 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
                Σ_G v' gv' and (N + ε)^½ Σ_G gµ', as far as they are remembered, see `inflation_gradient.py`
                gS += k,  gx̄ += 2 k d + l,  gµ' -= 2 k d + l,  gv' -= h̄ / (G (v' + ε))
 
-Float32 on the CPU goes through the kernels of `kernels.py`, all else through the passes of `activation_rows.py`.
+Float32 on the CPU goes through the kernels of `kernels.py`, a GPU's tensors through those of `cuda/normalize.py`, all
+else through the passes of `activation_rows.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +31,11 @@ from bkn_core.filter.autograd import is_eager, once_differentiable, with_signatu
 from bkn_core.filter.inflation_gradient import Sensitivity
 from bkn_core.filter.kalman import Gaussian, Groups, guard, limited
 from bkn_core.filter.state import FilterSettings, FilterStatistics
-from bkn_core.ops import activation_rows, extension, kernels
+from bkn_core.ops import activation_rows, backend, extension, kernels
 
+_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+_MOST = 1 << 31  # values of a group that an offset reaches
 _LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
 
 
@@ -183,11 +188,24 @@ class _Direct(torch.autograd.Function):
         return _KalmanNormalize.backward(ctx, *gradients)
 
 
+def _takes_triton(x: Tensor, vectors: Sequence[Tensor | None], settings: FilterSettings) -> bool:
+    """Whether Triton's kernels take an activation and what belongs to its channels."""
+    if not backend.takes_triton(x) or settings.guard_limit != math.inf or x.dtype not in _ACTIVATIONS:
+        return False
+    is_dense = x.is_contiguous() or any(x.is_contiguous(memory_format=f) for f in _LAST if x.dim() == _LAST[f])
+    if not is_dense or not 0 < x[0].numel() * len(x) < _MOST:
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.device == x.device and t.is_contiguous()) for t in vectors)
+
+
 def _normalized(
     x: Tensor, parameters: kernels.Parameters, settings: FilterSettings, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The forward in PyTorch."""
+    """The forward by Triton where it takes the tensors, else in PyTorch."""
     prior_mean, prior_variance, gain, weight, bias = parameters
+    if _takes_triton(x, parameters, settings):
+        y, packed = torch.ops.bkn_cuda.normalize(x, *parameters, settings.eps, groups)
+        return y, packed
     view = activation_rows.rows(x, groups)
     observed_mean, observed_variance, buffer = activation_rows.observe(view)
     mean, variance = observed_mean, observed_variance
@@ -215,9 +233,16 @@ def _gradients(
     settings: FilterSettings,
     groups: int,
 ) -> kernels.Gradients:
-    """The backward in PyTorch."""
+    """The backward by Triton where it takes the tensors, else in PyTorch."""
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
+    memory = sensitivity or (None, None)
+    if _takes_triton(x, (prior_mean, prior_variance, gain, weight, *memory), settings):
+        dx, to_weight, to_bias, *prior, to_gain = torch.ops.bkn_cuda.normalize_backward(
+            dy, grad_statistics, *saved, *memory, settings.eps, groups
+        )
+        found: kernels.ToPrior = (*prior, to_gain.sum()) if prior_mean is not None else (None, None, None)
+        return dx, found, None if weight is None else to_weight, to_bias
     mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
     view, gradient = activation_rows.rows(x, groups), activation_rows.rows(dy, groups, like=x)
     total, weighted, buffer = activation_rows.weighted_sums(gradient, view, mean)

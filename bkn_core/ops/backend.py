@@ -1,0 +1,65 @@
+"""Which implementation computes: PyTorch, C on the CPU or Triton on a GPU.
+
+`BKN_BACKEND` in the environment forces one: `torch`, `cpu`, `triton`, or `auto`, the default, which takes C for tensors
+of the CPU and Triton for those of a GPU. What an implementation cannot take goes through PyTorch. `BKN_NATIVE=0` is an
+older way to say `BKN_BACKEND=torch`. With `TRITON_INTERPRET=1`, `triton` serves tensors of the CPU as well, slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from bkn_core.errors import RecipeError
+
+BACKENDS = ("auto", "torch", "cpu", "triton")
+_LOG = logging.getLogger("bkn")
+
+
+@functools.cache
+def chosen() -> str:
+    """Return the implementation that the environment asks for.
+
+    Raises:
+        RecipeError: there is no such implementation.
+    """
+    name = os.environ.get("BKN_BACKEND", "").strip().lower() or "auto"
+    if name not in BACKENDS:
+        raise RecipeError(
+            f"BKN_BACKEND={name} in the environment: no such backend", f"take one of {', '.join(BACKENDS)}"
+        )
+    return "torch" if os.environ.get("BKN_NATIVE") == "0" and name == "auto" else name
+
+
+def takes_cpu_kernels() -> bool:
+    """Whether the kernels in C may be used."""
+    return chosen() in ("auto", "cpu")
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether the kernels in Triton may be used for tensors beside this one."""
+    if chosen() not in ("auto", "triton") or torch._C._are_functorch_transforms_active():
+        return False
+    return triton_works(x.device.type) if x.is_cuda or chosen() == "triton" else False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def triton_works(device: str) -> bool:
+    """Whether Triton is there and makes kernels that run: it needs a C compiler beside the GPU."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device == "cpu") is not is_interpreted:
+        return False
+    try:
+        from bkn_core.ops.cuda import normalize
+
+        x = torch.ones(2, 1, 2, device=device)
+        normalize.normalize(x, None, None, torch.ones((), device=device), None, None, 1.0, 1)
+    except Exception as error:  # of many kinds: no module, no compiler, a GPU that is too old
+        _LOG.warning("Triton's kernels cannot be used, PyTorch does the work more slowly: %s", error)
+        return False
+    return True

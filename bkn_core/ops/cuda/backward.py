@@ -1,0 +1,296 @@
+"""One layer backward: two sums, the small arithmetic of each channel, one affine pass. The formulas stand in
+`ops/normalize.py`, what follows the inflations in `filter/inflation_gradient.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bkn_core.ops.cuda.tiles import limited, start_of, tile, tile_count
+
+
+@triton.jit
+def sum_part(
+    x, dy, centre, group, part, parts, first, images, channels, length,
+    CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Return Σ dy and Σ dy (x - µ̂) of some channels, of every `parts`-th tile of a group."""
+    total = tl.zeros([CHANNELS], tl.float32)
+    weighted = tl.zeros([CHANNELS], tl.float32)
+    x += start_of(group, images, channels, length)
+    dy += start_of(group, images, channels, length)
+    for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
+        offsets, mask, _ = tile(
+            number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
+        )  # fmt: skip
+        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - centre[None, :]
+        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(gradient, 0)
+        weighted += tl.sum(gradient * tl.where(mask, values, 0.0), 0)
+    return total, weighted
+
+
+@triton.jit
+def write_sums(
+    x, dy, statistics, sums, group, part, parts, first, images, channels, length, groups,
+    CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write Σ dy and Σ dy (x - µ̂) of one part of a group, (2, G, parts, C)."""
+    channel = first + tl.arange(0, CHANNELS)
+    known = channel < channels
+    centre = tl.load(statistics + group * channels + channel, mask=known, other=0.0)
+    total, weighted = sum_part(
+        x, dy, centre, group, part, parts, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
+    )  # fmt: skip
+    at = (group * parts + part) * channels + channel
+    tl.store(sums + at, total, mask=known)
+    tl.store(sums + groups * parts * channels + at, weighted, mask=known)
+
+
+@triton.jit
+def differentiate_group(
+    sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first, channels,
+    groups, parts,
+    HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STATISTICS: tl.constexpr, LARGEST: tl.constexpr,
+    LARGEST_GRADIENT: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Return what one group gives: to γ, β, µ', v', the gain, x̄ and S; γ r; x̄ - µ', S and v' of the prior."""
+    channel = first + tl.arange(0, CHANNELS)
+    known = channel < channels
+    plane, at = groups * channels, group * channels + channel
+    total = tl.zeros([CHANNELS], tl.float32)
+    weighted = tl.zeros([CHANNELS], tl.float32)
+    for part in range(0, parts):
+        row = (group * parts + part) * channels + channel
+        total += tl.load(sums + row, mask=known, other=0.0)
+        weighted += tl.load(sums + groups * parts * channels + row, mask=known, other=0.0)
+    inverse = tl.load(statistics + 5 * plane + at, mask=known, other=1.0)
+    scale = inverse
+    if HAS_WEIGHT:
+        scale = inverse * tl.load(weight + channel, mask=known, other=0.0)
+    gm = -scale * total
+    gv = -0.5 * scale * inverse * inverse * weighted
+    if HAS_STATISTICS:
+        gm += tl.load(to_statistics + at, mask=known, other=0.0)
+        gv += tl.load(to_statistics + plane + at, mask=known, other=0.0)
+    observed = tl.load(statistics + 2 * plane + at, mask=known, other=0.0)
+    to_mean, to_variance = gm, gv
+    prior_to_mean, prior_to_variance = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    to_gain, predicted, apart = prior_to_mean, prior_to_mean, prior_to_mean
+    variance = limited(tl.load(statistics + 3 * plane + at, mask=known, other=1.0), LARGEST)
+    if HAS_PRIOR:
+        prior = group * prior_stride + channel
+        predicted = tl.load(prior_variance + prior, mask=known, other=1.0)
+        apart = observed - tl.load(prior_mean + prior, mask=known, other=0.0)
+        p = 1 - q
+        cross = 2 * p * q * gv * apart
+        square = limited(apart * apart, LARGEST)
+        prior_to_mean = p * gm - cross
+        prior_to_variance = p * gv
+        by_variance = gv * (variance - predicted + (p - q) * square)
+        by_variance = tl.where(by_variance > LARGEST_GRADIENT, LARGEST_GRADIENT, by_variance)
+        by_variance = tl.where(by_variance < -LARGEST_GRADIENT, -LARGEST_GRADIENT, by_variance)
+        to_gain = gm * apart + by_variance
+        to_mean = q * gm + cross
+        to_variance = q * gv
+    return (
+        inverse * weighted, total, prior_to_mean, prior_to_variance, to_gain, to_mean, to_variance, scale, observed,
+        apart, variance, predicted,
+    )  # fmt: skip
+
+
+@triton.jit
+def finite(value):
+    """Whether a number is neither infinite nor NaN."""
+    return value - value == 0
+
+
+@triton.jit
+def add(pointers, values, mask):
+    """Add to what lies there."""
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
+
+
+@triton.jit
+def usual(sensitivity, channels, USUAL: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return by how much a sensitivity may differ from its running mean: so many times its root mean square."""
+    squares = tl.zeros([CHANNELS], tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        running = tl.load(sensitivity + channel, mask=channel < channels, other=0.0)
+        squares += running * running
+    return USUAL * tl.sqrt(tl.sum(squares, 0, keep_dims=True) / channels)
+
+
+@triton.jit
+def used(sensitivity, seen, own_part, channel, channels, USUAL: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the sensitivity of the passes before, and of this one's what is beyond the usual."""
+    running = tl.load(sensitivity + channel, mask=channel < channels, other=0.0)
+    bound = usual(sensitivity, channels, USUAL, CHANNELS)
+    surplus = seen - running
+    beyond = surplus - tl.where(surplus > bound, bound, tl.where(surplus < -bound, -bound, surplus))
+    return tl.where((bound > 0) & finite(seen), running + own_part * beyond, running)
+
+
+@triton.jit
+def differentiate(
+    sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, gain, weight, sensitivity, gathered,
+    own_part, coefficients, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, first, channels, groups,
+    parts, count, eps,
+    HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STATISTICS: tl.constexpr, FOLLOWS: tl.constexpr,
+    LARGEST: tl.constexpr, LARGEST_GRADIENT: tl.constexpr, RATIO: tl.constexpr, USUAL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of all vectors, and of each group the four numbers that make dx, (4, G, C)."""
+    channel = first + tl.arange(0, CHANNELS)
+    known = channel < channels
+    plane = groups * channels
+    nothing = tl.zeros([CHANNELS], tl.float32)
+    by_weight, by_bias, by_mean, by_variance, by_gain = nothing, nothing, nothing, nothing, nothing
+    by_ratio, spread, expected = nothing, nothing, nothing
+    q = 1.0
+    if HAS_PRIOR:
+        q = tl.load(gain)
+    for group in range(0, groups):
+        (g_weight, g_bias, g_mean, g_variance, g_gain, _, _, _, _, apart, variance, predicted) = differentiate_group(
+            sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first,
+            channels, groups, parts, HAS_PRIOR, HAS_WEIGHT, HAS_STATISTICS, LARGEST, LARGEST_GRADIENT, CHANNELS,
+        )  # fmt: skip
+        by_weight += g_weight
+        by_bias += g_bias
+        by_mean += g_mean
+        by_variance += g_variance
+        by_gain += g_gain
+        by_ratio += g_variance * predicted
+        spread += (variance + limited(apart * apart, LARGEST)) / groups
+        expected += predicted / groups
+    expected += eps
+    largest = RATIO * expected
+    share, push, step = nothing, nothing, nothing
+    if FOLLOWS:
+        pull = nothing + eps
+        for group in range(0, groups):
+            at = group * channels + channel
+            prior = group * prior_stride + channel
+            apart = tl.load(statistics + 2 * plane + at, mask=known, other=0.0)
+            apart -= tl.load(prior_mean + prior, mask=known, other=0.0)
+            variance = limited(tl.load(statistics + 3 * plane + at, mask=known, other=1.0), LARGEST)
+            own = variance + limited(apart * apart, LARGEST)
+            pull += tl.where(own > largest, largest, own) / groups
+        wide = (spread + eps) / RATIO
+        deviation = tl.sqrt(tl.where(wide > expected, wide, expected))
+        push = by_mean * deviation
+        sound = known & finite(by_ratio) & finite(push)
+        add(gathered + channel, by_ratio, sound)
+        add(gathered + channels + channel, push, sound)
+        add(gathered + 2 * channels + channel, nothing + 1.0, sound)
+        share = used(sensitivity, by_ratio, own_part, channel, channels, USUAL, CHANNELS) / groups / expected
+        push = used(sensitivity + channels, push, own_part, channel, channels, USUAL, CHANNELS)
+        push = push / groups / deviation
+        step = share * pull / expected
+    for group in range(0, groups):
+        (_, _, g_mean, g_variance, _, to_mean, to_variance, scale, observed, apart, variance, _) = differentiate_group(
+            sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first,
+            channels, groups, parts, HAS_PRIOR, HAS_WEIGHT, HAS_STATISTICS, LARGEST, LARGEST_GRADIENT, CHANNELS,
+        )  # fmt: skip
+        at = group * channels + channel
+        shift = nothing
+        if FOLLOWS:
+            own = variance + limited(apart * apart, LARGEST)
+            portion = tl.where(own > largest, share * largest / own, share)
+            shift = push + 2 * portion * apart
+            to_mean += shift
+            to_variance += portion
+            by_mean -= shift
+            by_variance -= step
+        tl.store(coefficients + at, scale, mask=known)
+        tl.store(coefficients + plane + at, 2 * to_variance / count, mask=known)
+        tl.store(coefficients + 2 * plane + at, observed, mask=known)
+        tl.store(coefficients + 3 * plane + at, to_mean / count, mask=known)
+        if HAS_PRIOR and prior_stride > 0:
+            tl.store(to_prior_mean + at, g_mean - shift, mask=known)
+            tl.store(to_prior_variance + at, g_variance - step, mask=known)
+    tl.store(to_bias + channel, by_bias, mask=known)
+    if HAS_WEIGHT:
+        tl.store(to_weight + channel, by_weight, mask=known)
+    if HAS_PRIOR:
+        tl.store(to_gain + channel, by_gain, mask=known)
+        if prior_stride == 0:
+            tl.store(to_prior_mean + channel, by_mean, mask=known)
+            tl.store(to_prior_variance + channel, by_variance, mask=known)
+
+
+@triton.jit
+def write_gradient(
+    x, dy, dx, coefficients, group, part, parts, first, images, channels, length, groups,
+    CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write dx of one part of a group."""
+    channel = first + tl.arange(0, CHANNELS)
+    known = channel < channels
+    at, plane = group * channels + channel, groups * channels
+    scale = tl.load(coefficients + at, mask=known, other=0.0)
+    slope = tl.load(coefficients + plane + at, mask=known, other=0.0)
+    centre = tl.load(coefficients + 2 * plane + at, mask=known, other=0.0)
+    offset = tl.load(coefficients + 3 * plane + at, mask=known, other=0.0)
+    x += start_of(group, images, channels, length)
+    dy += start_of(group, images, channels, length)
+    dx += start_of(group, images, channels, length)
+    for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
+        offsets, mask, _ = tile(
+            number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
+        )  # fmt: skip
+        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        result = scale[None, :] * gradient + slope[None, :] * (values - centre[None, :]) + offset[None, :]
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalize_backward(
+    x, dy, dx, statistics, to_statistics, sums, coefficients, prior_mean, prior_variance, prior_stride, gain, weight,
+    sensitivity, gathered, own_part, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, images, channels,
+    length, groups, parts, count, eps,
+    SUMS: tl.constexpr, VECTORS: tl.constexpr, APPLIES: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr, FOLLOWS: tl.constexpr, LARGEST: tl.constexpr, LARGEST_GRADIENT: tl.constexpr,
+    RATIO: tl.constexpr, USUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Do one of the three steps for a part of a group, or all of them for some channels of all groups."""
+    first = tl.program_id(0) * CHANNELS
+    row = tl.program_id(1)
+    IS_WHOLE: tl.constexpr = SUMS and VECTORS
+    if SUMS:
+        if IS_WHOLE:
+            for group in range(0, groups):
+                write_sums(
+                    x, dy, statistics, sums, group, 0, 1, first, images, channels, length, groups, CHANNELS_LAST,
+                    POSITIONS, CHANNELS,
+                )  # fmt: skip
+            tl.debug_barrier()
+        else:
+            write_sums(
+                x, dy, statistics, sums, row // parts, row % parts, parts, first, images, channels, length, groups,
+                CHANNELS_LAST, POSITIONS, CHANNELS,
+            )  # fmt: skip
+    if VECTORS:
+        differentiate(
+            sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, gain, weight, sensitivity,
+            gathered, own_part, coefficients, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, first,
+            channels, groups, parts, count, eps, HAS_PRIOR, HAS_WEIGHT, HAS_STATISTICS, FOLLOWS, LARGEST,
+            LARGEST_GRADIENT, RATIO, USUAL, CHANNELS,
+        )  # fmt: skip
+    if APPLIES:
+        if IS_WHOLE:
+            tl.debug_barrier()
+            for group in range(0, groups):
+                write_gradient(
+                    x, dy, dx, coefficients, group, 0, 1, first, images, channels, length, groups, CHANNELS_LAST,
+                    POSITIONS, CHANNELS,
+                )  # fmt: skip
+        else:
+            write_gradient(
+                x, dy, dx, coefficients, row // parts, row % parts, parts, first, images, channels, length, groups,
+                CHANNELS_LAST, POSITIONS, CHANNELS,
+            )  # fmt: skip
