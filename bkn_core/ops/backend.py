@@ -12,7 +12,6 @@ import logging
 import os
 
 import torch
-from torch import Tensor
 
 from bkn_core.errors import RecipeError
 
@@ -40,19 +39,18 @@ def takes_cpu_kernels() -> bool:
     return chosen() in ("auto", "cpu")
 
 
-def takes_triton(x: Tensor) -> bool:
-    """Whether the kernels in Triton may be used for tensors beside this one."""
-    if chosen() not in ("auto", "triton") or torch._C._are_functorch_transforms_active():
-        return False
-    return triton_works(x.device.type) if x.is_cuda or chosen() == "triton" else False
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def takes_triton(device: str) -> bool:
+    """Whether the kernels in Triton may be used for tensors of such a device; compilation takes this for granted."""
+    if chosen() not in ("auto", "triton") or (device == "cpu" and chosen() == "auto"):
+        return False
+    return triton_works(device)
+
+
 @functools.cache
 def triton_works(device: str) -> bool:
     """Whether Triton is there and makes kernels that run: it needs a C compiler beside the GPU."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if (device == "cpu") is not is_interpreted:
+    if device not in ("cuda", "cpu") or (device == "cpu") is not (os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     try:
         from bkn_core.ops.cuda import normalize

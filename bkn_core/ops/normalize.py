@@ -190,7 +190,9 @@ class _Direct(torch.autograd.Function):
 
 def _takes_triton(x: Tensor, vectors: Sequence[Tensor | None], settings: FilterSettings) -> bool:
     """Whether Triton's kernels take an activation and what belongs to its channels."""
-    if not backend.takes_triton(x) or settings.guard_limit != math.inf or x.dtype not in _ACTIVATIONS:
+    if settings.guard_limit != math.inf or x.dtype not in _ACTIVATIONS or not backend.takes_triton(x.device.type):
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     is_dense = x.is_contiguous() or any(x.is_contiguous(memory_format=f) for f in _LAST if x.dim() == _LAST[f])
     if not is_dense or not 0 < x[0].numel() * len(x) < _MOST:
