@@ -29,9 +29,10 @@ def resources(capability: int) -> dict[str, int]:
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield name, kernel and constants of every form that is launched."""
-    from bkn_core.ops.cuda import backward, forward
+    from bkn_core.ops.cuda import backward, forward, memory
     from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT
 
+    yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": 128}
     for last, positions, channels in ((True, 16, 64), (False, 1024, 1)):
         layout = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels}
         yield f"observe {last}", forward.observe_parts, layout
@@ -65,6 +66,7 @@ def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("x", "y", "dy", "dx"), activation) | dict.fromkeys(POINTERS, "*fp32")
+    types |= {"table": "*i64", "numbers": "*fp32", "before": "*fp32"}
     types |= dict.fromkeys(("eps", "count", "own_part"), "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     numbers = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
