@@ -29,10 +29,10 @@ def resources(capability: int) -> dict[str, int]:
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield name, kernel and constants of every form that is launched."""
-    from bkn_core.ops.cuda import backward, forward, memory
+    from bkn_core.ops.cuda import backward, forward, memory, track
     from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT
 
-    yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": 128}
+    yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": track.CHANNELS}
     for last, positions, channels in ((True, 16, 64), (False, 1024, 1)):
         layout = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels}
         yield f"observe {last}", forward.observe_parts, layout
@@ -61,6 +61,8 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability: int) -> int:
     """Compile a kernel, and return the bytes of stack that a thread needs: what does not fit into registers."""
+    from bkn_core.ops.cuda.track import WARPS
+
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -71,7 +73,11 @@ def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     numbers = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, numbers)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": WARPS if "table" in kernel.arg_names else 4},
+    )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bkn_core.ops.cuda import memory
 
-_CHANNELS = 128  # that one program takes at a time
+CHANNELS, WARPS = 256, 2  # that one program takes at a time, and how many threads do: more would spill
 _tables: dict[torch.device, tuple[list[int], list[float], Tensor, Tensor]] = {}
 
 
@@ -44,7 +44,7 @@ def track(rows: Sequence[Sequence[Tensor | None]], numbers: list[float]) -> list
         widths += [width, width] if mean is not None else []
     before = torch.empty(sum(widths), device=device)
     memory.track[(len(rows),)](
-        *_on_device(fields, numbers, device), before, FIELDS=memory.FIELDS, CHANNELS=_CHANNELS
+        *_on_device(fields, numbers, device), before, FIELDS=memory.FIELDS, CHANNELS=CHANNELS, num_warps=WARPS
     )  # fmt: skip
     moved = [tensor for row in rows for tensor in row[3:] if tensor is not None]
     torch.autograd.graph.increment_version(moved)
