@@ -10,12 +10,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bkn_core.errors import RecipeError
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
+_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+_MOST = 1 << 31  # values that an offset reaches
 _LOG = logging.getLogger("bkn")
 
 
@@ -45,6 +50,18 @@ def takes_triton(device: str) -> bool:
     if chosen() not in ("auto", "triton") or (device == "cpu" and chosen() == "auto"):
         return False
     return triton_works(device)
+
+
+def triton_takes(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernels in Triton take an activation and the vectors of its channels."""
+    if x.dtype not in _ACTIVATIONS or not takes_triton(x.device.type):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    is_dense = x.is_contiguous() or any(x.is_contiguous(memory_format=f) for f in _LAST if x.dim() == _LAST[f])
+    if not is_dense or not 0 < x.numel() < _MOST:
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.device == x.device and t.is_contiguous()) for t in vectors)
 
 
 @functools.cache

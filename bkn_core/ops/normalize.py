@@ -20,7 +20,6 @@ else through the passes of `activation_rows.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,6 @@ from bkn_core.filter.kalman import Gaussian, Groups, guard, limited
 from bkn_core.filter.state import FilterSettings, FilterStatistics
 from bkn_core.ops import activation_rows, backend, extension, kernels
 
-_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
-_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
-_MOST = 1 << 31  # values of a group that an offset reaches
 _LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
 
 
@@ -188,24 +184,12 @@ class _Direct(torch.autograd.Function):
         return _KalmanNormalize.backward(ctx, *gradients)
 
 
-def _takes_triton(x: Tensor, vectors: Sequence[Tensor | None], settings: FilterSettings) -> bool:
-    """Whether Triton's kernels take an activation and what belongs to its channels."""
-    if settings.guard_limit != math.inf or x.dtype not in _ACTIVATIONS or not backend.takes_triton(x.device.type):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    is_dense = x.is_contiguous() or any(x.is_contiguous(memory_format=f) for f in _LAST if x.dim() == _LAST[f])
-    if not is_dense or not 0 < x[0].numel() * len(x) < _MOST:
-        return False
-    return all(t is None or (t.dtype is torch.float32 and t.device == x.device and t.is_contiguous()) for t in vectors)
-
-
 def _normalized(
     x: Tensor, parameters: kernels.Parameters, settings: FilterSettings, groups: int
 ) -> tuple[Tensor, Tensor]:
     """The forward by Triton where it takes the tensors, else in PyTorch."""
     prior_mean, prior_variance, gain, weight, bias = parameters
-    if _takes_triton(x, parameters, settings):
+    if settings.guard_limit == math.inf and backend.triton_takes(x, parameters):
         y, packed = torch.ops.bkn_cuda.normalize(x, *parameters, settings.eps, groups)
         return y, packed
     view = activation_rows.rows(x, groups)
@@ -239,12 +223,9 @@ def _gradients(
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
     memory = sensitivity or (None, None)
-    if _takes_triton(x, (prior_mean, prior_variance, gain, weight, *memory), settings):
-        dx, to_weight, to_bias, *prior, to_gain = torch.ops.bkn_cuda.normalize_backward(
-            dy, grad_statistics, *saved, *memory, settings.eps, groups
-        )
-        found: kernels.ToPrior = (*prior, to_gain.sum()) if prior_mean is not None else (None, None, None)
-        return dx, found, None if weight is None else to_weight, to_bias
+    vectors = prior_mean, prior_variance, gain, weight, *memory
+    if settings.guard_limit == math.inf and backend.triton_takes(x, vectors):
+        return _gradients_by_triton((*gradients, *saved, *memory, settings.eps, groups))
     mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
     view, gradient = activation_rows.rows(x, groups), activation_rows.rows(dy, groups, like=x)
     total, weighted, buffer = activation_rows.weighted_sums(gradient, view, mean)
@@ -279,6 +260,13 @@ def _gradients(
     offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
     dx = activation_rows.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
     return activation_rows.unrows(dx, x), to_prior, None if weight is None else scaled.sum(0), total.sum(0)
+
+
+def _gradients_by_triton(arguments: tuple[Any, ...]) -> kernels.Gradients:
+    _, _, _, prior_mean, _, _, weight, *_ = arguments
+    dx, to_weight, to_bias, *prior, to_gain = torch.ops.bkn_cuda.normalize_backward(*arguments)
+    to_prior: kernels.ToPrior = (None, None, None) if prior_mean is None else (*prior, to_gain.sum())
+    return dx, to_prior, None if weight is None else to_weight, to_bias
 
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:

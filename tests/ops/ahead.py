@@ -61,11 +61,11 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability: int) -> int:
     """Compile a kernel, and return the bytes of stack that a thread needs: what does not fit into registers."""
-    from bkn_core.ops.cuda.track import WARPS
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from bkn_core.ops.cuda.track import WARPS
 
     types = dict.fromkeys(("x", "y", "dy", "dx"), activation) | dict.fromkeys(POINTERS, "*fp32")
     types |= {"table": "*i64", "numbers": "*fp32", "before": "*fp32"}

@@ -11,11 +11,14 @@ from bkn_core.ops.cuda.tiles import limited, start_of, tile, tile_count
 
 
 @triton.jit
-def sum_part(
-    x, dy, centre, group, part, parts, first, images, channels, length,
+def write_sums(
+    x, dy, statistics, sums, group, part, parts, first, images, channels, length, groups,
     CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ dy and Σ dy (x - µ̂) of some channels, of every `parts`-th tile of a group."""
+    """Write Σ dy and Σ dy (x - µ̂) of some channels, of every `parts`-th tile of a group, (2, G, parts, C)."""
+    channel = first + tl.arange(0, CHANNELS)
+    known = channel < channels
+    centre = tl.load(statistics + group * channels + channel, mask=known, other=0.0)
     total = tl.zeros([CHANNELS], tl.float32)
     weighted = tl.zeros([CHANNELS], tl.float32)
     x += start_of(group, images, channels, length)
@@ -28,24 +31,18 @@ def sum_part(
         gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(gradient, 0)
         weighted += tl.sum(gradient * tl.where(mask, values, 0.0), 0)
-    return total, weighted
-
-
-@triton.jit
-def write_sums(
-    x, dy, statistics, sums, group, part, parts, first, images, channels, length, groups,
-    CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Write Σ dy and Σ dy (x - µ̂) of one part of a group, (2, G, parts, C)."""
-    channel = first + tl.arange(0, CHANNELS)
-    known = channel < channels
-    centre = tl.load(statistics + group * channels + channel, mask=known, other=0.0)
-    total, weighted = sum_part(
-        x, dy, centre, group, part, parts, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
-    )  # fmt: skip
     at = (group * parts + part) * channels + channel
     tl.store(sums + at, total, mask=known)
     tl.store(sums + groups * parts * channels + at, weighted, mask=known)
+
+
+@triton.jit
+def sum_of_parts(sums, group, parts, channels, channel, known):
+    """Return the sum of a group over its parts."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for part in range(0, parts):
+        total += tl.load(sums + (group * parts + part) * channels + channel, mask=known, other=0.0)
+    return total
 
 
 @triton.jit
@@ -59,12 +56,8 @@ def differentiate_group(
     channel = first + tl.arange(0, CHANNELS)
     known = channel < channels
     plane, at = groups * channels, group * channels + channel
-    total = tl.zeros([CHANNELS], tl.float32)
-    weighted = tl.zeros([CHANNELS], tl.float32)
-    for part in range(0, parts):
-        row = (group * parts + part) * channels + channel
-        total += tl.load(sums + row, mask=known, other=0.0)
-        weighted += tl.load(sums + groups * parts * channels + row, mask=known, other=0.0)
+    total = sum_of_parts(sums, group, parts, channels, channel, known)
+    weighted = sum_of_parts(sums + groups * parts * channels, group, parts, channels, channel, known)
     inverse = tl.load(statistics + 5 * plane + at, mask=known, other=1.0)
     scale = inverse
     if HAS_WEIGHT:
@@ -89,9 +82,7 @@ def differentiate_group(
         prior_to_mean = p * gm - cross
         prior_to_variance = p * gv
         by_variance = gv * (variance - predicted + (p - q) * square)
-        by_variance = tl.where(by_variance > LARGEST_GRADIENT, LARGEST_GRADIENT, by_variance)
-        by_variance = tl.where(by_variance < -LARGEST_GRADIENT, -LARGEST_GRADIENT, by_variance)
-        to_gain = gm * apart + by_variance
+        to_gain = gm * apart - limited(-limited(by_variance, LARGEST_GRADIENT), LARGEST_GRADIENT)
         to_mean = q * gm + cross
         to_variance = q * gv
     return (
@@ -134,6 +125,34 @@ def used(sensitivity, seen, own_part, channel, channels, USUAL: tl.constexpr, CH
 
 
 @triton.jit
+def follow(
+    statistics, prior_mean, prior_stride, sensitivity, gathered, own_part, by_ratio, by_mean, spread, expected, channel,
+    channels, groups, eps,
+    LARGEST: tl.constexpr, RATIO: tl.constexpr, USUAL: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Return what the inflations' gradient gives each group's spread, the mean, and v'; gather what this pass saw."""
+    known, plane = channel < channels, groups * channels
+    largest = RATIO * expected
+    pull = tl.zeros([CHANNELS], tl.float32) + eps
+    for group in range(0, groups):
+        at, prior = group * channels + channel, group * prior_stride + channel
+        apart = tl.load(statistics + 2 * plane + at, mask=known, other=0.0)
+        apart -= tl.load(prior_mean + prior, mask=known, other=0.0)
+        variance = limited(tl.load(statistics + 3 * plane + at, mask=known, other=1.0), LARGEST)
+        pull += limited(variance + limited(apart * apart, LARGEST), largest) / groups
+    wide = (spread + eps) / RATIO
+    deviation = tl.sqrt(tl.where(wide > expected, wide, expected))
+    push = by_mean * deviation
+    sound = known & finite(by_ratio) & finite(push)
+    add(gathered + channel, by_ratio, sound)
+    add(gathered + channels + channel, push, sound)
+    add(gathered + 2 * channels + channel, tl.zeros([CHANNELS], tl.float32) + 1.0, sound)
+    share = used(sensitivity, by_ratio, own_part, channel, channels, USUAL, CHANNELS) / groups / expected
+    push = used(sensitivity + channels, push, own_part, channel, channels, USUAL, CHANNELS) / groups / deviation
+    return share, push, share * pull / expected
+
+
+@triton.jit
 def differentiate(
     sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, gain, weight, sensitivity, gathered,
     own_part, coefficients, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, first, channels, groups,
@@ -169,26 +188,10 @@ def differentiate(
     largest = RATIO * expected
     share, push, step = nothing, nothing, nothing
     if FOLLOWS:
-        pull = nothing + eps
-        for group in range(0, groups):
-            at = group * channels + channel
-            prior = group * prior_stride + channel
-            apart = tl.load(statistics + 2 * plane + at, mask=known, other=0.0)
-            apart -= tl.load(prior_mean + prior, mask=known, other=0.0)
-            variance = limited(tl.load(statistics + 3 * plane + at, mask=known, other=1.0), LARGEST)
-            own = variance + limited(apart * apart, LARGEST)
-            pull += tl.where(own > largest, largest, own) / groups
-        wide = (spread + eps) / RATIO
-        deviation = tl.sqrt(tl.where(wide > expected, wide, expected))
-        push = by_mean * deviation
-        sound = known & finite(by_ratio) & finite(push)
-        add(gathered + channel, by_ratio, sound)
-        add(gathered + channels + channel, push, sound)
-        add(gathered + 2 * channels + channel, nothing + 1.0, sound)
-        share = used(sensitivity, by_ratio, own_part, channel, channels, USUAL, CHANNELS) / groups / expected
-        push = used(sensitivity + channels, push, own_part, channel, channels, USUAL, CHANNELS)
-        push = push / groups / deviation
-        step = share * pull / expected
+        share, push, step = follow(
+            statistics, prior_mean, prior_stride, sensitivity, gathered, own_part, by_ratio, by_mean, spread, expected,
+            channel, channels, groups, eps, LARGEST, RATIO, USUAL, CHANNELS,
+        )  # fmt: skip
     for group in range(0, groups):
         (_, _, g_mean, g_variance, _, to_mean, to_variance, scale, observed, apart, variance, _) = differentiate_group(
             sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first,

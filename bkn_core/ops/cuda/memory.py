@@ -88,92 +88,12 @@ def clipped(value):
 
 
 @triton.jit
-def move_statistics(statistics, running, row, groups, channels, channel, known):
+def newest_and_old(statistics, running, row, groups, channels, channel, known):
     """Return a moving average's newest value: the mean over groups of a row of the statistics, and what it was."""
     total = tl.zeros(channel.shape, tl.float64)
     for group in range(0, groups):
         total += values_at(statistics + (row * groups + group) * channels + channel, known) / groups
     return total, values_at(running + channel, known)
-
-
-@triton.jit
-def track(table, numbers, before, FIELDS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Move what one layer remembers: a row of addresses and sizes, 0 where there is none, and three numbers.
-
-    groups, channels, statistics, µ', v', stride of groups in these, ι, λ, sensitivity, residual, gathered, uncertainty,
-    gain, running mean, running variance, batches, where in `before` the inflations go; least speed, momentum, ε.
-    """
-    row = table + tl.program_id(0) * FIELDS
-    groups, channels = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
-    floats: tl.constexpr = tl.pointer_type(tl.float32)
-    statistics = tl.load(row + 2).to(floats)
-    slowest = tl.load(numbers + tl.program_id(0) * 3).to(tl.float64)
-    momentum = tl.load(numbers + tl.program_id(0) * 3 + 1).to(tl.float64)
-    eps = tl.load(numbers + tl.program_id(0) * 3 + 2).to(tl.float64)
-    if tl.load(row + 6) != 0:
-        prior_mean, prior_variance = tl.load(row + 3).to(floats), tl.load(row + 4).to(floats)
-        stride, kept = tl.load(row + 5).to(tl.int32), before + tl.load(row + 16)
-        inflation, mean_inflation = tl.load(row + 6).to(floats), tl.load(row + 7).to(floats)
-        sensitivity, residual = tl.load(row + 8).to(floats), tl.load(row + 9).to(floats)
-        gathered, state = tl.load(row + 10).to(floats), tl.load(row + 11).to(floats)
-        forwards = tl.load(state).to(tl.float64)
-        error, error_2 = tl.load(state + 1).to(tl.float64), tl.load(state + 2).to(tl.float64)
-        noise, noise_2 = tl.load(state + 3).to(tl.float64), tl.load(state + 4).to(tl.float64)
-        speed, speed_2 = speed_of(forwards, error, noise, slowest), speed_of(forwards, error_2, noise_2, slowest)
-        square = tl.zeros([CHANNELS], tl.float64)
-        square_2, product, product_2, noises, noises_2 = square, square, square, square, square
-        for start in range(0, channels, CHANNELS):
-            channel = start + tl.arange(0, CHANNELS)
-            known = channel < channels
-            plane = groups * channels
-            shift, value, value_2, predicted, by_mean, by_variance = residuals(
-                statistics + 2 * plane, statistics + 3 * plane, prior_mean, prior_variance, stride, groups, channels,
-                channel, known, speed, eps,
-            )  # fmt: skip
-            old, old_mean = values_at(inflation + channel, known), values_at(mean_inflation + channel, known)
-            tl.store(kept + channel, old.to(tl.float32), mask=known)
-            tl.store(kept + channels + channel, old_mean.to(tl.float32), mask=known)
-            after_mean = old_mean + speed * shift / tl.sqrt(predicted / tl.exp(old) + eps)
-            after = old + tl.log(1 + speed_2 * value_2)
-            after = tl.where(after > _LARGEST_INFLATION, _LARGEST_INFLATION, after)
-            after = tl.where(after < -_LARGEST_INFLATION, -_LARGEST_INFLATION, after)
-            is_seen = is_finite(value) & is_finite(value_2) & known
-            is_sound = is_seen & is_finite(after) & is_finite(after_mean)
-            value, value_2 = clipped(value), clipped(value_2)
-            last = values_at(residual + channel, known)
-            last_2 = values_at(residual + channels + channel, known)
-            square += tl.where(known, value * value, 0.0)
-            square_2 += tl.where(known, value_2 * value_2, 0.0)
-            product += tl.where(known, value * last, 0.0)
-            product_2 += tl.where(known, value_2 * last_2, 0.0)
-            noises += tl.where(known, by_mean, 0.0)
-            noises_2 += tl.where(known, by_variance, 0.0)
-            tl.store(residual + channel, value.to(tl.float32), mask=is_seen)
-            tl.store(residual + channels + channel, value_2.to(tl.float32), mask=is_seen)
-            tl.store(inflation + channel, after.to(tl.float32), mask=is_sound)
-            tl.store(mean_inflation + channel, after_mean.to(tl.float32), mask=is_sound)
-            remember(sensitivity, gathered, channels, channel, known)
-        move_uncertainty(
-            state, forwards, groups, channels, speed, tl.sum(square, 0), tl.sum(product, 0), tl.sum(noises, 0),
-            error, noise, speed_2, tl.sum(square_2, 0), tl.sum(product_2, 0), tl.sum(noises_2, 0), error_2, noise_2,
-            tl.load(row + 12),
-        )  # fmt: skip
-    if tl.load(row + 13) != 0:
-        running_mean, running_var = tl.load(row + 13).to(floats), tl.load(row + 14).to(floats)
-        wrong = tl.zeros([CHANNELS], tl.int32)
-        for start in range(0, channels, CHANNELS):
-            channel = start + tl.arange(0, CHANNELS)
-            known = channel < channels
-            mean, old_mean = move_statistics(statistics, running_mean, 0, groups, channels, channel, known)
-            variance, old = move_statistics(statistics, running_var, 4, groups, channels, channel, known)
-            is_sound = is_finite(mean) & is_finite(variance)
-            mean, variance = old_mean + momentum * (mean - old_mean), old + momentum * (variance - old)
-            tl.store(running_mean + channel, mean.to(tl.float32), mask=known & is_sound)
-            tl.store(running_var + channel, variance.to(tl.float32), mask=known & is_sound)
-            wrong += (known & (is_sound == 0)).to(tl.int32)
-        if tl.load(row + 15) != 0:
-            batches = tl.load(row + 15).to(tl.pointer_type(tl.int64))
-            tl.store(batches, tl.load(batches) + (tl.sum(wrong, 0) == 0).to(tl.int64))
 
 
 @triton.jit
@@ -225,3 +145,108 @@ def move_uncertainty(
             tl.store(target, tl.maximum(gain_of(new, new_noise), gain_of(new_2, new_noise_2)).to(tl.float32))
         elif forwards > 0:
             tl.store(target, tl.maximum(gain_of(error, noise), gain_of(error_2, noise_2)).to(tl.float32))
+
+
+@triton.jit
+def move_inflations(
+    statistics, prior_mean, prior_variance, stride, inflation, mean_inflation, residual, kept, groups, channels,
+    channel, known, speed, speed_2, eps,
+):  # fmt: skip
+    """Move the inflations of some channels, and return e, e e_before and R of mean and variance, 0 where unknown."""
+    plane = groups * channels
+    shift, value, value_2, predicted, by_mean, by_variance = residuals(
+        statistics + 2 * plane, statistics + 3 * plane, prior_mean, prior_variance, stride, groups, channels,
+        channel, known, speed, eps,
+    )  # fmt: skip
+    old, old_mean = values_at(inflation + channel, known), values_at(mean_inflation + channel, known)
+    tl.store(kept + channel, old.to(tl.float32), mask=known)
+    tl.store(kept + channels + channel, old_mean.to(tl.float32), mask=known)
+    after_mean = old_mean + speed * shift / tl.sqrt(predicted / tl.exp(old) + eps)
+    after = old + tl.log(1 + speed_2 * value_2)
+    after = tl.where(after > _LARGEST_INFLATION, _LARGEST_INFLATION, after)
+    after = tl.where(after < -_LARGEST_INFLATION, -_LARGEST_INFLATION, after)
+    is_seen = is_finite(value) & is_finite(value_2) & known
+    is_sound = is_seen & is_finite(after) & is_finite(after_mean)
+    value, value_2 = clipped(value), clipped(value_2)
+    last, last_2 = values_at(residual + channel, known), values_at(residual + channels + channel, known)
+    tl.store(residual + channel, value.to(tl.float32), mask=is_seen)
+    tl.store(residual + channels + channel, value_2.to(tl.float32), mask=is_seen)
+    tl.store(inflation + channel, after.to(tl.float32), mask=is_sound)
+    tl.store(mean_inflation + channel, after_mean.to(tl.float32), mask=is_sound)
+    value, value_2 = tl.where(known, value, 0.0), tl.where(known, value_2, 0.0)
+    by_mean, by_variance = tl.where(known, by_mean, 0.0), tl.where(known, by_variance, 0.0)
+    return value, value * last, by_mean, value_2, value_2 * last_2, by_variance
+
+
+@triton.jit
+def move_averages(statistics, running_mean, running_var, batches, groups, channels, momentum, CHANNELS: tl.constexpr):
+    """Move the moving statistics of a layer, but where the newest are not finite, and count the batch where all are."""
+    wrong = tl.zeros([CHANNELS], tl.int32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        known = channel < channels
+        mean, old_mean = newest_and_old(statistics, running_mean, 0, groups, channels, channel, known)
+        variance, old = newest_and_old(statistics, running_var, 4, groups, channels, channel, known)
+        is_sound = is_finite(mean) & is_finite(variance)
+        mean, variance = old_mean + momentum * (mean - old_mean), old + momentum * (variance - old)
+        tl.store(running_mean + channel, mean.to(tl.float32), mask=known & is_sound)
+        tl.store(running_var + channel, variance.to(tl.float32), mask=known & is_sound)
+        wrong += (known & (is_sound == 0)).to(tl.int32)
+    if batches != 0:
+        count = batches.to(tl.pointer_type(tl.int64))
+        tl.store(count, tl.load(count) + (tl.sum(wrong, 0) == 0).to(tl.int64))
+
+
+@triton.jit
+def move_filter(row, statistics, before, slowest, eps, groups, channels, CHANNELS: tl.constexpr):
+    """Move the inflations, the sensitivity and the uncertainty of a layer."""
+    floats: tl.constexpr = tl.pointer_type(tl.float32)
+    prior_mean, prior_variance = tl.load(row + 3).to(floats), tl.load(row + 4).to(floats)
+    stride, kept = tl.load(row + 5).to(tl.int32), before + tl.load(row + 16)
+    inflation, mean_inflation = tl.load(row + 6).to(floats), tl.load(row + 7).to(floats)
+    sensitivity, residual = tl.load(row + 8).to(floats), tl.load(row + 9).to(floats)
+    gathered, state = tl.load(row + 10).to(floats), tl.load(row + 11).to(floats)
+    forwards = tl.load(state).to(tl.float64)
+    error, error_2 = tl.load(state + 1).to(tl.float64), tl.load(state + 2).to(tl.float64)
+    noise, noise_2 = tl.load(state + 3).to(tl.float64), tl.load(state + 4).to(tl.float64)
+    speed, speed_2 = speed_of(forwards, error, noise, slowest), speed_of(forwards, error_2, noise_2, slowest)
+    square = tl.zeros([CHANNELS], tl.float64)
+    square_2, product, product_2, noises, noises_2 = square, square, square, square, square
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        known = channel < channels
+        value, by_time, by_mean, value_2, by_time_2, by_variance = move_inflations(
+            statistics, prior_mean, prior_variance, stride, inflation, mean_inflation, residual, kept, groups,
+            channels, channel, known, speed, speed_2, eps,
+        )  # fmt: skip
+        square, square_2 = square + value * value, square_2 + value_2 * value_2
+        product, product_2 = product + by_time, product_2 + by_time_2
+        noises, noises_2 = noises + by_mean, noises_2 + by_variance
+        remember(sensitivity, gathered, channels, channel, known)
+    move_uncertainty(
+        state, forwards, groups, channels, speed, tl.sum(square, 0), tl.sum(product, 0), tl.sum(noises, 0), error,
+        noise, speed_2, tl.sum(square_2, 0), tl.sum(product_2, 0), tl.sum(noises_2, 0), error_2, noise_2,
+        tl.load(row + 12),
+    )  # fmt: skip
+
+
+@triton.jit
+def track(table, numbers, before, FIELDS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Move what one layer remembers: a row of addresses and sizes, 0 where there is none, and three numbers.
+
+    groups, channels, statistics, µ', v', stride of groups in these, ι, λ, sensitivity, residual, gathered, uncertainty,
+    gain, running mean, running variance, batches, where in `before` the inflations go; least speed, momentum, ε.
+    """
+    row = table + tl.program_id(0) * FIELDS
+    groups, channels = tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32)
+    floats: tl.constexpr = tl.pointer_type(tl.float32)
+    statistics = tl.load(row + 2).to(floats)
+    number = numbers + tl.program_id(0) * 3
+    slowest, momentum = tl.load(number).to(tl.float64), tl.load(number + 1).to(tl.float64)
+    eps = tl.load(number + 2).to(tl.float64)
+    if tl.load(row + 6) != 0:
+        move_filter(row, statistics, before, slowest, eps, groups, channels, CHANNELS)
+    if tl.load(row + 13) != 0:
+        running_mean, running_var = tl.load(row + 13).to(floats), tl.load(row + 14).to(floats)
+        batches = tl.load(row + 15)
+        move_averages(statistics, running_mean, running_var, batches, groups, channels, momentum, CHANNELS)

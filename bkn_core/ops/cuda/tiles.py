@@ -48,6 +48,6 @@ def tile(
 
 
 @triton.jit
-def limited(value, LARGEST: tl.constexpr):
+def limited(value, largest):
     """Return a value that is not above a bound; NaN as it is."""
-    return tl.where(value > LARGEST, LARGEST, value)
+    return tl.where(value > largest, largest, value)
