@@ -33,7 +33,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT
 
     yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": track.CHANNELS}
-    for last, positions, channels in ((True, 16, 64), (False, 1024, 1)):
+    for last, positions, channels in ((True, 16, 64), (False, 512, 1)):
         layout = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels}
         yield f"observe {last}", forward.observe_parts, layout
         vectors = {"HAS_PRIOR": True, "HAS_WEIGHT": True, "LARGEST": LARGEST}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bkn_core.ops.cuda.inflation import follow
 from bkn_core.ops.cuda.tiles import limited, start_of, tile, tile_count
 
 
@@ -92,85 +93,16 @@ def differentiate_group(
 
 
 @triton.jit
-def finite(value):
-    """Whether a number is neither infinite nor NaN."""
-    return value - value == 0
-
-
-@triton.jit
-def add(pointers, values, mask):
-    """Add to what lies there."""
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
-
-
-@triton.jit
-def usual(sensitivity, channels, USUAL: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return by how much a sensitivity may differ from its running mean: so many times its root mean square."""
-    squares = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, channels, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        running = tl.load(sensitivity + channel, mask=channel < channels, other=0.0)
-        squares += running * running
-    return USUAL * tl.sqrt(tl.sum(squares, 0, keep_dims=True) / channels)
-
-
-@triton.jit
-def used(sensitivity, seen, own_part, channel, channels, USUAL: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return the sensitivity of the passes before, and of this one's what is beyond the usual."""
-    running = tl.load(sensitivity + channel, mask=channel < channels, other=0.0)
-    bound = usual(sensitivity, channels, USUAL, CHANNELS)
-    surplus = seen - running
-    beyond = surplus - tl.where(surplus > bound, bound, tl.where(surplus < -bound, -bound, surplus))
-    return tl.where((bound > 0) & finite(seen), running + own_part * beyond, running)
-
-
-@triton.jit
-def follow(
-    statistics, prior_mean, prior_stride, sensitivity, gathered, own_part, by_ratio, by_mean, spread, expected, channel,
-    channels, groups, eps,
-    LARGEST: tl.constexpr, RATIO: tl.constexpr, USUAL: tl.constexpr, CHANNELS: tl.constexpr,
+def totals(
+    sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, first, channels, groups,
+    parts,
+    HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STATISTICS: tl.constexpr, LARGEST: tl.constexpr,
+    LARGEST_GRADIENT: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return what the inflations' gradient gives each group's spread, the mean, and v'; gather what this pass saw."""
-    known, plane = channel < channels, groups * channels
-    largest = RATIO * expected
-    pull = tl.zeros([CHANNELS], tl.float32) + eps
-    for group in range(0, groups):
-        at, prior = group * channels + channel, group * prior_stride + channel
-        apart = tl.load(statistics + 2 * plane + at, mask=known, other=0.0)
-        apart -= tl.load(prior_mean + prior, mask=known, other=0.0)
-        variance = limited(tl.load(statistics + 3 * plane + at, mask=known, other=1.0), LARGEST)
-        pull += limited(variance + limited(apart * apart, LARGEST), largest) / groups
-    wide = (spread + eps) / RATIO
-    deviation = tl.sqrt(tl.where(wide > expected, wide, expected))
-    push = by_mean * deviation
-    sound = known & finite(by_ratio) & finite(push)
-    add(gathered + channel, by_ratio, sound)
-    add(gathered + channels + channel, push, sound)
-    add(gathered + 2 * channels + channel, tl.zeros([CHANNELS], tl.float32) + 1.0, sound)
-    share = used(sensitivity, by_ratio, own_part, channel, channels, USUAL, CHANNELS) / groups / expected
-    push = used(sensitivity + channels, push, own_part, channel, channels, USUAL, CHANNELS) / groups / deviation
-    return share, push, share * pull / expected
-
-
-@triton.jit
-def differentiate(
-    sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, gain, weight, sensitivity, gathered,
-    own_part, coefficients, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, first, channels, groups,
-    parts, count, eps,
-    HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STATISTICS: tl.constexpr, FOLLOWS: tl.constexpr,
-    LARGEST: tl.constexpr, LARGEST_GRADIENT: tl.constexpr, RATIO: tl.constexpr, USUAL: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients of all vectors, and of each group the four numbers that make dx, (4, G, C)."""
-    channel = first + tl.arange(0, CHANNELS)
-    known = channel < channels
-    plane = groups * channels
-    nothing = tl.zeros([CHANNELS], tl.float32)
-    by_weight, by_bias, by_mean, by_variance, by_gain = nothing, nothing, nothing, nothing, nothing
-    by_ratio, spread, expected = nothing, nothing, nothing
-    q = 1.0
-    if HAS_PRIOR:
-        q = tl.load(gain)
+    """Return the sums over groups of what goes to γ, β, µ', v', the gain and ι, and the means of S + d² and v'."""
+    by_weight = tl.zeros([CHANNELS], tl.float32)
+    by_bias, by_mean, by_variance, by_gain = by_weight, by_weight, by_weight, by_weight
+    by_ratio, spread, expected = by_weight, by_weight, by_weight
     for group in range(0, groups):
         (g_weight, g_bias, g_mean, g_variance, g_gain, _, _, _, _, apart, variance, predicted) = differentiate_group(
             sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first,
@@ -184,7 +116,37 @@ def differentiate(
         by_ratio += g_variance * predicted
         spread += (variance + limited(apart * apart, LARGEST)) / groups
         expected += predicted / groups
+    return by_weight, by_bias, by_mean, by_variance, by_gain, by_ratio, spread, expected
+
+
+@triton.jit
+def write_rows(pointers, plane, a, b, c, d, known):
+    """Write four rows, a plane apart."""
+    tl.store(pointers, a, mask=known)
+    tl.store(pointers + plane, b, mask=known)
+    tl.store(pointers + 2 * plane, c, mask=known)
+    tl.store(pointers + 3 * plane, d, mask=known)
+
+
+@triton.jit
+def differentiate(
+    sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, gain, weight, sensitivity, gathered,
+    own_part, coefficients, to_prior_mean, to_prior_variance, to_gain, to_weight, to_bias, first, channels, groups,
+    parts, count, eps,
+    HAS_PRIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STATISTICS: tl.constexpr, FOLLOWS: tl.constexpr,
+    LARGEST: tl.constexpr, LARGEST_GRADIENT: tl.constexpr, RATIO: tl.constexpr, USUAL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of all vectors, and of each group the four numbers that make dx, (4, G, C)."""
+    channel = first + tl.arange(0, CHANNELS)
+    known, plane = channel < channels, groups * channels
+    q = tl.load(gain) if HAS_PRIOR else 1.0
+    by_weight, by_bias, by_mean, by_variance, by_gain, by_ratio, spread, expected = totals(
+        sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, first, channels, groups,
+        parts, HAS_PRIOR, HAS_WEIGHT, HAS_STATISTICS, LARGEST, LARGEST_GRADIENT, CHANNELS,
+    )  # fmt: skip
     expected += eps
+    nothing = tl.zeros([CHANNELS], tl.float32)
     largest = RATIO * expected
     share, push, step = nothing, nothing, nothing
     if FOLLOWS:
@@ -197,31 +159,25 @@ def differentiate(
             sums, statistics, to_statistics, prior_mean, prior_variance, prior_stride, q, weight, group, first,
             channels, groups, parts, HAS_PRIOR, HAS_WEIGHT, HAS_STATISTICS, LARGEST, LARGEST_GRADIENT, CHANNELS,
         )  # fmt: skip
-        at = group * channels + channel
-        shift = nothing
+        at, shift = group * channels + channel, nothing
         if FOLLOWS:
             own = variance + limited(apart * apart, LARGEST)
             portion = tl.where(own > largest, share * largest / own, share)
             shift = push + 2 * portion * apart
-            to_mean += shift
-            to_variance += portion
-            by_mean -= shift
-            by_variance -= step
-        tl.store(coefficients + at, scale, mask=known)
-        tl.store(coefficients + plane + at, 2 * to_variance / count, mask=known)
-        tl.store(coefficients + 2 * plane + at, observed, mask=known)
-        tl.store(coefficients + 3 * plane + at, to_mean / count, mask=known)
-        if HAS_PRIOR and prior_stride > 0:
-            tl.store(to_prior_mean + at, g_mean - shift, mask=known)
-            tl.store(to_prior_variance + at, g_variance - step, mask=known)
+            to_mean, to_variance = to_mean + shift, to_variance + portion
+            by_mean, by_variance = by_mean - shift, by_variance - step
+        write_rows(coefficients + at, plane, scale, 2 * to_variance / count, observed, to_mean / count, known)
+        if HAS_PRIOR:
+            tl.store(to_prior_mean + at, g_mean - shift, mask=known & (prior_stride > 0))
+            tl.store(to_prior_variance + at, g_variance - step, mask=known & (prior_stride > 0))
     tl.store(to_bias + channel, by_bias, mask=known)
     if HAS_WEIGHT:
         tl.store(to_weight + channel, by_weight, mask=known)
     if HAS_PRIOR:
         tl.store(to_gain + channel, by_gain, mask=known)
-        if prior_stride == 0:
-            tl.store(to_prior_mean + channel, by_mean, mask=known)
-            tl.store(to_prior_variance + channel, by_variance, mask=known)
+        is_shared = known & (prior_stride == 0)
+        tl.store(to_prior_mean + channel, by_mean, mask=is_shared)
+        tl.store(to_prior_variance + channel, by_variance, mask=is_shared)
 
 
 @triton.jit

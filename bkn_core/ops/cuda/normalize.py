@@ -19,7 +19,7 @@ from bkn_core.ops.cuda import backward, forward
 
 LARGEST = 0.499 * torch.finfo(torch.float32).max  # squares stay below, so that two of them are a number
 LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group
-_FEW_TILES = 16  # that one program goes through without help
+_FEW_TILES = 24  # that one program goes through without help
 
 LIBRARY = torch.library.Library("bkn_cuda", "DEF")
 LIBRARY.define(
@@ -71,14 +71,14 @@ class Division(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Division:
-        """Divide an activation: tiles of 1024 values or fewer, long in the direction in which memory is."""
+        """Divide an activation: tiles of as many values as registers hold, long in the direction in which memory is."""
         channels, positions = x.shape[1], x.shape[2:].numel()
         is_last = is_channels_last(x)
         if is_last:
             wide = min(64, triton.next_power_of_2(channels))
             tall = min(1024 // wide, triton.next_power_of_2(len(x) // groups * positions))
         else:
-            tall = min(1024, triton.next_power_of_2(positions))
+            tall = min(512, triton.next_power_of_2(positions))
             wide = min(max(1, 256 // tall), triton.next_power_of_2(channels))
         whole = cls(groups, len(x) // groups, channels, positions, is_last, tall, wide, 1)
         wanted = 4 * _processors(x.device) // max(1, groups * whole.blocks)
