@@ -8,14 +8,14 @@ from __future__ import annotations
 import array
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.instructions import CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
+from bkn_core.graph.instructions import ALL, CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
 from bkn_core.graph.kernel_tensors import KernelTensors
 from bkn_core.graph.rules.lowering import write
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
@@ -54,13 +54,15 @@ class KernelProgram:
         NoKernel: the kernels do not know a node.
     """
 
+    operations: ClassVar[frozenset[int]] = ALL
+
     def __init__(self, graph: Graph, names: Sequence[str], model: nn.Module) -> None:
         self.layers, self.names = tuple(graph.priors), tuple(names)
         self.widths = [graph.nodes[number].channels for number in graph.priors.values()]
         self.given = [node.name for node in graph.nodes if node.operation == "given"]
         total = sum(self.widths)
         self.results = 2 * total + len(self.names)
-        builder = ProgramBuilder(model, self.results, self.given)
+        builder = ProgramBuilder(model, self.results, self.operations, self.given)
         slots: list[Slot] = []
         for node in graph.nodes:
             slots.append(write(builder, node, [slots[i] for i in node.inputs]))
@@ -75,7 +77,7 @@ class KernelProgram:
         for i, name in enumerate(self.names):
             builder.gain(_layer(model, name), name, 2 * total + i)
         self.instructions, self.size, self.moving = builder.instructions, builder.size, builder.moving
-        self.tensors = KernelTensors(list(builder.numbers), builder.shapes)
+        self.tensors = KernelTensors(list(builder.numbers), builder.shapes, self.takes)
         self._structure: _Structure | None = None
         self._gradient_fields: Tensor | None = None
         self._filled: tuple[tuple[list[int], list[bool]], array.array[int]] | None = None
@@ -94,8 +96,18 @@ class KernelProgram:
         if entries is None:
             return None
         tensors = [_given(part) for name in self.given for part in given[name]] + entries.values
-        *parts, gains = torch.split(RunProgram.apply(self, *tensors), [*self.widths, *self.widths, len(self.names)])
+        *parts, gains = torch.split(self.run(model, tensors), [*self.widths, *self.widths, len(self.names)])
         return self.named([*parts, *gains.unbind()])
+
+    @staticmethod
+    def takes(tensor: Tensor) -> bool:
+        """Whether the kernels can read a tensor."""
+        return kernels.is_plain(tensor)
+
+    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+        """Return all results in one row."""
+        row: Tensor = RunProgram.apply(self, *tensors)
+        return row
 
     def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
         """Return all means, variances and gains by the names of their layers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bkn_core.graph.expressions import is_computed_by_hook
 from bkn_core.graph.lookup import Entries, Lookup
 from bkn_core.layers.forward import is_recomputation
-from bkn_core.ops import kernels
 
 # Of a forward that may be a repeated one, and their buffers, which every other forward reads.
 INFLATIONS = {"present_inflation": "innovation", "present_mean_inflation": "mean_innovation"}
@@ -40,9 +39,13 @@ class KernelTensors:
     Args:
         paths: of the module, and the name in it.
         shapes: that they must have.
+        takes: whether the kernels can read a tensor.
     """
 
-    def __init__(self, paths: Sequence[tuple[str, str]], shapes: Sequence[torch.Size]) -> None:
+    def __init__(
+        self, paths: Sequence[tuple[str, str]], shapes: Sequence[torch.Size], takes: Callable[[Tensor], bool]
+    ) -> None:
+        self.takes = takes
         self.lookup = Lookup(dict.fromkeys(module for module, _ in paths))
         entries = {path: i for i, path in enumerate(self.lookup.paths)}
         self.wanted = [(entries[module], name, shape) for (module, name), shape in zip(paths, shapes, strict=True)]
@@ -59,7 +62,7 @@ class KernelTensors:
         checked, is_repeated = self._checked, is_recomputation()
         if checked is not None and not is_repeated and self.known(model) is not None and checked.is_unmoved():
             return checked.entries
-        checked = _check(self.lookup(model), self.wanted, is_repeated)
+        checked = _check(self.lookup(model), self.wanted, self.takes, is_repeated)
         is_kept = checked is not None and not is_repeated and all(tensor.is_leaf for tensor in checked.entries.values)
         self._checked = checked if is_kept else None  # a tensor with a graph is not kept alive
         return None if checked is None else checked.entries
@@ -72,7 +75,10 @@ class KernelTensors:
 
 
 def _check(
-    modules: Sequence[nn.Module], wanted: Sequence[tuple[int, str, torch.Size]], is_repeated: bool
+    modules: Sequence[nn.Module],
+    wanted: Sequence[tuple[int, str, torch.Size]],
+    takes: Callable[[Tensor], bool],
+    is_repeated: bool,
 ) -> _Checked | None:
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     for owner, name, shape in wanted:
@@ -85,7 +91,9 @@ def _check(
             return None
         if tensor is None:  # what is computed: a parametrized weight, the inflation of a recomputed forward
             tensor = getattr(module, name, None)
-        if tensor is None or tensor.shape != shape or not kernels.is_plain(tensor):
+        if tensor is None or tensor.shape != shape or not takes(tensor):
+            return None
+        if found and tensor.device != found[0][2].device:
             return None
         found.append((holder, name, tensor if _is_dense(tensor) else tensor.contiguous()))
     entries = Entries(found)

@@ -1,4 +1,4 @@
-"""All priors of a model: programs for the CPU kernels, and between them the nodes that PyTorch evaluates.
+"""All priors of a model: programs for the kernels in C or in Triton, and between them the nodes that PyTorch evaluates.
 
 A node that the kernels do not know costs its own evaluation. What it reads comes from a program of the nodes before it,
 what it gives enters the next program as a tensor, and autograd passes the gradients from one to the other.
@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from bkn_core.filter.autograd import is_eager
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph, Node
 from bkn_core.graph.instructions import NoKernel, ProgramBuilder, Slot
 from bkn_core.graph.interpret import RULES
 from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.rules.lowering import write
+from bkn_core.graph.triton_program import TritonProgram
+from bkn_core.ops import backend, kernels
 
 
 class _Stage(NamedTuple):
@@ -34,19 +37,23 @@ class LoweredGraph:
         graph: which layers feed which.
         names: all layers, of which each gets its gain.
         model: gives the shapes.
+        kind: of the programs.
     """
 
-    def __init__(self, graph: Graph, names: Sequence[str], model: nn.Module) -> None:
-        unknown = _unknown(graph, model)
+    def __init__(
+        self, graph: Graph, names: Sequence[str], model: nn.Module, kind: type[KernelProgram] = KernelProgram
+    ) -> None:
+        self.kind = kind
+        unknown = _unknown(graph, model, kind.operations)
         self.nodes = {i: graph.nodes[i] for i in unknown}
         known = tuple(_given(node, i) if i in unknown else node for i, node in enumerate(graph.nodes))
         graph = dataclasses.replace(graph, nodes=known)
         self.stages: list[_Stage] = []
         for numbers in _by_depth(self.nodes, known):
             read = {i: None for number in numbers for i in self.nodes[number].inputs if i not in unknown}
-            program = KernelProgram(graph.only({str(i): i for i in read}, {}), (), model)
+            program = kind(graph.only({str(i): i for i in read}, {}), (), model)
             self.stages.append(_Stage(program, numbers))
-        self.last = KernelProgram(graph.only(graph.priors, {}), names, model)
+        self.last = kind(graph.only(graph.priors, {}), names, model)
 
     @property
     def is_whole(self) -> bool:
@@ -73,9 +80,16 @@ def _given(node: Node, number: int) -> Node:
     return Node("given", (), node.channels, name=number)
 
 
-def _unknown(graph: Graph, model: nn.Module) -> list[int]:
+def kind_for(tensor: Tensor) -> type[KernelProgram] | None:
+    """Return which programs can be run now where a tensor is, None where only PyTorch can."""
+    if is_eager() and backend.takes_triton(tensor.device.type):
+        return TritonProgram
+    return KernelProgram if kernels.are_usable() else None
+
+
+def _unknown(graph: Graph, model: nn.Module, operations: frozenset[int]) -> list[int]:
     """Return the numbers of the nodes that the kernels do not know."""
-    builder, unknown = ProgramBuilder(model, 0), []
+    builder, unknown = ProgramBuilder(model, 0, operations), []
     slots: list[Slot] = []
     for i, node in enumerate(graph.nodes):
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bkn_core.errors import ConversionError
+from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import modules_of
 from bkn_core.ops import extension, kernels
 from bkn_core.priors.hooks import PriorHooks, find_all_hooks
@@ -78,7 +79,11 @@ def _share(hooks: PriorHooks, owner: nn.Module) -> Shared:
         if row is not None and row.begins(owner):
             return row
         programs, operations = hooks.programs(owner), extension.operations()
-        entries = programs.last.tensors(owner) if programs is not None and programs.is_whole else None
+        entries = (
+            programs.last.tensors(owner)
+            if programs is not None and programs.is_whole and programs.kind is KernelProgram
+            else None
+        )
         is_new = row is None or row.entries is not entries
         if programs is not None and entries is not None and operations is not None and is_new:
             row = hooks.row = SharedRow(programs.last, entries, operations)

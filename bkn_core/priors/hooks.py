@@ -17,11 +17,10 @@ from bkn_core.graph.graph import Graph
 from bkn_core.graph.input_moments import remove_input_moments
 from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, parameter
 from bkn_core.graph.lookup import Lookup
-from bkn_core.graph.lower import LoweredGraph
+from bkn_core.graph.lower import LoweredGraph, kind_for
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.forward import LayerContext, is_recomputation
 from bkn_core.layers.loading import explain
-from bkn_core.ops import kernels
 from bkn_core.ops.track import track
 from bkn_core.priors.named_layers import checked, gains_of, layer_of, no_autocast, norm_of, normalized_message, refine
 from bkn_core.priors.shared import Shared, SharedRow
@@ -159,11 +158,12 @@ class PriorHooks:
         return dict(zip(named, refined, strict=True)), gains_of(layers)
 
     def programs(self, model: nn.Module) -> LoweredGraph | None:
-        """Return the programs for the CPU kernels, None where these cannot be called now."""
-        if not kernels.are_usable():
+        """Return the programs for the kernels, None where these cannot be called now."""
+        kind = kind_for(self.layers(model)[0].gain_factor)
+        if kind is None:
             return None
-        if self.lowered is None:
-            self.lowered = LoweredGraph(self.graph, self.names, model)
+        if self.lowered is None or self.lowered.kind is not kind:
+            self.lowered = LoweredGraph(self.graph, self.names, model, kind)
         return self.lowered
 
 

@@ -29,19 +29,24 @@ def resources(capability: int) -> dict[str, int]:
 
 def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield name, kernel and constants of every form that is launched."""
-    from bkn_core.ops.cuda import backward, forward, memory, track
+    from bkn_core.ops.cuda import backward, chains, chains_back, forward, layout, memory, track, weights
     from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT
 
     yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": track.CHANNELS}
+    yield "evaluate", chains.evaluate, {"CHANNELS": layout.CHANNELS}
+    yield "reverse", chains_back.reverse, {"CHANNELS": layout.CHANNELS}
+    yield "weigh", weights.weigh, {"ROWS": layout.ROWS, "COLUMNS": layout.COLUMNS}
+    back = {"ROWS": layout.ROWS_BACK, "COLUMNS": layout.COLUMNS_BACK, "PART": layout.ROWS_OF_PART}
+    yield "weigh_back", weights.weigh_back, back
     for last, positions, channels in ((True, 16, 64), (False, 512, 1)):
-        layout = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels}
-        yield f"observe {last}", forward.observe_parts, layout
+        tile = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels}
+        yield f"observe {last}", forward.observe_parts, tile
         vectors = {"HAS_PRIOR": True, "HAS_WEIGHT": True, "LARGEST": LARGEST}
         for whole in (True, False):
             yield (
                 f"normalize {last} {whole}",
                 forward.normalize,
-                {**layout, **vectors, "IS_WHOLE": whole, "HAS_BIAS": True},
+                {**tile, **vectors, "IS_WHOLE": whole, "HAS_BIAS": True},
             )
         limits = {
             "LARGEST_GRADIENT": LARGEST_GRADIENT,
@@ -55,7 +60,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield (
                 f"backward {last} {sums}{makes}{applies}",
                 backward.normalize_backward,
-                layout | vectors | limits | step,
+                tile | vectors | limits | step,
             )
 
 
@@ -65,9 +70,12 @@ def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bkn_core.ops.cuda.track import WARPS
+    from bkn_core.ops.cuda.layout import WARPS
+    from bkn_core.ops.cuda.track import WARPS as TRACKING
 
+    warps = {"track": TRACKING, "evaluate": WARPS, "reverse": WARPS}
     types = dict.fromkeys(("x", "y", "dy", "dx"), activation) | dict.fromkeys(POINTERS, "*fp32")
+    types |= dict.fromkeys(("values", "gradients", "flat", "scratch"), "*fp32")
     types |= {"table": "*i64", "numbers": "*fp32", "before": "*fp32"}
     types |= dict.fromkeys(("eps", "count", "own_part"), "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -76,7 +84,7 @@ def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": WARPS if "table" in kernel.arg_names else 4},
+        options={"num_warps": warps.get(kernel.fn.__name__, 4)},
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -204,5 +204,5 @@ def test_without_triton_pytorch_serves_and_it_is_said_once(
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_ahead_without_spills(capability: int) -> None:
     found = resources(capability)
-    assert len(found) == 30
+    assert len(found) == 38
     assert {name: stack for name, stack in found.items() if stack} == {}

@@ -1,0 +1,195 @@
+"""All priors by Triton's kernels, run by its interpreter, against PyTorch node by node in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_kernel_nodes import Between, Mixed, Scaled
+from test_kernel_program import IMAGES, assert_equal_to_float64, drawn, gradients, predictions, priors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bkn_core as bkn
+from bkn_core.graph import instructions, schedule
+from bkn_core.graph.instructions import Instruction
+from bkn_core.graph.triton_program import TritonProgram
+from bkn_core.ops import backend, extension, kernels, track
+from bkn_core.ops.cuda import layout
+from bkn_core.priors.hooks import find_hooks
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend.triton_works("cpu")
+    monkeypatch.setattr(backend, "chosen", lambda: "triton")
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(extension, "operations", lambda: None)
+
+
+def program(model: nn.Module) -> TritonProgram:
+    lowered = find_hooks(model)[1].lowered
+    assert lowered is not None and isinstance(lowered.last, TritonProgram)
+    return lowered.last
+
+
+class Residual(nn.Module):
+    """A stem, a block with a sum of two branches, a grouped convolution, patches of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.first, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.second, self.norm3 = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
+        self.head, self.norm4 = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Wire them."""
+        x = F.relu(self.norm1(self.stem(x)))
+        y = self.norm3(self.second(F.relu(self.norm2(self.first(x)))))
+        return self.norm4(self.head(F.relu(y + x).mean((2, 3))))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_residual_network(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "ROWS_OF_PART", 3)  # so that there are parts
+    model = drawn(Residual()).to(memory_format=memory_format)  # type: ignore[call-overload]
+    assert_equal_to_float64(model)
+    assert len(program(model).schedule.levels) == 2
+
+
+def pointwise(x: Tensor, scaled: nn.Module, slope: nn.Module) -> Tensor:
+    product = x[:, 1:4] * x[:, 3:]
+    pooled = torch.cat((F.max_pool2d(F.relu(x), 3, 1, 1), F.max_pool2d(product, 3, 1, 1)), 1)
+    x = torch.cat((slope(x), scaled(x), F.relu6(x), F.leaky_relu(x, 0.2), 0.5 * x - 0.25, pooled), 1)
+    return x[:, 1:].view(len(x), 2, 19, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+def test_what_works_channel_by_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "CHANNELS", 16)  # so that there are tiles
+    assert_equal_to_float64(drawn(Between(pointwise, scaled=Scaled(), slope=nn.PReLU())))
+
+
+def test_lines_without_a_kernel_enter_as_they_are() -> None:
+    model = drawn(Mixed())
+    assert_equal_to_float64(model, is_whole=False)
+
+
+class Twice(nn.Module):
+    """A weight that is used twice, weights in a row, and a layer on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.stem, self.norm2 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)
+        self.norm3 = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        x = self.stem(F.relu(self.norm1(x)))
+        return self.norm3(F.relu(self.stem(F.relu(self.norm2(x))) + x))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return drawn(Twice())
+
+
+def test_a_weight_used_twice_and_parameters_without_gradient(model: nn.Module) -> None:
+    assert_equal_to_float64(model)
+    for name in ("norm1.weight", "stem.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    assert_equal_to_float64(model)
+
+
+def test_the_table_stays_as_long_as_no_parameter_moves(model: nn.Module) -> None:
+    gradients(model, predictions(model)[0])
+    table = program(model)._known
+    with torch.no_grad():
+        model.get_parameter("stem.weight").mul_(1.5)
+    before = priors(model)["norm3"].mean
+    priors(model)
+    assert table is not None and program(model)._known is table
+    model.get_parameter("stem.weight").data = 2 * model.get_parameter("stem.weight").data
+    assert not torch.equal(priors(model)["norm3"].mean, before) and program(model)._known is not table
+
+
+def test_gradients_are_those_of_the_forward_though_inflations_move(model: nn.Module) -> None:
+    found, exact = predictions(model)[0], gradients(model, predictions(model)[0])
+    for name, buffer in model.named_buffers():
+        if name.endswith("innovation"):
+            buffer.add_(1.0)
+    for name, gradient in gradients(model, found).items():
+        assert torch.equal(gradient, exact[name])
+
+
+def test_weights_changed_before_the_backward_pass_are_refused(model: nn.Module) -> None:
+    found, _ = predictions(model)
+    with torch.no_grad():
+        model.get_parameter("stem.weight").add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(model, found)
+
+
+def test_saved_tensors_may_be_moved_meanwhile(model: nn.Module) -> None:
+    exact = gradients(model, predictions(model)[0])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+        found, _ = predictions(model)
+    for name, gradient in gradients(model, found).items():
+        torch.testing.assert_close(gradient, exact[name])
+
+
+def test_copies_carry_the_program_and_read_their_own_weights(model: nn.Module) -> None:
+    before = priors(model)["norm3"].mean
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other.get_parameter("stem.weight").mul_(1.5)
+        assert not torch.equal(priors(other)["norm3"].mean, before)
+    assert torch.equal(priors(model)["norm3"].mean, before)
+
+
+def test_chains_of_a_level_share_no_value() -> None:
+    def row(operation: int, out: int, first: int, second: int = 0) -> schedule.Row:
+        return schedule.Row.of(
+            Instruction((operation, 2, out, out + 2, first, first + 2, second, second + 2, 2, 1, 1, 0, 0))
+        )
+
+    rows = [row(layout.RELU, 8, 0), row(layout.RELU, 12, 4), row(layout.RELU, 16, 4), row(layout.ADD, 20, 8, 24)]
+    assert schedule.chains_of(rows, 40) == [[rows[1], rows[2]], [rows[0], rows[3]]]
+
+
+def test_operations_have_the_numbers_of_the_instructions() -> None:
+    names = [name for name in vars(layout) if isinstance(getattr(instructions, name, None), int)]
+    assert len(names) == len(instructions.ALL)
+    assert all(getattr(layout, name) == getattr(instructions, name) for name in names)
+    assert layout.COLLECT not in instructions.ALL
+
+
+def trained() -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of three steps, and the gradients of the last."""
+    torch.manual_seed(0)
+    model = bkn.convert(Twice(), IMAGES[:1], statistics_batch_size=2, input_prior=IMAGES).train()
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(IMAGES) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_network_trains_as_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "triton_takes", lambda *_: False)  # layers have their own tests
+    monkeypatch.setattr(track, "_track_by_triton", lambda *_: None)
+    losses, found = trained()
+    monkeypatch.setattr(backend, "chosen", lambda: "torch")
+    expected_losses, expected = trained()
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
