@@ -96,7 +96,11 @@ class KernelProgram:
         if entries is None:
             return None
         tensors = [_given(part) for name in self.given for part in given[name]] + entries.values
-        *parts, gains = torch.split(self.run(model, tensors), [*self.widths, *self.widths, len(self.names)])
+        return self.parted(self.run(model, tensors))
+
+    def parted(self, row: Tensor) -> tuple[dict[str, Gaussian], list[Tensor]]:
+        """Return the parts of a row of results by the names of their layers."""
+        *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
         return self.named([*parts, *gains.unbind()])
 
     @staticmethod

@@ -13,7 +13,7 @@ from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import modules_of
 from bkn_core.ops import extension, kernels
 from bkn_core.priors.hooks import PriorHooks, find_all_hooks
-from bkn_core.priors.shared import Shared, SharedOutputs, SharedRow
+from bkn_core.priors.shared import Shared, SharedOutputs, SharedResults, SharedRow
 
 
 @contextlib.contextmanager
@@ -74,21 +74,30 @@ def _block(owner: nn.Module, hooks: PriorHooks) -> Iterator[None]:
 
 def _share(hooks: PriorHooks, owner: nn.Module) -> Shared:
     """Return constants that stand for priors and gains."""
-    row = hooks.row
-    if torch.is_grad_enabled() and kernels.are_usable():
-        if row is not None and row.begins(owner):
+    if torch.is_grad_enabled():
+        row = _row(hooks, owner)
+        if row is not None:
             return row
-        programs, operations = hooks.programs(owner), extension.operations()
-        entries = (
-            programs.last.tensors(owner)
-            if programs is not None and programs.is_whole and programs.kind is KernelProgram
-            else None
-        )
-        is_new = row is None or row.entries is not entries
-        if programs is not None and entries is not None and operations is not None and is_new:
-            row = hooks.row = SharedRow(programs.last, entries, operations)
-            if row.begins(owner):
-                return row
     layers = hooks.layers(owner)
     named = dict(zip(hooks.names, layers, strict=True))
     return SharedOutputs(hooks.predictions(owner, layers), named, modules_of(owner))
+
+
+def _row(hooks: PriorHooks, owner: nn.Module) -> Shared | None:
+    """Return constants that the kernels give in one row, None where they do not."""
+    row = hooks.row
+    if kernels.are_usable() and row is not None and row.begins(owner):
+        return row
+    programs = hooks.programs(owner)
+    entries = programs.last.tensors(owner) if programs is not None and programs.is_whole else None
+    if programs is None or entries is None:
+        return None
+    if programs.kind is not KernelProgram:
+        is_kept = programs.last.tensors.known(owner) is entries
+        return SharedResults(programs.last, programs.last.run(owner, entries.values), entries) if is_kept else None
+    operations = extension.operations()
+    if operations is not None and (row is None or row.entries is not entries):
+        row = hooks.row = SharedRow(programs.last, entries, operations)
+        if row.begins(owner):
+            return row
+    return None

@@ -112,8 +112,46 @@ class SharedOutputs(Shared):
         return True
 
 
+class SharedResults(Shared):
+    """Priors and gains as the row of results of one autograd node, for one block.
+
+    Args:
+        program: gave them.
+        row: with its graph.
+        entries: of the tensors that it reads.
+    """
+
+    def __init__(self, program: KernelProgram, row: Tensor, entries: Entries) -> None:
+        self.row, self.leaf = row, row.detach().requires_grad_(row.requires_grad)
+        self.versions = [tensor._version for tensor in entries.values]
+        super().__init__(program.parted(self.leaf), [self.leaf], entries)
+
+    def backward(self) -> bool:
+        """Send the gradient of the row on, unless a value has changed; return whether none has.
+
+        All are added to `.grad` at once, but where a hook watches a parameter.
+        """
+        if self.versions != [tensor._version for tensor in self.entries.values]:
+            return False
+        if self.leaf.grad is None:
+            return True
+        parameters = list(dict.fromkeys(t for t in self.entries.values if t.requires_grad))  # one may be there twice
+        if any(t._backward_hooks or t._post_accumulate_grad_hooks or not t.is_leaf for t in parameters):
+            self.row.backward(self.leaf.grad)  # type: ignore[no-untyped-call]
+            return True
+        found = torch.autograd.grad(self.row, parameters, self.leaf.grad, allow_unused=True)
+        pairs = [(t, gradient) for t, gradient in zip(parameters, found, strict=True) if gradient is not None]
+        added = [(t.grad, gradient) for t, gradient in pairs if t.grad is not None]
+        if added:
+            torch._foreach_add_([total for total, _ in added], [gradient for _, gradient in added])
+        for tensor, gradient in pairs:
+            if tensor.grad is None:
+                tensor.grad = gradient
+        return True
+
+
 class SharedRow(Shared):
-    """Priors and gains by the kernels: all of them in one row (`cpu/shared_row.h`), which every block fills anew.
+    """Priors and gains by the kernels in C: all of them in one row (`cpu/shared_row.h`), which every block fills anew.
 
     Args:
         program: gives them.

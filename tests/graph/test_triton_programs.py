@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bkn_core as bkn
+from bkn_core.errors import ConversionError
 from bkn_core.graph import instructions, schedule
 from bkn_core.graph.instructions import Instruction
 from bkn_core.graph.triton_program import TritonProgram
 from bkn_core.ops import backend, extension, kernels, track
 from bkn_core.ops.cuda import layout
 from bkn_core.priors.hooks import find_hooks
+from bkn_core.priors.shared import SharedResults
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -183,9 +185,47 @@ def trained() -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_network_trains_as_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "triton_takes", lambda *_: False)  # layers have their own tests
+@pytest.fixture
+def _layers_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers have their own tests."""
+    monkeypatch.setattr(backend, "triton_takes", lambda *_: False)
     monkeypatch.setattr(track, "_track_by_triton", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_layers_by_pytorch")
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_block_of_forwards_adds_the_gradients_of_separate_priors(
+    model: nn.Module, is_watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.get_submodule("norm1").bias = model.get_parameter("stem.bias")  # one parameter in two places
+    seen: list[Tensor] = []
+    if is_watched:
+        model.get_parameter("stem.weight").register_hook(lambda gradient: seen.append(gradient))
+    made: list[object] = []
+    create = SharedResults.__init__
+    monkeypatch.setattr(SharedResults, "__init__", lambda *rest: made.append(create(*rest)))
+    other = copy.deepcopy(model)
+    with bkn.accumulation(model):
+        for images in IMAGES.split(2):
+            model(images).square().mean().backward()
+    assert len(made) == 1 and bool(seen) == is_watched
+    monkeypatch.setattr(backend, "chosen", lambda: "torch")
+    before = copy.deepcopy(other.state_dict())
+    for images in IMAGES.split(2):
+        other.load_state_dict(before)  # the memory of a block moves when it ends
+        other(images).square().mean().backward()
+    for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None and same.grad is not None
+        torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_changed_inside_a_block_are_refused(model: nn.Module) -> None:
+    with pytest.raises(ConversionError, match="changed inside"), bkn.accumulation(model), torch.no_grad():
+        model.get_parameter("stem.weight").add_(1.0)
+
+
+@pytest.mark.usefixtures("_layers_by_pytorch")
+def test_a_network_trains_as_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, found = trained()
     monkeypatch.setattr(backend, "chosen", lambda: "torch")
     expected_losses, expected = trained()
