@@ -86,9 +86,9 @@ class KernelProgram:
 
     def predictions(
         self, model: nn.Module, given: Mapping[int, Gaussian]
-    ) -> tuple[dict[str, Gaussian], list[Tensor]] | None:
-        """Return all priors (or messages) by their names and the gains of all layers, None where the kernels cannot
-        take the model's tensors.
+    ) -> tuple[dict[str, Gaussian], dict[str, Tensor]] | None:
+        """Return all priors (or messages) and gains by the names of their layers, None where the kernels cannot take
+        the model's tensors.
         """
         entries = self.tensors(model)
         if entries is None:
@@ -97,11 +97,11 @@ class KernelProgram:
         *parts, gains = torch.split(RunProgram.apply(self, *tensors), [*self.widths, *self.widths, len(self.names)])
         return self.named([*parts, *gains.unbind()])
 
-    def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
+    def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return all means, variances and gains by the names of their layers."""
         count = len(self.layers)
         priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
-        return priors, list(parts[2 * count :])
+        return priors, dict(zip(self.names, parts[2 * count :], strict=True))
 
     @property
     def gradient_fields(self) -> Tensor:

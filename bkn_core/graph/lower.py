@@ -53,8 +53,8 @@ class LoweredGraph:
         """Whether the last program is all there is."""
         return not self.stages
 
-    def predictions(self, model: nn.Module) -> tuple[dict[str, Gaussian], list[Tensor]] | None:
-        """Return all priors by their names and the gains of all layers, None where the kernels cannot take the model's
+    def predictions(self, model: nn.Module) -> tuple[dict[str, Gaussian], dict[str, Tensor]] | None:
+        """Return all priors and gains by the names of their layers, None where the kernels cannot take the model's
         tensors.
         """
         messages: dict[int, Gaussian] = {}

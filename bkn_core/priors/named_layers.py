@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +104,15 @@ def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
     return corrected, observed, layer.eps, prior.mean.shape[:-1], prior.mean.dtype, prior.mean.device
 
 
-def gains_of(layers: Sequence[BatchKalmanNorm]) -> list[Tensor]:
+def gains_of(layers: Mapping[str, BatchKalmanNorm]) -> dict[str, Tensor]:
     """Return each layer's gain q, schedule included."""
-    found = [layer.fixed_gain if layer.gain_logit is None else layer.gain_logit for layer in layers]
-    for numbers in alike([(layers[i].gain_logit is None, v.dtype, v.device) for i, v in enumerate(found)]):
+    known = list(layers.values())
+    found = [layer.fixed_gain if layer.gain_logit is None else layer.gain_logit for layer in known]
+    for numbers in alike([(known[i].gain_logit is None, v.dtype, v.device) for i, v in enumerate(found)]):
         values = torch.stack([found[i] for i in numbers])
-        if layers[numbers[0]].gain_logit is not None:
+        if known[numbers[0]].gain_logit is not None:
             values = values.sigmoid()
-        factors = torch.stack([layers[i].gain_factor for i in numbers])
+        factors = torch.stack([known[i].gain_factor for i in numbers])
         for i, gain in zip(numbers, (values * factors).unbind(), strict=True):
             found[i] = gain
-    return found
+    return dict(zip(layers, found, strict=True))

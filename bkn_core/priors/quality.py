@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bkn_core.errors import ConversionError, StatisticsError
-from bkn_core.filter.kalman import Gaussian, diagonal, predict
+from bkn_core.filter.kalman import Gaussian, diagonal
 from bkn_core.filter.uncertainty import Uncertainty
 from bkn_core.graph.entry import entered
-from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, parameter
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.priors.hooks import PriorHooks, find_hooks
 from bkn_core.priors.named_layers import layer_of, norm_of, normalized_message
@@ -184,27 +183,13 @@ def _errors(
         like = message(name).mean
         return Gaussian(*(values.to(like).view_as(like) for values in known.moments()))
 
-    analytic, local = (analytic_priors(root, hooks, leaf) for leaf in (message, measured))
+    analytic, local = (hooks.analytic_priors(root, leaf) for leaf in (message, measured))
     errors = {}
     for name in analytic.keys() & seen.keys():
         layer, observed = layer_of(root, name), seen[name].inputs.moments()
         priors = (layer.refine(analytic[name]), analytic[name], local[name])
         errors[name] = tuple(_error(prior, observed, layer.eps) for prior in priors)
     return errors  # type: ignore[return-value]
-
-
-def analytic_priors(root: nn.Module, hooks: PriorHooks, message: Callable[[str], Gaussian]) -> dict[str, Gaussian]:
-    """Return the prior of each layer before its refinement, from the messages of all layers."""
-    learned = hooks.transition == "learned"
-    interpreter = Interpreter(hooks.graph, root, message, STRUCTURE if learned else RULES)
-    predictions = {name: interpreter.node(number) for name, number in hooks.graph.priors.items()}
-    if learned:
-        noise = parameter(root, hooks.noise).square()
-        for name, value in predictions.items():
-            matrix = layer_of(root, name).transition
-            assert matrix is not None
-            predictions[name] = predict(value, matrix.to(value.mean.dtype), noise)
-    return predictions
 
 
 def known_message(root: nn.Module, hooks: PriorHooks, name: str) -> Gaussian:
