@@ -1,6 +1,6 @@
 """A program for the CPU kernels: one autograd node, run in two calls.
 
-It does what `interpret.Interpreter` does with `RULES`, for the nodes that the kernels know; see `lower` for the others.
+It does what `operations.Interpreter` does, for the nodes that the kernels know; see `lower` for the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph
 from bkn_core.graph.instructions import CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
 from bkn_core.graph.kernel_tensors import KernelTensors
-from bkn_core.graph.rules.lowering import write
+from bkn_core.graph.operations import lower
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops import kernels
 from bkn_core.ops.priors import ACCUMULATES, FIELDS, RunProgram
@@ -63,7 +63,7 @@ class KernelProgram:
         builder = ProgramBuilder(model, self.results, self.given)
         slots: list[Slot] = []
         for node in graph.nodes:
-            slots.append(write(builder, node, [slots[i] for i in node.inputs]))
+            slots.append(lower(builder, node, [slots[i] for i in node.inputs]))
         start = 0
         for (name, number), width in zip(graph.priors.items(), self.widths, strict=True):
             out = Slot(start, total + start, width)

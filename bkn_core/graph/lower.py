@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph, Node
 from bkn_core.graph.instructions import NoKernel, ProgramBuilder, Slot
-from bkn_core.graph.interpret import RULES
 from bkn_core.graph.kernel_program import KernelProgram
-from bkn_core.graph.rules.lowering import write
+from bkn_core.graph.operations import evaluate, lower
 
 
 class _Stage(NamedTuple):
@@ -65,7 +64,7 @@ class LoweredGraph:
             messages |= {int(name): message for name, message in found[0].items()}
             for number in numbers:
                 node = self.nodes[number]
-                messages[number] = RULES[node.operation](node, [messages[i] for i in node.inputs], model)
+                messages[number] = evaluate(node, [messages[i] for i in node.inputs], model)
         return self.last.predictions(model, messages)
 
 
@@ -79,7 +78,7 @@ def _unknown(graph: Graph, model: nn.Module) -> list[int]:
     slots: list[Slot] = []
     for i, node in enumerate(graph.nodes):
         try:
-            slots.append(write(builder, node, [slots[j] for j in node.inputs]))
+            slots.append(lower(builder, node, [slots[j] for j in node.inputs]))
         except NoKernel:
             unknown.append(i)
             slots.append(builder.slot(node.channels))

@@ -16,9 +16,9 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.expressions import parameter
 from bkn_core.graph.graph import Graph
 from bkn_core.graph.input_moments import remove_input_moments
-from bkn_core.graph.interpret import Leaf
 from bkn_core.graph.lookup import Lookup
 from bkn_core.graph.lower import LoweredGraph
+from bkn_core.graph.operations import Leaf
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.forward import Forward
 from bkn_core.layers.loading import explain

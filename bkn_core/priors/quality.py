@@ -16,6 +16,7 @@ from bkn_core.errors import ConversionError, StatisticsError
 from bkn_core.filter.kalman import Gaussian, diagonal
 from bkn_core.filter.uncertainty import Uncertainty
 from bkn_core.graph.entry import entered
+from bkn_core.graph.operations import describe
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.priors.hooks import PriorHooks, find_hooks
 from bkn_core.priors.named_layers import layer_of, norm_of, normalized_message
@@ -149,7 +150,7 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
     graph = hooks.graph
     rows = []
     for name in [*seen, *(name for name in norms if name not in seen)]:
-        prior = graph.words(graph.priors[name]) if name in graph.priors else None
+        prior = describe(graph, graph.priors[name]) if name in graph.priors else None
         unseen = "" if name in errors else "the images do not reach it"
         reason = unseen if prior else graph.reasons.get(name, "it was not converted")
         refined, analytic, local = errors.get(name, (None, None, None))

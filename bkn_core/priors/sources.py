@@ -17,8 +17,8 @@ from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian, diagonal, predict
 from bkn_core.filter.state import Observation
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, Leaf
 from bkn_core.graph.lookup import Entries
+from bkn_core.graph.operations import Interpreter, Leaf
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.forward import Forward, is_recomputation
 from bkn_core.ops.track import joined, track
@@ -36,7 +36,7 @@ def analytic(graph: Graph, model: nn.Module, message: Leaf, noise: Tensor | None
         message: mean and variance of what a layer gives, by its name.
         noise: r of learned transitions, None where moments go through the network's own operations.
     """
-    interpreter = Interpreter(graph, model, message, RULES if noise is None else STRUCTURE)
+    interpreter = Interpreter(graph, model, message, is_joined=noise is not None)
 
     def prior(name: str) -> Gaussian:
         value = interpreter.node(graph.priors[name])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.graph.interpret import Interpreter
+from bkn_core.graph.operations import Interpreter
 from bkn_core.graph.trace import trace
 from bkn_core.priors.named_layers import normalized_message
 

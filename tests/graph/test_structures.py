@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.graph.interpret import Interpreter
+from bkn_core.graph.operations import Interpreter, describe
 from bkn_core.graph.trace import trace
 
 
@@ -248,13 +248,13 @@ def test_norm_that_is_called_twice_has_no_prior_but_predicts() -> None:
     model = NormTwice()
     graph = trace(model, EXAMPLE)
     assert "more than once" in graph.reasons["bn2"]
-    assert graph.words(graph.priors["bn3"]) == "bn2 -> conv2"
+    assert describe(graph, graph.priors["bn3"]) == "bn2 -> conv2"
     assert_right(predicted(model, EXAMPLE)["bn3"], sampled(model, images())["bn3"])
 
 
 def test_sum_of_features_and_their_own_convolution_mixes_the_input() -> None:
     graph = trace(PreActivation(), EXAMPLE)
-    assert graph.words(graph.priors["bn2"]) == "input -> stem + relu(bn1) -> conv1"
+    assert describe(graph, graph.priors["bn2"]) == "input -> stem + relu(bn1) -> conv1"
 
 
 def test_average_pooling_keeps_the_mean() -> None:
@@ -265,7 +265,7 @@ def test_average_pooling_keeps_the_mean() -> None:
 
 def test_excitation_reads_the_words_of_its_branches() -> None:
     graph = trace(SqueezeExcite(), EXAMPLE)
-    words = graph.words(graph.priors["bn2"])
+    words = describe(graph, graph.priors["bn2"])
     assert words == "relu(bn1) * sigmoid(relu(relu(bn1) -> down) -> up) -> conv1"
 
 
@@ -293,7 +293,7 @@ def test_priors_follow_the_parameters_that_weights_are_computed_from() -> None:
 def test_norm_of_the_input_is_measured() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     graph = trace(model, EXAMPLE)
-    assert graph.words(graph.priors["0"]) == "input"
+    assert describe(graph, graph.priors["0"]) == "input"
     assert_right(predicted(model, EXAMPLE)["2"], sampled(model, images())["2"])
 
 

@@ -11,6 +11,7 @@ from brute_force import Between, Trap, assert_right, images, predicted, sampled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bkn_core.graph.operations import describe
 from bkn_core.graph.trace import trace
 
 EXAMPLE = images(3)
@@ -122,7 +123,7 @@ def test_prior_is_right(name: str) -> None:
     graph = trace(model, EXAMPLE)
     assert "bn2" in graph.priors, graph.reasons
     if words:
-        assert graph.words(graph.priors["bn2"]) == words
+        assert describe(graph, graph.priors["bn2"]) == words
     batch = images(300) if name == "batch cut and joined" else images()
     assert_right(predicted(model, EXAMPLE)["bn2"], sampled(model, batch)["bn2"])
 
