@@ -15,6 +15,8 @@ from bkn_core.graph.expressions import check_own
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops.track import alike, apart, beside, existing
 
+_REFINEMENT = ("prior_offset", "prior_log_scale", "present_mean_inflation", "present_inflation")
+
 
 def no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
     """Keep statistics out of mixed precision."""
@@ -78,23 +80,12 @@ def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> lis
         chosen = [layers[i] for i in numbers]
         widths = [layer.num_features for layer in chosen]
         prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
-        offset, log_scale, shift, inflation = (
-            _beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True)
-        )
+        parts = [existing([getattr(layer, name) for layer in chosen]) for name in _REFINEMENT]
+        offset, log_scale, shift, inflation = (beside(vectors) if vectors else None for vectors in parts)
         mean, variance = kalman.refine(prior, (offset, log_scale), (shift, inflation), chosen[0].eps)
-        for i, *parts in zip(numbers, apart(mean, widths), apart(variance, widths), strict=True):
-            refined[i] = Gaussian(*parts)
+        for i, *moments in zip(numbers, apart(mean, widths), apart(variance, widths), strict=True):
+            refined[i] = Gaussian(*moments)
     return refined
-
-
-def _refinement(layer: BatchKalmanNorm) -> tuple[Tensor | None, ...]:
-    inflations = layer.present_mean_inflation, layer.present_inflation
-    return layer.prior_offset, layer.prior_log_scale, *inflations
-
-
-def _beside_or_none(vectors: Sequence[Tensor | None]) -> Tensor | None:
-    known = existing(vectors)
-    return beside(known) if known else None
 
 
 def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
