@@ -204,9 +204,8 @@ def exported(device: str, pairs: int) -> None:
         with torch.no_grad():
             error = (torch.from_numpy(sessions[1].run(None, feeds)[0]) - model(x)).abs().max()
         ratio = paired(lambda: sessions[0].run(None, feeds), lambda: sessions[1].run(None, feeds), pairs=pairs)
-    print(
-        f"largest difference {float(error):.1e}; latency over batch normalization's {ratio}, {ratio.reference_ms:.2f} ms"
-    )
+    words = f"{float(error):.1e}; latency {ratio} of batch normalization's {ratio.reference_ms:.2f} ms"
+    print(f"largest difference {words}")
 
 
 def main() -> None:
