@@ -5,6 +5,7 @@ One thread: on the small tensors of these tests a second one costs more than it 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own functions are made then
 
 import bkn_core.export  # noqa: F401 (before a test imports ONNX Runtime, whose telemetry it switches off)
 from bkn_core.ops import extension, kernels

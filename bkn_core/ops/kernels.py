@@ -1,8 +1,8 @@
 """CPU kernels: the C files of `cpu`, compiled once by the machine's C compiler. Without one PyTorch does the work.
 
-The library is kept in the user's cache directory. `BKN_NATIVE=0` in the environment switches it off. On the CPU only:
-activations in float32, bfloat16 or float16, all else in float32. Everything else, and everything that is traced or
-compiled, takes the path in PyTorch.
+The library is kept in the user's cache directory; `backend.py` says when it is used. On the CPU only: activations in
+float32, bfloat16 or float16, all else in float32. Everything else, and everything that is traced or compiled, takes the
+path in PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bkn_core.filter.autograd import is_eager
+from bkn_core.ops import backend
 from bkn_core.ops.compiler import Building, Source
 
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
@@ -35,7 +36,7 @@ Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor |
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be had."""
-    if os.environ.get("BKN_NATIVE") == "0" or os.name != "posix":
+    if not backend.takes_cpu_kernels() or os.name != "posix":
         return None
     folder = Path(__file__).parent / "cpu"
     files, headers = sorted(folder.glob("*.c")), sorted(folder.glob("*.h"))

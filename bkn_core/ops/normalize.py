@@ -13,7 +13,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
                Σ_G v' gv' and (N + ε)^½ Σ_G gµ', as far as they are remembered, see `inflation_gradient.py`
                gS += k,  gx̄ += 2 k d + l,  gµ' -= 2 k d + l,  gv' -= h̄ / (G (v' + ε))
 
-Float32 and 16 bits on the CPU go through the kernels of `kernels.py`, all else through `activation_rows.py`.
+On the CPU float32 and 16 bits go through the kernels of `kernels.py`, a GPU's tensors through those of
+`cuda/normalize.py`, all else through the passes of `activation_rows.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bkn_core.filter.autograd import is_eager, once_differentiable, with_signatu
 from bkn_core.filter.inflation_gradient import Sensitivity
 from bkn_core.filter.kalman import Gaussian, Groups, guard, limited
 from bkn_core.filter.state import FilterSettings, FilterStatistics
-from bkn_core.ops import activation_rows, extension, kernels
+from bkn_core.ops import activation_rows, backend, extension, kernels
 
 _LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group: their sum stays finite
 
@@ -186,8 +187,11 @@ class _Direct(torch.autograd.Function):
 def _normalized(
     x: Tensor, parameters: kernels.Parameters, settings: FilterSettings, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The forward in PyTorch."""
+    """The forward by Triton where it takes the tensors, else in PyTorch."""
     prior_mean, prior_variance, gain, weight, bias = parameters
+    if settings.guard_limit == math.inf and backend.triton_takes(x, parameters):
+        y, packed = torch.ops.bkn_cuda.normalize(x, *parameters, settings.eps, groups)
+        return y, packed
     view = activation_rows.rows(x, groups)
     observed_mean, observed_variance, buffer = activation_rows.observe(view)
     mean, variance = observed_mean, observed_variance
@@ -215,9 +219,13 @@ def _gradients(
     settings: FilterSettings,
     groups: int,
 ) -> kernels.Gradients:
-    """The backward in PyTorch."""
+    """The backward by Triton where it takes the tensors, else in PyTorch."""
     dy, grad_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
+    memory = sensitivity or (None, None)
+    vectors = prior_mean, prior_variance, gain, weight, *memory
+    if settings.guard_limit == math.inf and backend.triton_takes(x, vectors):
+        return _gradients_by_triton((*gradients, *saved, *memory, settings.eps, groups))
     mean, _, observed_mean, observed_variance, _, inverse = statistics.unbind()
     view, gradient = activation_rows.rows(x, groups), activation_rows.rows(dy, groups, like=x)
     total, weighted, buffer = activation_rows.weighted_sums(gradient, view, mean)
@@ -252,6 +260,13 @@ def _gradients(
     offset = torch.addcmul(gx, gs, observed_mean, value=-2).div_(count)
     dx = activation_rows.affine_pair(gradient, view, (scale, gs * (2 / count), offset), buffer).to(x.dtype)
     return activation_rows.unrows(dx, x), to_prior, None if weight is None else scaled.sum(0), total.sum(0)
+
+
+def _gradients_by_triton(arguments: tuple[Any, ...]) -> kernels.Gradients:
+    _, _, _, prior_mean, _, _, weight, *_ = arguments
+    dx, to_weight, to_bias, *prior, to_gain = torch.ops.bkn_cuda.normalize_backward(*arguments)
+    to_prior: kernels.ToPrior = (None, None, None) if prior_mean is None else (*prior, to_gain.sum())
+    return dx, to_prior, None if weight is None else to_weight, to_bias
 
 
 def _surplus(difference: Tensor, observed: Tensor, prior: Tensor, factor: Tensor) -> Tensor:

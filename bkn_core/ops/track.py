@@ -4,8 +4,8 @@
     µ ← (1-α) µ + α mean_G(µ̂),   v likewise, with the unbiased S in v̂
 
 m, e_v and the speeds K stand in `uncertainty.py`. A number that is not finite moves nothing: neither the vector's entry
-that it belongs to nor the uncertainty of its layer nor its number of batches. By the CPU kernels where they can take
-the tensors (`cpu/track.c`), else in PyTorch.
+that it belongs to nor the uncertainty of its layer nor its number of batches. By the kernels of `cpu/track.c` or
+`cuda/memory.py` where they can take the tensors, else in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from bkn_core.filter.autograd import is_eager
 from bkn_core.filter.inflation_gradient import remembered
 from bkn_core.filter.kalman import Gaussian, Groups, average_over_groups, diagonal
 from bkn_core.filter.state import FilterStatistics, Observation
@@ -28,7 +29,7 @@ from bkn_core.filter.uncertainty import (
     error_and_noise,
     residuals,
 )
-from bkn_core.ops import extension, kernels
+from bkn_core.ops import backend, extension, kernels
 
 LARGEST_INFLATION = 60.0  # the exponent of a float32: no data reach it but beside a variance of 0
 
@@ -37,9 +38,13 @@ def track(observations: Sequence[Observation]) -> None:
     """Move what layers remember towards what they saw."""
     if not observations:
         return
-    rows = _rows(observations) if kernels.are_usable() else None
+    by_triton = is_eager() and backend.takes_triton(observations[0].statistics.packed.device.type)
+    rows = _rows(observations) if by_triton or kernels.are_usable() else None
     is_alone = len(observations) == 1 or len({id(seen.state.past) for seen in observations}) == len(observations)
-    before = None if rows is None else extension.track(*rows, is_alone=is_alone)
+    if rows is not None and by_triton:
+        before = _track_by_triton(*rows) if is_alone else None
+    else:
+        before = None if rows is None else extension.track(*rows, is_alone=is_alone)
     if before is not None:
         pasts = [seen.state.past for seen in observations if seen.is_inflated]
         pairs = zip(before[::2], before[1::2], strict=True)
@@ -48,7 +53,7 @@ def track(observations: Sequence[Observation]) -> None:
         return
     with torch.no_grad():
         _keep_for_recomputation(observations)
-        if rows is None or not _track_by_kernel(*rows, is_alone=is_alone):
+        if rows is None or by_triton or not _track_by_kernel(*rows, is_alone=is_alone):
             _track_in_pytorch(observations)
 
 
@@ -100,6 +105,19 @@ def _rows(observations: Sequence[Observation]) -> tuple[list[extension.Tensors],
         by_images = 1 - (1 - SLOWEST_IMAGES) ** (images / IMAGES)
         numbers += max(SLOWEST_STEP, by_images), settings.momentum or 0.0, settings.eps
     return rows, numbers
+
+
+def _track_by_triton(rows: Sequence[extension.Tensors], numbers: list[float]) -> list[Tensor] | None:
+    """Return the inflations as they were, None where the kernel does not take these tensors."""
+    device = rows[0][0].device if rows[0][0] is not None else None
+    for row in rows:
+        if any(t is not None and (t.device != device or not t.is_contiguous()) for t in row):
+            return None
+        if any(t is not None and t.dtype is not torch.float32 for t in row[:-1]):
+            return None
+    from bkn_core.ops.cuda.track import track as launch
+
+    return launch(rows, numbers)
 
 
 def _track_by_kernel(rows: Sequence[extension.Tensors], numbers: Sequence[float], *, is_alone: bool) -> bool:

@@ -1,0 +1,51 @@
+"""What all layers of a model remember, moved by one launch: the table of addresses that it reads. Not run on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bkn_core.ops.cuda import memory
+
+CHANNELS, WARPS = 256, 2  # that one program takes at a time, and how many threads do: more would spill
+_tables: dict[torch.device, tuple[list[int], list[float], Tensor, Tensor]] = {}
+
+
+def _on_device(fields: list[int], numbers: list[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the table and its numbers on the device: what is there already as long as nothing has moved."""
+    known = _tables.get(device)
+    if known is None or known[0] != fields or known[1] != numbers:
+        table = torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
+        known = fields, numbers, table, torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+        _tables[device] = known
+    return known[2], known[3]
+
+
+def track(rows: Sequence[Sequence[Tensor | None]], numbers: list[float]) -> list[Tensor]:
+    """Move what layers remember, and return the inflations of variance and mean as they were, by turns.
+
+    Args:
+        rows: of each layer, which must be there once: statistics (6, G, C), prior's mean and variance, what moves of
+            `LayerState` in its order; None where there is none.
+        numbers: three to a layer: the least speed of its inflations, momentum, ε.
+    """
+    fields: list[int] = []
+    widths: list[int] = []
+    device = next(tensor for tensor in rows[0] if tensor is not None).device
+    for row in rows:
+        statistics, mean, *_ = row
+        assert statistics is not None
+        groups, width = statistics.shape[1:]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in row]
+        stride = 0 if mean is None or mean.dim() == 1 else width
+        fields += [groups, width, *addresses[:3], stride, *addresses[3:], sum(widths)]
+        widths += [width, width] if mean is not None else []
+    before = torch.empty(sum(widths), device=device)
+    memory.track[(len(rows),)](
+        *_on_device(fields, numbers, device), before, FIELDS=memory.FIELDS, CHANNELS=CHANNELS, num_warps=WARPS
+    )  # fmt: skip
+    moved = [tensor for row in rows for tensor in row[3:] if tensor is not None]
+    torch.autograd.graph.increment_version(moved)
+    return list(before.split(widths))
