@@ -19,6 +19,7 @@ from bkn_core.ops.cuda import backward, forward
 
 LARGEST = 0.499 * torch.finfo(torch.float32).max  # squares stay below, so that two of them are a number
 LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group
+VECTORS = 64  # channels of a program that has nothing to do with activations
 _FEW_TILES = 24  # that one program goes through without help
 
 LIBRARY = torch.library.Library("bkn_cuda", "DEF")
@@ -179,11 +180,13 @@ def normalize_backward(
     sums = gain.new_empty((2, groups, cut.parts, cut.channels))
     coefficients = gain.new_empty((4, groups, cut.channels))
     is_whole = cut.parts == 1 and groups * cut.tiles <= _FEW_TILES
-    whole, parts = (cut.blocks, 1), (cut.blocks, groups * cut.parts)
-    steps = [(whole, (True, True, True))] if is_whole else [
-        (parts, (True, False, False)), (whole, (False, True, False)), (parts, (False, False, True)),
+    parts, vectors = (cut.blocks, groups * cut.parts), cut._replace(wide=VECTORS)
+    steps = [(cut, (cut.blocks, 1), (True, True, True))] if is_whole else [
+        (cut, parts, (True, False, False)),
+        (vectors, (vectors.blocks, 1), (False, True, False)),
+        (cut, parts, (False, False, True)),
     ]  # fmt: skip
-    for grid, (sums_up, makes_vectors, applies) in steps:
+    for division, grid, (sums_up, makes_vectors, applies) in steps:
         backward.normalize_backward[grid](
             x, dy, dx, statistics, to_statistics, sums, coefficients, prior_mean, prior_variance, _stride(prior_mean),
             gain, weight, sensitivity, gathered, float(own_part(len(x))), *to_prior, to_gain, to_weight, vector,
@@ -191,7 +194,7 @@ def normalize_backward(
             SUMS=sums_up, VECTORS=makes_vectors, APPLIES=applies,
             HAS_PRIOR=prior_mean is not None, HAS_WEIGHT=weight is not None, HAS_STATISTICS=to_statistics is not None,
             FOLLOWS=prior_mean is not None and gathered is not None, LARGEST=LARGEST, LARGEST_GRADIENT=LARGEST_GRADIENT,
-            RATIO=LARGEST_RATIO, USUAL=USUAL, **cut.constants,
+            RATIO=LARGEST_RATIO, USUAL=USUAL, **division.constants,
         )  # fmt: skip
     return dx, to_weight, vector, to_prior[0], to_prior[1], to_gain
 
