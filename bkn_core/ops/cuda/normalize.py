@@ -8,13 +8,15 @@ interpreter, and compiled ahead.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from bkn_core.filter.inflation_gradient import LARGEST_RATIO, USUAL, own_part
+from bkn_core.ops.activation_rows import is_channels_last
 from bkn_core.ops.cuda import backward, forward
 
 LARGEST = 0.499 * torch.finfo(torch.float32).max  # squares stay below, so that two of them are a number
@@ -74,7 +76,7 @@ class Division(NamedTuple):
     def of(cls, x: Tensor, groups: int) -> Division:
         """Divide an activation: tiles of as many values as registers hold, long in the direction in which memory is."""
         channels, positions = x.shape[1], x.shape[2:].numel()
-        is_last = is_channels_last(x)
+        is_last = x.dim() == 2 or is_channels_last(x)
         if is_last:
             wide = min(64, triton.next_power_of_2(channels))
             tall = min(1024 // wide, triton.next_power_of_2(len(x) // groups * positions))
@@ -91,19 +93,6 @@ class Division(NamedTuple):
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side; rows of channels do."""
-    if x.dim() == 2:
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether an activation has one of the layouts that the kernels know."""
-    return x.is_contiguous() or is_channels_last(x)
 
 
 def _stride(prior_mean: Tensor | None) -> int:
@@ -214,8 +203,18 @@ def _backward_shapes(
     )  # fmt: skip
 
 
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch kernels where the first tensor is, whichever GPU is the current one."""
+
+    def launched(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest)
+
+    return launched
+
+
 for _device in ("CUDA", "CPU"):  # on the CPU Triton's interpreter serves
-    LIBRARY.impl("normalize", normalize, _device)
-    LIBRARY.impl("normalize_backward", normalize_backward, _device)
+    LIBRARY.impl("normalize", on_its_device(normalize), _device)
+    LIBRARY.impl("normalize_backward", on_its_device(normalize_backward), _device)
 torch.library.register_fake("bkn_cuda::normalize", _normalize_shapes, lib=LIBRARY)
 torch.library.register_fake("bkn_cuda::normalize_backward", _backward_shapes, lib=LIBRARY)
