@@ -16,15 +16,17 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.ops import extension, kernels
 from bkn_core.ops.normalize import Filtered, FilterSettings, kalman_normalize
 
-pytestmark = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+pytestmark = [
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str),
+    pytest.mark.parametrize("every_path", ["extension", "kernels"], indirect=True, scope="module"),
+]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 SHAPES = [(6, 16, 24, 24), (6, 5, 13, 11), (6, 300, 3, 3), (6, 7, 3, 2, 4), (4, 33, 1, 1), (6, 19), (2, 3, 90, 190)]
 
 
 @pytest.fixture(autouse=True)
 def _kernels(every_path: None) -> None:
-    if kernels.library() is None:
-        pytest.skip("the path in PyTorch: test_normalize.py")
+    """The path in PyTorch is that of test_normalize.py."""
 
 
 @contextlib.contextmanager
