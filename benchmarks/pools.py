@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import bkn_core as bkn
-from bkn_core.graph import interpret
+from bkn_core.graph.rules import spatial
 from bkn_core.priors.hooks import find_hooks
 
 MODELS = ("resnet18", "googlenet", "vgg11_bn", "densenet121", "regnet_y_400mf", "mobilenet_v3_small")
@@ -70,7 +70,7 @@ def row(name: str, images: Tensor) -> str:
         if any(graph.nodes[i].operation in ("max_pool", "average") for i in graph.needed([number]))
     }
     cells = []
-    for interpret.MAXIMUM_POWER, interpret.AVERAGE_POWER in POWERS.values():
+    for spatial.MAXIMUM_POWER, spatial.AVERAGE_POWER in POWERS.values():
         found = [r.analytic for r in bkn.prior_quality(model, images) if r.name in pooled and r.analytic is not None]
         mean = statistics.median(error.mean_error for error in found)
         variance = statistics.median(abs(error.log_variance_ratio) for error in found)

@@ -29,7 +29,7 @@ from bkn_core.engine.data import load_test_images
 from bkn_core.filter import propagate
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.input_moments import _patches
-from bkn_core.graph.interpret import Interpreter
+from bkn_core.graph.operations import Interpreter
 from bkn_core.priors.hooks import find_hooks
 from bkn_core.priors.quality import known_message
 

@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bkn_core.baselines import with_baselines
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.graph.graph import Graph
+from bkn_core.graph.graph import Graph, supported
 from bkn_core.graph.input_moments import (
     input_modules,
     measure_input,
     reserve_input_moments,
 )
-from bkn_core.graph.interpret import STRUCTURE, Interpreter
-from bkn_core.graph.trace import supported, trace
+from bkn_core.graph.operations import Interpreter, describe
+from bkn_core.graph.trace import trace
 from bkn_core.kinds import KINDS, Kind
 from bkn_core.layers.arguments import check_gain
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
@@ -195,7 +195,7 @@ def conversion_report(model: nn.Module) -> list[LayerReport]:
     reports = []
     for name in [*graph.priors, *graph.reasons]:
         channels = int(root.get_submodule(name).num_features)  # type: ignore[arg-type]
-        prior = graph.words(graph.priors[name]) if name in graph.priors else None
+        prior = describe(graph, graph.priors[name]) if name in graph.priors else None
         reports.append(LayerReport(name, channels, prior, graph.reasons.get(name, "")))
     order = {name: i for i, (name, _) in enumerate(root.named_modules())}
     return sorted(reports, key=lambda report: order[report.name])
@@ -257,5 +257,5 @@ def _previous_features(graph: Graph, model: nn.Module) -> dict[str, int]:
     replica = copied(model)
     for name in input_modules(graph):
         reserve_input_moments(replica.get_submodule(name))
-    interpreter = Interpreter(graph, replica, zeros, STRUCTURE)
+    interpreter = Interpreter(graph, replica, zeros, is_joined=True)
     return {name: interpreter.node(number).mean.shape[-1] for name, number in graph.priors.items()}

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +64,15 @@ def process_group() -> Iterator[None]:
             yield
         finally:
             torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes recipes."""
+
+    def _write(text: str | bytes, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return _write

@@ -13,7 +13,7 @@ from bkn_core.convert import convert
 from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm2d
-from bkn_core.layers.forward import LayerContext
+from bkn_core.layers.forward import Forward
 from bkn_core.population import Part, estimate_population, mixed_statistics, statistics
 
 VARIANTS: list[dict[str, Any]] = [{}, {"message": "raw"}, {"transition": "learned"}]
@@ -91,7 +91,7 @@ def test_mean_and_variance_come_each_from_where_they_are_wanted(mean: Part, vari
     ):
         layer.state_dict()[name].copy_(torch.tensor(values))
     prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
-    layer.enter(LayerContext([], prior, layer.gain))
+    layer.enter(Forward({"norm": prior}, {"norm": layer.gain}), "norm")
     gain = float(layer.gain)
     images = torch.randn(5, 3, 4, 4, dtype=torch.float64) + 1
     with mixed_statistics(layer, mean, variance, 2), torch.no_grad():
@@ -129,7 +129,7 @@ def test_estimate_is_the_average_posterior() -> None:
     layer = BatchKalmanNorm2d(3, gain=0.4, statistics_batch_size=2).double()
     layer.expects_prior = True
     prior = Gaussian(torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([0.5, 1.0, 2.0]).double())
-    layer.enter(LayerContext([], prior, layer.gain))
+    layer.enter(Forward({"norm": prior}, {"norm": layer.gain}), "norm")
     batches = [torch.randn(n, 3, 4, 4, dtype=torch.float64) + n for n in (4, 3)]
     estimate_population(layer, batches)
     mean, variance, gain = np.zeros(3), np.zeros(3), float(layer.gain.detach())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bkn_core.ops import kernels
+from bkn_core.ops import backend, kernels
 
 _PACKAGES = ("bkn", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 _GIT_SECONDS = 5
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device, threads, whether the CPU kernels are there, and what was called, where.
+    """Return versions, device, threads, whether the CPU kernels and those in Triton serve, and what was called, where.
 
     The commits are those of the working folder and of this package's sources, null where they are not under git.
     """
@@ -44,6 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "cpu_kernels": kernels.library() is not None,
+        "triton": backend.takes_triton(device.type),
         "command": command(),
         "folder": str(Path.cwd()),
         "commit": _commit(Path.cwd()),

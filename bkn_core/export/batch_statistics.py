@@ -88,8 +88,8 @@ class LiveImageNorm(BatchKalmanNorm):
 
     def forward(self, x: Tensor, prior: Gaussian | None = None) -> Tensor:
         """Normalize every image and pass its posterior on."""
-        context = self.slots.own.context
-        prior = None if context is None else context.prior()
+        context, forward = self.slots.own, self.slots.own.forward
+        prior = None if forward is None else forward.prior(context.name)
         _check_values(self.name, x, has_prior=prior is not None)
         observed = _image_moments(x, covariance=self.covariance == "full")
         posterior = observed
@@ -100,8 +100,8 @@ class LiveImageNorm(BatchKalmanNorm):
             if self.covariance == "full" and prior.variance.dim() == prior.mean.dim():
                 prior = Gaussian(prior.mean, torch.diag_embed(prior.variance))
             posterior = update(prior, observed, gain)
-        if context is not None:
-            context.publish(posterior)
+        if forward is not None:
+            forward.publish(context.name, posterior)
         return normalize(x, diagonal(posterior), self.weight, self.bias, self.eps)
 
 

@@ -13,8 +13,7 @@ from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 from bkn_core.errors import ConversionError
-from bkn_core.graph.names import IDENTITY
-from bkn_core.graph.values import Step, Value
+from bkn_core.graph.values import IDENTITY, Step, Value
 
 _PLAIN = (int, float, bool, str, slice, type(None), type(...), torch.dtype, torch.memory_format)
 
@@ -57,9 +56,12 @@ Expression = Parameter | Call
 def parameter(model: nn.Module, path: str | Expression) -> Tensor:
     """Return a parameter, buffer, parametrized weight or what is computed from them, in float32 or wider."""
     if isinstance(path, Call):
-        read = functools.partial(_argument, model)
-        arguments, options = pytree.tree_map(read, path.arguments), pytree.tree_map(read, dict(path.options))
-        results = _resolved(path.function)(*arguments, **options)
+        given = pytree.tree_map(
+            lambda a: parameter(model, a) if isinstance(a, Parameter | Call) else a,
+            (path.arguments, dict(path.options)),
+        )
+        function: Any = functools.reduce(getattr, path.function.split(".")[1:], torch)
+        results = function(*given[0], **given[1])
         tensor: Tensor = results if path.result is None else pytree.tree_leaves(results)[path.result]
     else:
         tensor = tensor_of(model, *str(path).rpartition(".")[::2])
@@ -101,15 +103,6 @@ def check_own(module: nn.Module, path: str, name: str) -> None:
             "after the priors that depend on it",
             "Use torch.nn.utils.parametrize or parametrizations, or make it permanent (prune.remove).",
         )
-
-
-def _argument(model: nn.Module, argument: Any) -> Any:
-    return parameter(model, argument) if isinstance(argument, Parameter | Call) else argument
-
-
-def _resolved(path: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = functools.reduce(getattr, path.split(".")[1:], torch)  # type: ignore[assignment]
-    return found
 
 
 def name_or_call(expression: Expression) -> str | Call:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from bkn_core.errors import ConversionError
 from bkn_core.graph.entry import entered
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.interpret import INPUT_COVARIANCE, INPUT_MEAN
 
+INPUT_MEAN, INPUT_COVARIANCE = "input_mean", "input_covariance"  # buffers of a layer that reads the input
 _LARGEST_COVARIANCE = 1024  # wider patches keep variances only
 
 

@@ -1,6 +1,6 @@
 """A program for the CPU kernels: one autograd node, run in two calls.
 
-It does what `interpret.Interpreter` does with `RULES`, for the nodes that the kernels know; see `lower` for the others.
+It does what `operations.Interpreter` does, for the nodes that the kernels know; see `lower` for the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph
 from bkn_core.graph.instructions import ALL, CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
 from bkn_core.graph.kernel_tensors import KernelTensors
-from bkn_core.graph.rules.lowering import write
+from bkn_core.graph.operations import lower
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops import kernels
 from bkn_core.ops.priors import ACCUMULATES, FIELDS, RunProgram
@@ -65,7 +65,7 @@ class KernelProgram:
         builder = ProgramBuilder(model, self.results, self.operations, self.given)
         slots: list[Slot] = []
         for node in graph.nodes:
-            slots.append(write(builder, node, [slots[i] for i in node.inputs]))
+            slots.append(lower(builder, node, [slots[i] for i in node.inputs]))
         start = 0
         for (name, number), width in zip(graph.priors.items(), self.widths, strict=True):
             out = Slot(start, total + start, width)
@@ -88,9 +88,9 @@ class KernelProgram:
 
     def predictions(
         self, model: nn.Module, given: Mapping[int, Gaussian]
-    ) -> tuple[dict[str, Gaussian], list[Tensor]] | None:
-        """Return all priors (or messages) by their names and the gains of all layers, None where the kernels cannot
-        take the model's tensors.
+    ) -> tuple[dict[str, Gaussian], dict[str, Tensor]] | None:
+        """Return all priors (or messages) and gains by the names of their layers, None where the kernels cannot take
+        the model's tensors.
         """
         entries = self.tensors(model)
         if entries is None:
@@ -98,7 +98,7 @@ class KernelProgram:
         tensors = [_given(part) for name in self.given for part in given[name]] + entries.values
         return self.parted(self.run(model, tensors))
 
-    def parted(self, row: Tensor) -> tuple[dict[str, Gaussian], list[Tensor]]:
+    def parted(self, row: Tensor) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return the parts of a row of results by the names of their layers."""
         *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
         return self.named([*parts, *gains.unbind()])
@@ -113,11 +113,11 @@ class KernelProgram:
         row: Tensor = RunProgram.apply(self, *tensors)
         return row
 
-    def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], list[Tensor]]:
+    def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return all means, variances and gains by the names of their layers."""
         count = len(self.layers)
         priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
-        return priors, list(parts[2 * count :])
+        return priors, dict(zip(self.names, parts[2 * count :], strict=True))
 
     @property
     def gradient_fields(self) -> Tensor:

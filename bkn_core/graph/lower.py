@@ -16,9 +16,8 @@ from bkn_core.filter.autograd import is_eager
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph, Node
 from bkn_core.graph.instructions import NoKernel, ProgramBuilder, Slot
-from bkn_core.graph.interpret import RULES
 from bkn_core.graph.kernel_program import KernelProgram
-from bkn_core.graph.rules.lowering import write
+from bkn_core.graph.operations import evaluate, lower
 from bkn_core.graph.triton_program import TritonProgram
 from bkn_core.ops import backend, kernels
 
@@ -60,8 +59,8 @@ class LoweredGraph:
         """Whether the last program is all there is."""
         return not self.stages
 
-    def predictions(self, model: nn.Module) -> tuple[dict[str, Gaussian], list[Tensor]] | None:
-        """Return all priors by their names and the gains of all layers, None where the kernels cannot take the model's
+    def predictions(self, model: nn.Module) -> tuple[dict[str, Gaussian], dict[str, Tensor]] | None:
+        """Return all priors and gains by the names of their layers, None where the kernels cannot take the model's
         tensors.
         """
         messages: dict[int, Gaussian] = {}
@@ -72,7 +71,7 @@ class LoweredGraph:
             messages |= {int(name): message for name, message in found[0].items()}
             for number in numbers:
                 node = self.nodes[number]
-                messages[number] = RULES[node.operation](node, [messages[i] for i in node.inputs], model)
+                messages[number] = evaluate(node, [messages[i] for i in node.inputs], model)
         return self.last.predictions(model, messages)
 
 
@@ -93,7 +92,7 @@ def _unknown(graph: Graph, model: nn.Module, operations: frozenset[int]) -> list
     slots: list[Slot] = []
     for i, node in enumerate(graph.nodes):
         try:
-            slots.append(write(builder, node, [slots[j] for j in node.inputs]))
+            slots.append(lower(builder, node, [slots[j] for j in node.inputs]))
         except NoKernel:
             unknown.append(i)
             slots.append(builder.slot(node.channels))

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bkn_core.graph import expressions
 from bkn_core.graph.entry import entered
-from bkn_core.graph.graph import Graph
-from bkn_core.graph.names import CONSTANT, MEMORY, name_of
-from bkn_core.graph.translator import Translator
-from bkn_core.graph.values import Arguments, Running, Step, Value, argument
+from bkn_core.graph.graph import REPEATED, Graph, GraphBuilder
+from bkn_core.graph.operations import FUNCTIONS
+from bkn_core.graph.rules import attention
+from bkn_core.graph.rules.linear import linear_map
+from bkn_core.graph.rules.moving import moved
+from bkn_core.graph.rules.pointwise import function
+from bkn_core.graph.rules.rule import Trace
+from bkn_core.graph.values import CONSTANT, IDENTITY, MEMORY, Arguments, Running, Step, Value, argument, name_of
 from bkn_core.layers.surgery import copied
 
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.Size, type(None))
-REPEATED = "called more than once in a forward"
 
 
 @torch.inference_mode(mode=False)  # whose tensors keep no version
@@ -77,7 +81,10 @@ class Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.stack: list[Running] = []
-        self.translator = Translator(model, self.stack)
+        self.builder = GraphBuilder(self.stack)
+        self.learned = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        owned = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.owned = {id(t): (expressions.Parameter(n), t._version) for n, t in owned}
         self.values: dict[int, Value] = {}
         self.calls: dict[str, list[int | str]] = {n: [] for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
@@ -99,7 +106,7 @@ class Tracer(TorchFunctionMode):
             self._give_up(tensors[0])
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         if isinstance(result, float) and any(operand is not None for operand in operands):
-            self.translator.builder.read_numbers.add(result)
+            self.builder.read_numbers.add(result)
         if outputs and any(operand is not None for operand in operands):
             results = self._translated(Step(name, func, arguments, operands, outputs))
             for tensor, value in zip(outputs, results, strict=True):
@@ -111,16 +118,58 @@ class Tracer(TorchFunctionMode):
     def _is_of_numbers(self, arguments: Arguments) -> bool:
         """Whether a function was given numbers alone, and none that was read from a tensor."""
         leaves = pytree.tree_leaves(arguments)
-        known = self.translator.builder.read_numbers
+        known = self.builder.read_numbers
         return all(isinstance(leaf, _PLAIN) and not (isinstance(leaf, float) and leaf in known) for leaf in leaves)
 
     def _translated(self, step: Step) -> list[Value]:
         """Translate a function; one that is called in a way nobody foresaw costs a prior, not the conversion."""
         try:
-            return self.translator.translate(step)
+            return self._translate(step)
         except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
             reason = f"{step.name} in a form that is not understood ({type(error).__name__})"
             return [Value(reason=reason)] * len(step.outputs)
+
+    def _translate(self, step: Step) -> list[Value]:
+        """Return the value of each result of a function."""
+        make, features, count = FUNCTIONS.get(step.name), step.features, len(step.outputs)
+        if make is linear_map and step.operands[0] in features:
+            features = [v for v in step.operands[:1] if v is not None]
+        special = attention.weights(step) or attention.average(self.builder, step) if features else None
+        if special is not None:
+            return [self._checked(step.name, special, step.outputs[0])] * count
+        unknown = next((v for v in features if v.reason), None)
+        if unknown is not None:
+            return [Value(reason=unknown.reason)] * count
+        if not features:
+            return expressions.record(step)
+        if make is not linear_map and any(v.is_input for v in features):
+            return [self._of_input(step, features)] * count
+        results = self._made(make, step, features)
+        results = results if isinstance(results, list) else [results] * count
+        return [self._checked(step.name, value, tensor) for value, tensor in zip(results, step.outputs, strict=True)]
+
+    def _of_input(self, step: Step, features: list[Value]) -> Value:
+        if not all(v.is_input for v in features):
+            return Value(reason=f"{step.name} mixes features with the network input or numbers made in the forward")
+        plain = self.learned.isdisjoint(path for e in step.parameters for path in expressions.sources(e))
+        return Value(is_input=plain, reason="" if plain else f"{step.name} of the network input with parameters")
+
+    def _made(self, make: Trace | None, step: Step, features: list[Value]) -> Value | list[Value]:
+        if step.name in IDENTITY:
+            return features[0]
+        if make is function and len(step.tensors) > 1:
+            make = None
+        if make not in (linear_map, moved, function) and any(v.numbers is not None for v in features):
+            return Value(reason=f"{step.name} of channels that lie along several dimensions")
+        if make is None:
+            return Value(reason=f"{step.name} has no rule")
+        return make(self.builder, step, *features)
+
+    def _checked(self, name: str, value: Value, tensor: Tensor) -> Value:
+        if value.node < 0 or value.numbers is not None:
+            return value
+        fits = value.dimension < tensor.dim() and tensor.shape[value.dimension] == self.builder.channels(value)
+        return value if fits else Value(reason=f"{name} with a result of unexpected shape")
 
     def keep(self, tensor: Tensor, value: Value) -> None:
         """Attach a value to a tensor and keep it alive, so that its identity stays its own."""
@@ -155,13 +204,23 @@ class Tracer(TorchFunctionMode):
         """Return what is known of a tensor; None for a number that was made in the forward."""
         found = self.values.get(id(tensor))
         if found is None:
-            known = self.translator.parameter(tensor)
+            known = self._parameter(tensor)
             if known is not None or tensor.dim() == 0:
                 return known
             return Value(reason="a tensor without history (scripted code, NumPy, or made in the forward)")
         if not tensor.is_inference() and found.version != tensor._version:
             return Value(reason="a tensor written in place through a view")
         return found
+
+    def _parameter(self, tensor: Tensor) -> Value | None:
+        """Return what is known of a parameter or buffer of the model; None for other tensors."""
+        found = self.owned.get(id(tensor))
+        if found is None:
+            return None
+        name, version = found
+        if version != tensor._version:
+            return Value(reason="a parameter or buffer written in the forward")
+        return Value(parameter=name)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         value = self.value(tensor)
@@ -178,7 +237,7 @@ class Tracer(TorchFunctionMode):
                 reasons[name] = str(calls[0])
             else:
                 reasons[name] = REPEATED if calls else "not reached by the example forward"
-        return Graph(tuple(self.translator.builder.nodes), priors, reasons).only(priors, reasons)
+        return Graph(tuple(self.builder.nodes), priors, reasons).only(priors, reasons)
 
     def _norm(self, arguments: Arguments) -> Tensor:
         x: Tensor = argument(arguments, 0, "input")
@@ -189,73 +248,35 @@ class Tracer(TorchFunctionMode):
             return output
         value = self.value(x) or Value()
         if value.is_input:
-            value = self.translator.builder.write("measured", [], x.shape[1], dimension=1, name=name, words="input")
+            value = self.builder.write("measured", [], x.shape[1], dimension=1, name=name, words="input")
         if value.node >= 0 and value.dimension == 1:
             self.calls[name].append(value.node)
         else:
             self.calls[name].append(value.reason or "its channels are not in dimension 1")
-        self.keep(output, self.translator.builder.write("norm", [], x.shape[1], dimension=1, name=name, words=name))
+        self.keep(output, self.builder.write("norm", [], x.shape[1], dimension=1, name=name, words=name))
         return output
 
 
-class _module_names:
+@contextlib.contextmanager
+def _module_names(model: nn.Module, stack: list[Running]) -> Iterator[None]:
     """Keep the stack of the modules that are running, by name, while a model's forward runs."""
 
-    def __init__(self, model: nn.Module, stack: list[Running]) -> None:
-        self.model, self.stack, self.handles = model, stack, list[Any]()
-
-    def __enter__(self) -> None:
-        for name, module in self.model.named_modules():
-            enter = self._entering(name)
-            self.handles.append(module.register_forward_pre_hook(enter))
-            self.handles.append(module.register_forward_hook(self._leaving, always_call=True))
-
-    def _entering(self, name: str) -> Callable[[nn.Module, Any], None]:
+    def entering(name: str) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, arguments: Any) -> None:
             given = next((a for a in arguments if isinstance(a, Tensor)), None)
-            self.stack.append(Running(name, module, given))
+            stack.append(Running(name, module, given))
 
         return enter
 
-    def _leaving(self, *_: Any) -> None:
-        self.stack.pop()
+    def leave(*_: Any) -> None:
+        stack.pop()
 
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(entering(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
-
-
-def supported(graph: Graph, model: nn.Module, chosen: set[str], *, is_static: bool, has_input_prior: bool) -> Graph:
-    """Keep the priors of the chosen layers, and of those only what can be computed.
-
-    Args:
-        graph: of the whole model.
-        model: whose graph it is.
-        chosen: the layers that are converted.
-        is_static: whether messages depend on parameters only, not on the posteriors of a forward.
-        has_input_prior: whether the moments of the network input are given.
-    """
-    mute = set() if is_static else _without_posterior(graph, model, chosen)
-    priors, reasons = {}, {name: reason for name, reason in graph.reasons.items() if name in chosen}
-    for name, number in graph.priors.items():
-        needed = [graph.nodes[i] for i in sorted(graph.needed([number]))]
-        reads_input = any(node.operation in ("patches", "measured") for node in needed)
-        reads_mute = next((node.name for node in needed if node.operation == "norm" and node.name in mute), None)
-        if name not in chosen:
-            continue
-        if reads_mute is not None:
-            reasons[name] = (
-                f"reads {reads_mute}, which has no one posterior in a forward (message='normalized' needs none)"
-            )
-        elif reads_input and not has_input_prior:
-            reasons[name] = "reads the network input, whose moments were not given (input_prior)"
-        else:
-            priors[name] = number
-    return graph.only(priors, reasons)
-
-
-def _without_posterior(graph: Graph, model: nn.Module, chosen: set[str]) -> set[str]:
-    """Return the layers of which a forward has no posterior, or several."""
-    repeated = {name for name, reason in graph.reasons.items() if reason == REPEATED and name in chosen}
-    others = {node.name for node in graph.nodes if node.operation == "norm" and node.name not in chosen}
-    return repeated | {name for name in others if model.get_submodule(name).running_mean is None}

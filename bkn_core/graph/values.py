@@ -1,4 +1,4 @@
-"""What is known of a tensor while a forward is followed, and where its channels lie."""
+"""What is known of the functions and tensors of a forward that is followed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+def names(text: str) -> frozenset[str]:
+    """Return the names in a text."""
+    return frozenset(text.split())
+
+
+# Functions that return their values as they are.
+IDENTITY = names(
+    """contiguous clone detach to float half bfloat16 double type requires_grad alias identity dropout dropout1d
+    dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth"""
+)
+
+# Functions that lay a tensor's memory open. What is written there leaves no version behind.
+MEMORY = names("data numpy array dlpack cuda_array_interface storage untyped_storage data_ptr")
+
+# Functions that make a tensor of numbers alone. What is computed of the input and of those is as good as the input.
+CONSTANT = names("tensor as_tensor zeros ones full arange linspace eye")
 
 
 @dataclasses.dataclass
@@ -125,3 +144,16 @@ def argument(arguments: Arguments, position: int, name: str) -> Any:
 def tensors(arguments: Arguments) -> list[Tensor]:
     """Return all tensors among the arguments, nested ones too."""
     return [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the bare name of a function that PyTorch reports: "add" for `torch.Tensor.__iadd__` and `torch.add`."""
+    name = str(resolve_name(function) or getattr(function, "__name__", function)).split(".")
+    bare = name[-2] if name[-1] in ("__get__", "__set__") else name[-1]
+    if bare.startswith("__") and bare.endswith("__"):
+        bare = bare.strip("_")
+        for prefix in ("i", "r"):
+            if bare[:1] == prefix and bare[1:] in ("add", "mul", "sub", "truediv", "div"):
+                bare = ("reversed_" if prefix == "r" else "") + bare[1:]
+        return bare
+    return bare.strip("_").removesuffix("_with_indices")

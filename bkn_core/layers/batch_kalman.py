@@ -21,7 +21,7 @@ from bkn_core.filter.kalman import Gaussian, Groups, rectangular_identity
 from bkn_core.filter.state import FilterSettings, FilterStatistics, LayerState, Observation
 from bkn_core.filter.uncertainty import FIELDS, FIRST_GAIN
 from bkn_core.layers.arguments import check_form, check_gain, check_shape, check_values
-from bkn_core.layers.forward import OUTSIDE, ContextSlots, LayerContext, is_recomputation
+from bkn_core.layers.forward import OUTSIDE, ContextSlots, Forward, LayerContext, is_recomputation
 from bkn_core.layers.loading import complete_
 from bkn_core.ops.forms import normalize_batch
 from bkn_core.ops.normalize import Filtered
@@ -196,12 +196,14 @@ class BatchKalmanNorm(_BatchNorm):
         return filtered.y, filtered.posterior
 
     def _filtered(self, x: Tensor, prior: Gaussian | None) -> Filtered:
-        context = self._context_of_forward(warn=prior is None)
-        gain = None if context is None else context.gain
+        forward, name = self.slots.own.current(self.context)
+        if forward is None and self.expects_prior and prior is None:
+            warnings.warn(OUTSIDE.format(type(self).__name__), stacklevel=4)
+        gain = None if forward is None else forward.gain(name)
         if prior is not None:
             prior = self.refine(prior)
-        elif context is not None and self.expects_prior:
-            prior = context.prior()
+        elif forward is not None and self.expects_prior:
+            prior = forward.prior(name)
         settings = self.settings
         size = settings.statistics_batch_size
         is_joint = self.synchronized and size is None and self._trains and spans_processes(self.process_group)
@@ -210,20 +212,20 @@ class BatchKalmanNorm(_BatchNorm):
         parameters, memory = (self.gain if gain is None else gain, self.weight, self.bias), self._sensitivity(prior)
         processes = (self.process_group,) if is_joint else None
         filtered = normalize_batch(x, prior, parameters, settings, memory, processes)
-        if context is not None and context.reads_posteriors:
-            context.publish(filtered.posterior)
+        if forward is not None and forward.reads_posteriors:
+            forward.publish(name, filtered.posterior)
         if self.on_posterior is not None:
             self.on_posterior(filtered.statistics, Groups.of(len(x), size).share(x), len(x))
         elif self._trains and not is_recomputation():
             images = x.shape[0] if filtered.images is None else filtered.images
-            self._observe(Observation(self.state, prior, filtered.statistics, images, settings), context)
+            self._observe(Observation(self.state, prior, filtered.statistics, images, settings), forward)
         return filtered
 
-    def _observe(self, seen: Observation, context: LayerContext | None) -> None:
+    def _observe(self, seen: Observation, forward: Forward | None) -> None:
         if not torch.compiler.is_compiling():  # which lets no list grow inside a checkpoint
             self.__dict__["was_tracked"] = True  # for whoever wants to know which layers ran
-            if context is not None:
-                context.observe(seen)
+            if forward is not None:
+                forward.observations.append(seen)
                 return
         track([seen])
 
@@ -242,18 +244,13 @@ class BatchKalmanNorm(_BatchNorm):
     def _trains(self) -> bool:
         return self.training and self.statistics is None
 
-    def enter(self, context: LayerContext) -> None:
-        """Take the context of the forward that begins on this thread."""
+    def enter(self, forward: Forward, name: str) -> None:
+        """Take the forward that begins on this thread, in which the layer has this name."""
         if self.past and not is_recomputation():
             self.past.clear()
+        context = self.slots.own
+        context.forward, context.name, context.is_without_gradient = forward, name, False
         self.__dict__["context"] = context  # as `nn.Module.__setattr__` does, after looking for tensors and modules
-        self.slots.own.enter(context)
-
-    def _context_of_forward(self, *, warn: bool) -> LayerContext | None:
-        context = self.slots.own.current(self.context)
-        if context is None and self.expects_prior and warn:
-            warnings.warn(OUTSIDE.format(type(self).__name__), stacklevel=5)
-        return context
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_shape(input, self.dimensions, self.num_features)
@@ -270,8 +267,7 @@ class BatchKalmanNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.BatchNorm2d` does, with what is ours."""
-        with torch.no_grad():
-            gain = f"{float(self.gain):.3g}" if self.gain.device.type != "meta" else "?"
+        gain = "?" if self.gain.is_meta else f"{float(self.gain.detach()):.3g}"
         prior = "prior" if self.expects_prior else "no prior"
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, statistics_batch_size={self.statistics_batch_size}, gain={gain}, {prior}"

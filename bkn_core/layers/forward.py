@@ -1,16 +1,16 @@
-"""How a converted model hands its layers what they cannot know, and takes what they have seen, while it runs.
+"""One forward of a converted model on one thread: where its layers get their priors, and what they have seen.
 
-A forward gives every layer a context. Each thread has its own, so that forwards that run at the same time do not mix.
-What activation checkpointing runs again in the backward pass finds the context of the forward that it repeats. A
-reentrant checkpoint backpropagates through each part that it runs again on its own, so each layer there gets a
-prediction of its own: parts of a shared one would be backpropagated twice.
+Threads have forwards of their own, so that those that run at the same time do not mix. What activation checkpointing
+runs again in the backward pass finds the forward that it repeats. A reentrant checkpoint backpropagates through each
+part that it runs again on its own, so each layer there gets a prediction of its own: parts of a shared one would be
+backpropagated twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,81 +24,87 @@ OUTSIDE = (
 )
 
 
-@dataclasses.dataclass
-class LayerContext:
-    """A layer's access to the forward of the model that holds it; its prior and gain depend on parameters only.
+class Forward:
+    """One forward of one thread: refined priors and gains of its layers, by their names, and what these have seen.
 
     Args:
-        observations: of this forward; they move what the layers remember when it ends.
-        ready: the refined prior.
-        gain: None where the layer is to compute it.
-        renew: how to compute both once more, sharing nothing with other layers, for a reentrant checkpoint.
+        priors, gains: that depend on parameters only.
+        again: computes those of one layer on their own, sharing nothing with other layers.
     """
 
-    observations: list[Observation]
-    ready: Gaussian | None = None
-    gain: Tensor | None = None
-    renew: Callable[[], LayerContext] | None = None
     reads_posteriors = False
-    is_without_gradient: bool = False  # whether the layer ran under torch.no_grad
 
-    def prior(self) -> Gaussian | None:
-        """Return the refined prior."""
-        return self.ready
+    def __init__(
+        self,
+        priors: Mapping[str, Gaussian],
+        gains: Mapping[str, Tensor],
+        again: Callable[[str], Forward] | None = None,
+    ) -> None:
+        self.priors, self.gains, self.again = priors, gains, again
+        self.observations: list[Observation] = []  # they move what the layers remember when it ends
+        self.is_open = True
 
-    def publish(self, posterior: Gaussian) -> None:
-        """Take the posterior of the layer for those that follow, where one reads it."""
+    def prior(self, name: str) -> Gaussian | None:
+        """Return the refined prior of a layer."""
+        return self.priors.get(name)
 
-    def observe(self, seen: Observation) -> None:
-        """Keep it for the end of the forward."""
-        self.observations.append(seen)
+    def gain(self, name: str) -> Tensor | None:
+        """Return the gain of a layer, None where the layer is to compute it."""
+        return self.gains.get(name)
 
-    def unshared(self) -> LayerContext:
-        """Return a context whose prior and gain share nothing with those of other layers.
+    def publish(self, name: str, posterior: Gaussian) -> None:
+        """Take the posterior of a layer for those that follow, where one reads it."""
+
+    def unshared(self, name: str) -> Forward:
+        """Return the forward in which a layer runs again, with a prior and a gain that it shares with no other.
 
         Raises:
             ConversionError: where they cannot be computed again.
         """
-        if self.renew is None:
+        if self.again is None:
             raise ConversionError(
                 "reentrant activation checkpointing needs message='normalized' and a model that is not compiled",
                 "Use checkpoint(..., use_reentrant=False).",
             )
-        return self.renew()
+        return self.again(name)
 
 
-class ContextSlot:
-    """The context that a layer got on one thread, and whether its forward is still running."""
+@dataclasses.dataclass
+class LayerContext:
+    """The newest forward on one thread of the model that holds a layer.
 
-    def __init__(self) -> None:
-        self.context: LayerContext | None = None
-        self.is_open = False
+    Args:
+        forward: None before the first.
+        name: of the layer in the model.
+        is_without_gradient: whether the layer ran under `torch.no_grad`.
+    """
 
-    def enter(self, context: LayerContext) -> None:
-        """Begin a forward."""
-        self.context, self.is_open = context, True
+    forward: Forward | None = None
+    name: str = ""
+    is_without_gradient: bool = False
 
-    def current(self, newest: LayerContext | None) -> LayerContext | None:
-        """Return the context for the call that the layer is in, None outside the forward of its converted model.
+    def current(self, newest: LayerContext | None) -> tuple[Forward | None, str]:
+        """Return the forward that the layer is called in and its name there, None outside that of its converted model.
 
         Args:
             newest: the newest context of all threads, for a backward pass that runs on a thread of its own.
         """
-        if self.is_open and self.context is not None:
+        if self.forward is not None and self.forward.is_open:
             if not torch.compiler.is_compiling():  # which may not change it inside a checkpoint
-                self.context.is_without_gradient = not torch.is_grad_enabled()
-            return self.context
-        context = self.context or newest
-        if context is None or not is_recomputation():
-            return None
-        return context.unshared() if context.is_without_gradient and torch.is_grad_enabled() else context
+                self.is_without_gradient = not torch.is_grad_enabled()
+            return self.forward, self.name
+        context = newest if self.forward is None else self
+        if context is None or context.forward is None or not is_recomputation():
+            return None, ""
+        is_reentrant = context.is_without_gradient and torch.is_grad_enabled()
+        return context.forward.unshared(context.name) if is_reentrant else context.forward, context.name
 
 
 class ContextSlots(threading.local):
-    """One slot for each thread, in `own`: the compiler would lose what is written to a thread's object itself."""
+    """One context for each thread, in `own`: the compiler would lose what is written to a thread's object itself."""
 
     def __init__(self) -> None:  # runs once in every thread
-        self.own = ContextSlot()
+        self.own = LayerContext()
 
     def __reduce__(self) -> tuple[type[ContextSlots], tuple[()]]:
         """Copies are empty: a context belongs to the graph of its forward."""

@@ -48,7 +48,8 @@ class Rows(NamedTuple):
         return sums.view(len(sums), self.fold, self.channels).sum(1) if self.fold > 1 else sums
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, in two or three dimensions of positions."""
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if x.dim() == 5:
@@ -65,7 +66,7 @@ def rows(x: Tensor, groups: int, like: Tensor | None = None) -> Rows:
     channels = x.shape[1]
     if x.dim() == 2:
         return Rows(x.contiguous().view(groups, -1, channels), channels, 1)
-    if not _is_channels_last(like):
+    if not is_channels_last(like):
         return Rows(x.contiguous().view(groups, len(x) // groups, channels, -1), channels, 0)
     flat = x.movedim(1, -1).contiguous().view(groups, -1, channels)
     fold = 1
@@ -76,7 +77,7 @@ def rows(x: Tensor, groups: int, like: Tensor | None = None) -> Rows:
 
 def unrows(values: Tensor, like: Tensor) -> Tensor:
     """Give values computed on `rows(like)` the shape and the layout of `like`, without a copy."""
-    if like.dim() == 2 or not _is_channels_last(like):
+    if like.dim() == 2 or not is_channels_last(like):
         return values.view(like.shape)
     spatial = like.shape[2:]
     return values.view(len(like), *spatial, like.shape[1]).movedim(-1, 1)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from bkn_core.errors import RecipeError
+from bkn_core.ops.activation_rows import is_channels_last
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
 _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
-_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 _MOST = 1 << 31  # values that an offset reaches
 _LOG = logging.getLogger("bkn")
 
@@ -58,8 +58,7 @@ def triton_takes(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    is_dense = x.is_contiguous() or any(x.is_contiguous(memory_format=f) for f in _LAST if x.dim() == _LAST[f])
-    if not is_dense or not 0 < x.numel() < _MOST:
+    if not (x.is_contiguous() or is_channels_last(x)) or not 0 < x.numel() < _MOST:
         return False
     return all(t is None or (t.dtype is torch.float32 and t.device == x.device and t.is_contiguous()) for t in vectors)
 
@@ -67,7 +66,10 @@ def triton_takes(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
 @functools.cache
 def triton_works(device: str) -> bool:
     """Whether Triton is there and makes kernels that run: it needs a C compiler beside the GPU."""
-    if device not in ("cuda", "cpu") or (device == "cpu") is not (os.environ.get("TRITON_INTERPRET") == "1"):
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not is_interpreted:
+        _LOG.warning("BKN_BACKEND=triton has nothing for the CPU but with TRITON_INTERPRET=1: PyTorch does the work")
+    if device not in ("cuda", "cpu") or (device == "cpu") is not is_interpreted:
         return False
     try:
         from bkn_core.ops.cuda import normalize

@@ -1,7 +1,8 @@
 """CPU kernels: the C files of `cpu`, compiled once by the machine's C compiler. Without one PyTorch does the work.
 
-The library is kept in the user's cache directory; `backend.py` says when it is used. Float32 on the CPU
-only; everything else, and everything that is traced or compiled, takes the path in PyTorch.
+The library is kept in the user's cache directory; `backend.py` says when it is used. On the CPU only: activations in
+float32, bfloat16 or float16, all else in float32. Everything else, and everything that is traced or compiled, takes the
+path in PyTorch.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from bkn_core.ops.compiler import Building, Source
 
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno")
 _LIMIT = 120.0  # seconds that the compiler may take, which takes a few of a core
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations, as in `cpu/calls.h`
 _LOG = logging.getLogger("bkn")
 
 ToPrior = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients of µ', v' and the gain
 Gradients = tuple[Tensor, ToPrior, Tensor | None, Tensor]  # of x, of the prior and the gain, of γ, of β
-Shape = tuple[int, int, int, int, int, int]  # groups, images in each, channels, length, channels last?, threads
+Shape = tuple[int, ...]  # groups, images in each, channels, length, channels last?, threads, type
 Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]  # µ', v', gain, γ, β
 
 
@@ -72,7 +74,7 @@ def shape_of(
     """Return how the kernels see an activation, None where they cannot take these tensors: they trust every type,
     layout and shape.
     """
-    if not are_usable() or not is_plain(x):
+    if not are_usable() or not is_array(x, *_TYPES):
         return None
     layout, size, dimensions = _layout(x), x.numel(), x.shape
     if not layout or not size:
@@ -91,13 +93,19 @@ def shape_of(
         wide = prior_mean.shape
         if wide != prior_variance.shape or wide not in (vector, (groups, channels)):
             return None
-    return groups, images // groups, channels, size // (images * channels), layout - 1, torch.get_num_threads()
+    length, threads = size // (images * channels), torch.get_num_threads()
+    return groups, images // groups, channels, length, layout - 1, threads, _TYPES[x.dtype]
+
+
+def is_array(tensor: Tensor, *types: torch.dtype) -> bool:
+    """Whether a tensor is an array of one of these types in the machine's memory and no stand-in for one."""
+    kind = type(tensor)
+    return (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu and tensor.dtype in types
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a float32 array in the machine's memory and no stand-in for one."""
-    kind = type(tensor)
-    return (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu and tensor.dtype is torch.float32
+    """Whether a tensor is such an array of float32."""
+    return is_array(tensor, torch.float32)
 
 
 def _layout(x: Tensor) -> int:
@@ -117,9 +125,9 @@ def address(tensor: Tensor | None) -> int:
 def normalize(x: Tensor, parameters: Parameters, eps: float, shape: Shape) -> tuple[Tensor, Tensor]:
     """Return y and the statistics (6, G, C) of `normalize.py`."""
     prior_mean, prior_variance, gain, weight, bias = parameters
-    y, statistics = torch.empty_like(x), x.new_empty((6, shape[0], shape[2]))
+    y, statistics = torch.empty_like(x), gain.new_empty((6, shape[0], shape[2]))
     slots = [*shape, *map(address, (x, prior_mean, prior_variance)), _stride(prior_mean)]
-    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), *[0] * 4])
+    run("bkn_forward", [*slots, *map(address, (gain, weight, bias, y, statistics)), bits_of(eps), *[0] * 5])
     return y, statistics
 
 
@@ -142,18 +150,18 @@ def normalize_backward(
     dy, to_statistics = gradients
     x, prior_mean, prior_variance, gain, weight, statistics = saved
     assert x is not None and gain is not None
-    if not is_plain(dy) or dy.stride() != x.stride():
+    if not is_array(dy, x.dtype) or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     if to_statistics is not None:
         to_statistics = to_statistics.contiguous()
-    dx, to_bias = torch.empty_like(x), x.new_empty(shape[2])
+    dx, to_bias = torch.empty_like(x), gain.new_empty(shape[2])
     to_weight = None if weight is None else torch.empty_like(weight)
     prior: ToPrior = (None, None, None)
     if prior_mean is not None and prior_variance is not None:
         prior = (torch.empty_like(prior_mean), torch.empty_like(prior_mean), torch.empty_like(gain))
     slots = [*shape, *map(address, (dy, x, prior_mean, prior_variance)), _stride(prior_mean)]
     slots += map(address, (gain, weight, statistics, to_statistics, dx, to_weight, to_bias, *prior, *sensitivity))
-    run("bkn_backward", [*slots, bits_of(eps), *[0] * 8])
+    run("bkn_backward", [*slots, bits_of(eps), *[0] * 9])
     return dx, prior, to_weight, to_bias
 
 

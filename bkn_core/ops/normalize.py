@@ -13,8 +13,8 @@ Per channel and group, with r = (v̂ + ε)^-½, d = x̄ - µ', n values and q th
                Σ_G v' gv' and (N + ε)^½ Σ_G gµ', as far as they are remembered, see `inflation_gradient.py`
                gS += k,  gx̄ += 2 k d + l,  gµ' -= 2 k d + l,  gv' -= h̄ / (G (v' + ε))
 
-Float32 on the CPU goes through the kernels of `kernels.py`, a GPU's tensors through those of `cuda/normalize.py`, all
-else through the passes of `activation_rows.py`.
+On the CPU float32 and 16 bits go through the kernels of `kernels.py`, a GPU's tensors through those of
+`cuda/normalize.py`, all else through the passes of `activation_rows.py`.
 """
 
 from __future__ import annotations

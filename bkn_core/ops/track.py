@@ -11,7 +11,7 @@ that it belongs to nor the uncertainty of its layer nor its number of batches. B
 from __future__ import annotations
 
 import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,10 +41,8 @@ def track(observations: Sequence[Observation]) -> None:
     by_triton = is_eager() and backend.takes_triton(observations[0].statistics.packed.device.type)
     rows = _rows(observations) if by_triton or kernels.are_usable() else None
     is_alone = len(observations) == 1 or len({id(seen.state.past) for seen in observations}) == len(observations)
-    if rows is not None and by_triton:
-        before = _track_by_triton(*rows) if is_alone else None
-    else:
-        before = None if rows is None else extension.track(*rows, is_alone=is_alone)
+    by = _track_by_triton if by_triton else extension.track
+    before = None if rows is None else by(*rows, is_alone=is_alone)
     if before is not None:
         pasts = [seen.state.past for seen in observations if seen.is_inflated]
         pairs = zip(before[::2], before[1::2], strict=True)
@@ -107,17 +105,37 @@ def _rows(observations: Sequence[Observation]) -> tuple[list[extension.Tensors],
     return rows, numbers
 
 
-def _track_by_triton(rows: Sequence[extension.Tensors], numbers: list[float]) -> list[Tensor] | None:
+def _fits(row: extension.Tensors, is_array: Callable[[Tensor], bool]) -> bool:
+    """Whether the tensors of a layer are arrays of the shapes that the kernels trust."""
+    statistics, mean, variance, *vectors, _ = row
+    assert statistics is not None
+    groups, width = statistics.shape[1:]
+    shapes = ((width,), (width,), (2, width), (2, width), (3, width), (5,), (), (width,), (width,))
+    if any(t is not None and not (is_array(t) and t.is_contiguous()) for t in row[:-1]):
+        return False
+    if any(t is not None and t.shape != shape for t, shape in zip(vectors, shapes, strict=True)):
+        return False
+    if any(t is not None and t.shape not in ((width,), (groups, width)) for t in (mean, variance)):
+        return False
+    return mean is None or variance is None or mean.dim() == variance.dim()
+
+
+def _track_by_triton(
+    rows: Sequence[extension.Tensors], numbers: Sequence[float], *, is_alone: bool
+) -> list[Tensor] | None:
     """Return the inflations as they were, None where the kernel does not take these tensors."""
     device = rows[0][0].device if rows[0][0] is not None else None
-    for row in rows:
-        if any(t is not None and (t.device != device or not t.is_contiguous()) for t in row):
-            return None
-        if any(t is not None and t.dtype is not torch.float32 for t in row[:-1]):
-            return None
+
+    def is_there(tensor: Tensor) -> bool:
+        return tensor.device == device and tensor.dtype is torch.float32
+
+    if not is_alone or not all(_fits(row, is_there) for row in rows):
+        return None
+    if any(row[-1] is not None and row[-1].device != device for row in rows):
+        return None
     from bkn_core.ops.cuda.track import track as launch
 
-    return launch(rows, numbers)
+    return launch(rows, list(numbers))
 
 
 def _track_by_kernel(rows: Sequence[extension.Tensors], numbers: Sequence[float], *, is_alone: bool) -> bool:
@@ -125,18 +143,11 @@ def _track_by_kernel(rows: Sequence[extension.Tensors], numbers: Sequence[float]
     fields, moved = array.array("q"), []
     skipped = array.array("q", bytes(8 * len(rows)))
     for i, row in enumerate(rows):
-        statistics, mean, variance, *vectors, _ = row
+        if not _fits(row, kernels.is_plain):
+            return False
+        statistics, mean, _, *vectors, _ = row
         assert statistics is not None
         groups, width = statistics.shape[1:]
-        shapes = ((width,), (width,), (2, width), (2, width), (3, width), (5,), (), (width,), (width,))
-        if any(t is not None and not (kernels.is_plain(t) and t.is_contiguous()) for t in row[:-1]):
-            return False
-        if any(t is not None and t.shape != shape for t, shape in zip(vectors, shapes, strict=True)):
-            return False
-        if any(t is not None and t.shape not in ((width,), (groups, width)) for t in (mean, variance)):
-            return False
-        if mean is not None and variance is not None and mean.dim() != variance.dim():
-            return False
         stride = 0 if mean is None or mean.dim() == 1 else width
         fields.extend((groups, width, *map(kernels.address, row[:3]), stride, *map(kernels.address, vectors)))
         fields.extend((*map(kernels.bits_of, numbers[3 * i : 3 * i + 3]), skipped.buffer_info()[0] + 8 * i))

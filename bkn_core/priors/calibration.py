@@ -10,7 +10,7 @@ from torch import nn
 from bkn_core.errors import ConversionError
 from bkn_core.priors.hooks import find_hooks
 from bkn_core.priors.named_layers import layer_of
-from bkn_core.priors.quality import analytic_priors, known_message
+from bkn_core.priors.quality import known_message
 
 # As after some forwards that showed an exact prior: what was learned outweighs the first images.
 _KNOWN = (20.0, 0.0, 0.0, 0.1, 0.1)
@@ -35,7 +35,7 @@ def calibrate_priors_(model: nn.Module) -> None:
             correction, or no statistics.
     """
     root, hooks = find_hooks(model)
-    for name, prior in analytic_priors(root, hooks, functools.partial(known_message, root, hooks)).items():
+    for name, prior in hooks.analytic_priors(root, functools.partial(known_message, root, hooks)).items():
         layer = layer_of(root, name)
         targets = layer.mean_innovation, layer.innovation
         beside = layer.prior_offset, layer.prior_log_scale

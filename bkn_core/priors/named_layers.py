@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.expressions import check_own
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops.track import alike, apart, beside, existing
+
+_REFINEMENT = ("prior_offset", "prior_log_scale", "present_mean_inflation", "present_inflation")
 
 
 def no_autocast(layer: BatchKalmanNorm) -> torch.autocast:
@@ -78,23 +80,12 @@ def refine(layers: Sequence[BatchKalmanNorm], priors: Sequence[Gaussian]) -> lis
         chosen = [layers[i] for i in numbers]
         widths = [layer.num_features for layer in chosen]
         prior = Gaussian(beside([priors[i].mean for i in numbers]), beside([priors[i].variance for i in numbers]))
-        offset, log_scale, shift, inflation = (
-            _beside_or_none(tensors) for tensors in zip(*map(_refinement, chosen), strict=True)
-        )
+        parts = [existing([getattr(layer, name) for layer in chosen]) for name in _REFINEMENT]
+        offset, log_scale, shift, inflation = (beside(vectors) if vectors else None for vectors in parts)
         mean, variance = kalman.refine(prior, (offset, log_scale), (shift, inflation), chosen[0].eps)
-        for i, *parts in zip(numbers, apart(mean, widths), apart(variance, widths), strict=True):
-            refined[i] = Gaussian(*parts)
+        for i, *moments in zip(numbers, apart(mean, widths), apart(variance, widths), strict=True):
+            refined[i] = Gaussian(*moments)
     return refined
-
-
-def _refinement(layer: BatchKalmanNorm) -> tuple[Tensor | None, ...]:
-    inflations = layer.present_mean_inflation, layer.present_inflation
-    return layer.prior_offset, layer.prior_log_scale, *inflations
-
-
-def _beside_or_none(vectors: Sequence[Tensor | None]) -> Tensor | None:
-    known = existing(vectors)
-    return beside(known) if known else None
 
 
 def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
@@ -104,14 +95,15 @@ def _form(layer: BatchKalmanNorm, prior: Gaussian) -> Hashable:
     return corrected, observed, layer.eps, prior.mean.shape[:-1], prior.mean.dtype, prior.mean.device
 
 
-def gains_of(layers: Sequence[BatchKalmanNorm]) -> list[Tensor]:
+def gains_of(layers: Mapping[str, BatchKalmanNorm]) -> dict[str, Tensor]:
     """Return each layer's gain q, schedule included."""
-    found = [layer.fixed_gain if layer.gain_logit is None else layer.gain_logit for layer in layers]
-    for numbers in alike([(layers[i].gain_logit is None, v.dtype, v.device) for i, v in enumerate(found)]):
+    known = list(layers.values())
+    found = [layer.fixed_gain if layer.gain_logit is None else layer.gain_logit for layer in known]
+    for numbers in alike([(known[i].gain_logit is None, v.dtype, v.device) for i, v in enumerate(found)]):
         values = torch.stack([found[i] for i in numbers])
-        if layers[numbers[0]].gain_logit is not None:
+        if known[numbers[0]].gain_logit is not None:
             values = values.sigmoid()
-        factors = torch.stack([layers[i].gain_factor for i in numbers])
+        factors = torch.stack([known[i].gain_factor for i in numbers])
         for i, gain in zip(numbers, (values * factors).unbind(), strict=True):
             found[i] = gain
-    return found
+    return dict(zip(layers, found, strict=True))

@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bkn_core.errors import ConversionError, StatisticsError
-from bkn_core.filter.kalman import Gaussian, diagonal, predict
+from bkn_core.filter.kalman import Gaussian, diagonal
 from bkn_core.filter.uncertainty import Uncertainty
 from bkn_core.graph.entry import entered
-from bkn_core.graph.interpret import RULES, STRUCTURE, Interpreter, parameter
+from bkn_core.graph.operations import describe
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.priors.hooks import PriorHooks, find_hooks
 from bkn_core.priors.named_layers import layer_of, norm_of, normalized_message
@@ -150,7 +150,7 @@ def prior_quality(model: nn.Module, images: Batches) -> list[PriorQuality]:
     graph = hooks.graph
     rows = []
     for name in [*seen, *(name for name in norms if name not in seen)]:
-        prior = graph.words(graph.priors[name]) if name in graph.priors else None
+        prior = describe(graph, graph.priors[name]) if name in graph.priors else None
         unseen = "" if name in errors else "the images do not reach it"
         reason = unseen if prior else graph.reasons.get(name, "it was not converted")
         refined, analytic, local = errors.get(name, (None, None, None))
@@ -169,9 +169,7 @@ def gain_quality(layer: nn.Module) -> GainQuality | None:
     return GainQuality(error, noise, implied, float(layer.gain))
 
 
-def _errors(
-    root: nn.Module, hooks: PriorHooks, seen: dict[str, _Observed]
-) -> dict[str, tuple[PriorError, PriorError, PriorError]]:
+def _errors(root: nn.Module, hooks: PriorHooks, seen: _Seen) -> dict[str, tuple[PriorError, PriorError, PriorError]]:
     """Return the errors, in the order of `ERRORS`, of each layer that has a prior and was reached."""
 
     def message(name: str) -> Gaussian:
@@ -180,31 +178,17 @@ def _errors(
     def measured(name: str) -> Gaussian:
         if name not in seen:
             return message(name)
-        known = seen[name].outputs if hooks.is_static else seen[name].inputs
+        known = seen[name][hooks.is_static]
         like = message(name).mean
         return Gaussian(*(values.to(like).view_as(like) for values in known.moments()))
 
-    analytic, local = (analytic_priors(root, hooks, leaf) for leaf in (message, measured))
+    analytic, local = (hooks.analytic_priors(root, leaf) for leaf in (message, measured))
     errors = {}
     for name in analytic.keys() & seen.keys():
-        layer, observed = layer_of(root, name), seen[name].inputs.moments()
+        layer, observed = layer_of(root, name), seen[name][0].moments()
         priors = (layer.refine(analytic[name]), analytic[name], local[name])
         errors[name] = tuple(_error(prior, observed, layer.eps) for prior in priors)
     return errors  # type: ignore[return-value]
-
-
-def analytic_priors(root: nn.Module, hooks: PriorHooks, message: Callable[[str], Gaussian]) -> dict[str, Gaussian]:
-    """Return the prior of each layer before its refinement, from the messages of all layers."""
-    learned = hooks.transition == "learned"
-    interpreter = Interpreter(hooks.graph, root, message, STRUCTURE if learned else RULES)
-    predictions = {name: interpreter.node(number) for name, number in hooks.graph.priors.items()}
-    if learned:
-        noise = parameter(root, hooks.noise).square()
-        for name, value in predictions.items():
-            matrix = layer_of(root, name).transition
-            assert matrix is not None
-            predictions[name] = predict(value, matrix.to(value.mean.dtype), noise)
-    return predictions
 
 
 def known_message(root: nn.Module, hooks: PriorHooks, name: str) -> Gaussian:
@@ -232,15 +216,19 @@ def _error(prior: Gaussian, observed: Gaussian, eps: float) -> PriorError:
 
 
 @contextlib.contextmanager
-def _observing(model: nn.Module, norms: dict[str, _BatchNorm]) -> Iterator[dict[str, _Observed]]:
+def _observing(model: nn.Module, norms: dict[str, _BatchNorm]) -> Iterator[_Seen]:
     """Put a model in interpreter mode for a while and observe its layers in the order in which they run."""
-    seen: dict[str, _Observed] = {}
+    seen: _Seen = {}
     training = [(module, module.training) for module in model.modules()]
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, arguments, result: seen.setdefault(name, _Observed()).add(arguments[0], result)
+    def observing(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def observe(_: nn.Module, arguments: Any, result: Tensor) -> None:
+            for sums, values in zip(seen.setdefault(name, (_Sums(), _Sums())), (arguments[0], result), strict=True):
+                sums.add(values)
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in norms.items()]
+        return observe
+
+    handles = [module.register_forward_hook(observing(name)) for name, module in norms.items()]
     try:
         model.eval()
         yield seen
@@ -249,17 +237,6 @@ def _observing(model: nn.Module, norms: dict[str, _BatchNorm]) -> Iterator[dict[
             handle.remove()
         for module, flag in training:
             module.training = flag
-
-
-class _Observed:
-    """What one layer read and gave."""
-
-    def __init__(self) -> None:
-        self.inputs, self.outputs = _Sums(), _Sums()
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        self.inputs.add(x)
-        self.outputs.add(y)
 
 
 class _Sums:
@@ -281,3 +258,6 @@ class _Sums:
 
     def moments(self) -> Gaussian:
         return Gaussian(self.mean, self.squares / self.count)
+
+
+_Seen = dict[str, tuple[_Sums, _Sums]]  # what each layer reads, and what it gives

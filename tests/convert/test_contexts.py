@@ -84,7 +84,7 @@ def test_mixed_precision_keeps_statistics_in_float32(options: dict[str, Any]) ->
     torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0.02)
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model).values())
     if options == {}:
-        assert model.layer.bn2.context.prior().variance.dtype == torch.float32
+        assert model.layer.bn2.context.forward.prior("layer.bn2").variance.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_exception_in_a_forward_harms_no_later_one(options: dict[str, Any]) -> N
     state = {n: b.clone() for n, b in model.named_buffers()}
     with pytest.raises(KeyError, match="mid"):
         model(x)
-    assert not any(m.slots.own.is_open for m in model.modules() if isinstance(m, BatchKalmanNorm))
+    assert not any(m.slots.own.forward.is_open for m in model.modules() if isinstance(m, BatchKalmanNorm))
     handle.remove()
     model.load_state_dict(state, strict=False)
     step(model, x), step(other, x)

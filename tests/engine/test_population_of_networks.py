@@ -75,8 +75,8 @@ def recomputed(model: nn.Module, batches: list[Tensor], size: int) -> dict[str, 
     def see(name: str) -> object:
         def hook(layer: BatchKalmanNorm, given: tuple[Tensor, ...]) -> None:
             gain = float(layer.gain) if layer.expects_prior else 1.0
-            context = layer._context_of_forward(warn=False)
-            prior = context.prior() if context is not None and layer.expects_prior else None
+            forward, name = layer.slots.own.current(layer.context)
+            prior = forward.prior(name) if forward is not None and layer.expects_prior else None
             for group in given[0].double().split(size):
                 x = group.numpy().transpose(1, 0, 2, 3).reshape(group.shape[1], -1)
                 m, v = (np.zeros(len(x)),) * 2 if prior is None else (t.double().numpy() for t in prior)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.graph.interpret import Interpreter
+from bkn_core.graph.operations import Interpreter
 from bkn_core.graph.trace import trace
 from bkn_core.priors.named_layers import normalized_message
 
@@ -100,3 +100,14 @@ def assert_right(prior: Gaussian, truth: Gaussian, *, mean: float = 0.03, varian
 
 def images(count: int = 2000, side: int = 8) -> Tensor:
     return torch.randn(count, 3, side, side)
+
+
+class Base(nn.Module):
+    """The layers that models of tests put together in their own ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(8) for _ in range(3))
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        draw_affine(self)

@@ -8,8 +8,9 @@ from torch import nn
 
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph, Node
-from bkn_core.graph.interpret import CLOSED_FORMS, RULES, STRUCTURE, Interpreter
-from bkn_core.graph.names import ELEMENTWISE, name_of
+from bkn_core.graph.operations import Interpreter, describe, evaluate
+from bkn_core.graph.rules.pointwise import CLOSED_FORMS, ELEMENTWISE
+from bkn_core.graph.values import name_of
 
 
 def chain(length: int) -> Graph:
@@ -54,14 +55,14 @@ def test_only_keeps_what_is_needed_and_renumbers() -> None:
     )
     graph = Graph(nodes, {"x": 3, "y": 0}, {}).only({"x": 3}, {"y": "dropped"})
     assert [node.operation for node in graph.nodes] == ["norm", "elementwise", "convolution"]
-    assert graph.words(graph.priors["x"]) == "relu(b) -> c"
+    assert describe(graph, graph.priors["x"]) == "relu(b) -> c"
     assert graph.reasons == {"y": "dropped"}
 
 
 def test_long_words_are_cut_in_the_middle() -> None:
     nodes = [Node("norm", name="a", words="a")]
     nodes += [Node("elementwise", (i,), words="activation") for i in range(100)]
-    words = Graph(tuple(nodes), {}, {}).words(100)
+    words = describe(Graph(tuple(nodes), {}, {}), 100)
     assert len(words) < 200 and words.startswith("activation(") and " ... " in words
 
 
@@ -96,10 +97,9 @@ def test_every_elementwise_function_has_moments(name: str) -> None:
         "pow": (3,),
     }
     node = Node("elementwise", (0,), 2, options=(name, options.get(name, ()), ()))
-    result = RULES["elementwise"](node, [Gaussian(torch.full((2,), 4.0), torch.full((2,), 0.01))], nn.Module())
+    result = evaluate(node, [Gaussian(torch.full((2,), 4.0), torch.full((2,), 0.01))], nn.Module())
     assert result.mean.isfinite().all() and (result.variance >= 0).all()
 
 
 def test_closed_forms_are_among_the_known_functions() -> None:
     assert set(CLOSED_FORMS) <= ELEMENTWISE
-    assert set(STRUCTURE) == set(RULES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bkn_core.filter.kalman import Gaussian
-from bkn_core.graph import interpret
 from bkn_core.graph.graph import Node
-from bkn_core.graph.names import ELEMENTWISE
+from bkn_core.graph.operations import RULES
 from bkn_core.graph.rules.curves import FUNCTIONS
+from bkn_core.graph.rules.pointwise import ELEMENTWISE
 from bkn_core.ops import kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
@@ -168,13 +169,14 @@ def test_lines_that_the_kernels_do_not_know_enter_as_they_are() -> None:
 def test_only_the_lines_that_the_kernels_do_not_know_are_evaluated_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = drawn(Mixed())
     seen: list[str] = []
-    for operation, rule in interpret.RULES.items():
+    for operation, rule in RULES.items():
 
-        def counted(node: Node, *rest: Any, rule: interpret.Rule = rule) -> Gaussian:
+        def counted(node: Node, *rest: Any, evaluate: Any = rule.evaluate) -> Gaussian:
             seen.append(node.words)
-            return rule(node, *rest)
+            result: Gaussian = evaluate(node, *rest)
+            return result
 
-        monkeypatch.setitem(interpret.RULES, operation, counted)
+        monkeypatch.setitem(RULES, operation, dataclasses.replace(rule, evaluate=counted))
     predictions(model)
     assert sorted(seen) == [
         "group_norm",

@@ -16,7 +16,7 @@ from bkn_core.convert import convert
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.ops import kernels
 from bkn_core.priors.hooks import find_hooks
-from bkn_core.priors.named_layers import layer_of
+from bkn_core.priors.sources import Predictions
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -67,13 +67,10 @@ def drawn(model: nn.Module, images: Tensor = IMAGES) -> nn.Module:
     return converted
 
 
-Predictions = tuple[dict[str, Gaussian], list[Tensor]]
-
-
 def predictions(model: nn.Module) -> tuple[Predictions, bool]:
     """The priors of the layers that have one, the gains of all, and whether the kernels alone made them."""
     owner, hooks = find_hooks(model)
-    found = hooks.predictions(owner, [layer_of(owner, name) for name in hooks.names])
+    found = hooks.predictions(owner, hooks.layers(owner))
     return found, hooks.lowered is not None and hooks.lowered.is_whole
 
 
@@ -86,7 +83,7 @@ def gradients(model: nn.Module, found: Predictions) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(9)
     total: Tensor = torch.zeros(())
-    for values in (*itertools.chain.from_iterable(found[0].values()), *found[1]):
+    for values in (*itertools.chain.from_iterable(found[0].values()), *found[1].values()):
         weights = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         total = total + (values * weights.to(values.dtype)).sum()
     total.backward()
@@ -107,7 +104,7 @@ def assert_equal_to_float64(model: nn.Module, *, is_whole: bool = True) -> None:
         exact_prior = expected[0][name]
         assert_close(prior.mean, exact_prior.mean, exact_prior.variance.sqrt(), name)
         assert_close(prior.variance, exact_prior.variance, exact_prior.variance, name)
-    for gain, exact_gain in zip(found[1], expected[1], strict=True):
+    for gain, exact_gain in zip(found[1].values(), expected[1].values(), strict=True):
         assert_close(gain, exact_gain, exact_gain, "gain")
     actual, exact = gradients(model, found), gradients(wide, expected)
     assert actual.keys() == exact.keys()

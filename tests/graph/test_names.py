@@ -15,6 +15,7 @@ from torch.nn.modules import activation
 
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.filter.spatial import maximum, normalized, transposed_convolution
+from bkn_core.graph.operations import FUNCTIONS, describe
 from bkn_core.graph.trace import trace
 
 EXAMPLE = images(3)
@@ -93,7 +94,7 @@ def test_transposed_convolution_is_found(rank: int) -> None:
     stem = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](3, 4, 1)
     model = nn.Sequential(stem, first, nn.ReLU(), conv[rank - 1](4, 6, 2, 2), second)
     graph = trace(model, torch.randn(2, 3, *[4] * rank))
-    assert graph.words(graph.priors["4"]) == "relu(1) -> 3"
+    assert describe(graph, graph.priors["4"]) == "relu(1) -> 3"
     sample = torch.randn(2000, 3, *[4] * rank) if rank < 3 else torch.randn(300, 3, 4, 4, 4)
     assert_right(predicted(model, sample[:2])["4"], sampled(model, sample)["4"], variance=0.08)
 
@@ -122,7 +123,7 @@ def test_maximum_of_one_value_is_the_value() -> None:
 def test_max_pool_knows_what_it_pools() -> None:
     joined = Trap(lambda t, h: F.max_pool2d(torch.cat([F.relu(h[:, :4]), F.relu(t.side(h)[:, 4:])], 1), 3), kernel=1)
     graph = trace(joined, EXAMPLE)
-    assert graph.words(graph.priors["bn2"]) == "[max_pool(relu(bn1)), max_pool(relu(bn_other))] -> conv"
+    assert describe(graph, graph.priors["bn2"]) == "[max_pool(relu(bn1)), max_pool(relu(bn_other))] -> conv"
     smooth = Trap(lambda t, h: F.max_pool2d(F.relu(h), 2), kernel=1)
     prior = predicted(smooth, EXAMPLE)["bn2"]
     plain = predicted(Trap(lambda t, h: F.relu(h), kernel=1), EXAMPLE)["bn2"]
@@ -271,7 +272,7 @@ def test_call_that_nobody_foresaw_costs_a_prior_not_the_conversion(monkeypatch: 
     def broken(*_: object) -> None:
         raise ValueError("a rule met what it does not know")
 
-    monkeypatch.setattr("bkn_core.graph.rules.pointwise.function", broken)
+    monkeypatch.setitem(FUNCTIONS, "relu", broken)
     assert "not understood" in trace(Trap(lambda t, h: F.relu(h)), EXAMPLE).reasons["bn2"]
 
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from test_structures import EXAMPLE, Base, NormTwice, Residual, Tied
+from test_structures import EXAMPLE, Base, Residual, Tied
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,8 +63,3 @@ def test_a_graph_is_plain_data() -> None:
     assert pickle.loads(pickle.dumps(graph)) == copy.deepcopy(graph) == graph
     assert len(pickle.dumps(graph)) < 3000
     assert trace(Residual(), EXAMPLE) == graph
-
-
-def test_listing_shows_every_prior_and_reason() -> None:
-    text = str(trace(NormTwice(), EXAMPLE))
-    assert "prior of bn3: %" in text and "no prior for bn2: called more than once" in text

@@ -20,7 +20,7 @@ from bkn_core.layers.batch_kalman import (
     BatchKalmanNorm2d,
     BatchKalmanNorm3d,
 )
-from bkn_core.layers.forward import LayerContext
+from bkn_core.layers.forward import Forward
 
 KINDS: list[tuple[type[nn.Module], type[BatchKalmanNorm], tuple[int, ...]]] = [
     (nn.BatchNorm1d, BatchKalmanNorm1d, (6, 5)),
@@ -190,15 +190,16 @@ def test_state_dict_holds_all_names_of_batch_norm() -> None:
 def test_layer_with_a_prior_of_a_forward_survives(through: str) -> None:
     layer = BatchKalmanNorm2d(4, gain=0.3, correction=True, innovation=True, statistics_batch_size=2)
     prior = Gaussian(layer.bias * 2, layer.weight.square())  # tensors of a graph, which cannot be copied
-    layer.enter(LayerContext([], prior, layer.gain))
+    forward = Forward({"norm": prior}, {"norm": layer.gain})
+    layer.enter(forward, "norm")
     layer(torch.randn(4, 4, 3, 3))
-    layer.slots.own.is_open = False
+    forward.is_open = False
     if through == "state_dict":
         other = BatchKalmanNorm2d(4, gain=0.9, correction=True, innovation=True, statistics_batch_size=2)
         other.load_state_dict(layer.state_dict())
     else:
         other = copy.deepcopy(layer) if through == "deepcopy" else pickle.loads(pickle.dumps(layer))
-        assert other.context is None and other.slots.own.context is None
+        assert other.context is None and other.slots.own.forward is None
     x, prior = torch.randn(4, 4, 3, 3), Gaussian(torch.zeros(4), torch.ones(4))
     assert torch.equal(other(x, prior), layer(x, prior))
     for name, value in layer.state_dict().items():

@@ -30,7 +30,7 @@ def resources(capability: int) -> dict[str, int]:
 def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield name, kernel and constants of every form that is launched."""
     from bkn_core.ops.cuda import backward, chains, chains_back, forward, layout, memory, track, weights
-    from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT
+    from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT, VECTORS
 
     yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": track.CHANNELS}
     yield "evaluate", chains.evaluate, {"CHANNELS": layout.CHANNELS}
@@ -57,6 +57,8 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         }
         for sums, makes, applies in STEPS:
             step = {"SUMS": sums, "VECTORS": makes, "APPLIES": applies}
+            if makes and not sums:
+                step |= {"CHANNELS": VECTORS}
             yield (
                 f"backward {last} {sums}{makes}{applies}",
                 backward.normalize_backward,

@@ -86,7 +86,7 @@ def test_it_leaves_other_tensors_alone() -> None:
 
     rest = (*prior, gain, weight)
     assert weight is not None and serves(x, *rest)  # type: ignore[arg-type]
-    for other in (x.double(), x.bfloat16(), x[:, :, ::2], x.to("meta"), x[:0], x[:, :2], x.to_sparse()):
+    for other in (x.double(), x.int(), x[:, :, ::2], x.to("meta"), x[:0], x[:, :2], x.to_sparse()):
         assert not serves(other, *rest)  # type: ignore[arg-type]
     assert not serves(x, *prior, weight, weight) and not serves(x, *prior, gain, weight.double())
     assert not serves(x, prior.mean[:2], prior.variance[:2], gain, weight)

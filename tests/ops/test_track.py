@@ -99,14 +99,15 @@ def no_kernel(*_: object) -> None:
     pytest.fail("the kernel ran")
 
 
+def inflations(seen: list[Record]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Copies of the inflations of each layer."""
+    inflated = (r.layer for r in seen if r.layer.innovation is not None)
+    return {id(layer): (layer.innovation.clone(), layer.mean_innovation.clone()) for layer in inflated}  # type: ignore[union-attr]
+
+
 def assert_same(seen: list[Record], *, in_cpp: bool) -> None:
     """Move the layers by the kernel, and copies of them in C++ and in PyTorch."""
-    twins, exact = copied(seen), copied(seen)
-    before = {
-        id(r.layer): (r.layer.innovation.clone(), r.layer.mean_innovation.clone())  # type: ignore[union-attr]
-        for r in seen
-        if r.layer.innovation is not None
-    }
+    twins, exact, before = copied(seen), copied(seen), inflations(seen)
     track_by_kernel(seen)
     track_in_pytorch(twins)
     if in_cpp:

@@ -200,6 +200,17 @@ def test_without_triton_pytorch_serves_and_it_is_said_once(
     backend.triton_works.cache_clear()
 
 
+def test_what_is_forced_in_vain_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    backend.triton_works.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(backend, "chosen", lambda: "triton")
+    assert not backend.takes_triton("cpu") and not backend.takes_triton("cpu")
+    assert [record.message for record in caplog.records] == [
+        "BKN_BACKEND=triton has nothing for the CPU but with TRITON_INTERPRET=1: PyTorch does the work"
+    ]
+    backend.triton_works.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_ahead_without_spills(capability: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_track import BUFFERS, Record, copied, drawn, layers, move, records, track_in_pytorch
+from test_track import BUFFERS, Record, copied, drawn, inflations, layers, move, records, track_in_pytorch
 
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.ops import backend, extension, kernels
@@ -26,12 +26,7 @@ def track_by_triton(seen: list[Record]) -> None:
 
 
 def assert_same(seen: list[Record]) -> None:
-    twins = copied(seen)
-    before = {
-        id(r.layer): (r.layer.innovation.clone(), r.layer.mean_innovation.clone())  # type: ignore[union-attr]
-        for r in seen
-        if r.layer.innovation is not None
-    }
+    twins, before = copied(seen), inflations(seen)
     track_by_triton(seen)
     track_in_pytorch(twins)
     for one, other in zip(seen, twins, strict=True):
@@ -78,3 +73,14 @@ def test_a_layer_that_ran_twice_is_left_to_pytorch() -> None:
         patch.setattr(backend, "takes_triton", lambda _: True)
         move(seen)
     assert int(these[0].num_batches_tracked) == before + 2  # type: ignore[arg-type]
+
+
+def test_a_buffer_of_another_shape_is_left_to_pytorch() -> None:
+    seen = records(layers())
+    seen[0].layer.running_mean = torch.zeros(1)
+    called = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "takes_triton", lambda _: True)
+        patch.setattr("bkn_core.ops.track._track_in_pytorch", called.append)
+        move(seen)
+    assert len(called) == 1

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bkn_core.graph.builder import GraphBuilder
-from bkn_core.graph.names import IDENTITY, MATRIX_PRODUCTS, SHAPE_ONLY
-from bkn_core.graph.rules.spatial import moved_numbers, placed
-from bkn_core.graph.values import Step, Value, find_channels, number_channels
+from bkn_core.graph.graph import GraphBuilder
+from bkn_core.graph.rules.moving import SHAPE_ONLY, moved_numbers, placed
+from bkn_core.graph.values import IDENTITY, Step, Value, find_channels, number_channels
+
+_MATRIX_PRODUCTS = ("matmul", "bmm", "einsum")
 
 
 def weights(step: Step) -> Value | None:
@@ -55,7 +56,7 @@ def average(builder: GraphBuilder, step: Step) -> Value | None:
         numbers = numbers[..., :1, :].expand(step.outputs[0].shape).contiguous()
         return builder.passed(placed(builder, features, numbers))
     weighing = next((v for v in step.operands if v is not None and v.sums_to_one >= 0), None)
-    if step.name not in MATRIX_PRODUCTS or weighing is None or len(step.tensors) != 2:
+    if step.name not in _MATRIX_PRODUCTS or weighing is None or len(step.tensors) != 2:
         return None
     averaged = _averaged_numbers(step, weighing, features, numbers)
     if averaged is None:

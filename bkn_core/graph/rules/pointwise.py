@@ -1,24 +1,41 @@
-"""Nodes of elementwise functions, sums and products.
+"""Functions of each value by itself.
 
-Functions of one tensor are fused: x * sigmoid(x) is one function of x, not a product of independent factors.
+A function of a function of a Gaussian is fused into one function of it: x * sigmoid(x) is no product of independent
+factors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from bkn_core.graph.builder import GraphBuilder
-from bkn_core.graph.expressions import Expression, applied, name_or_call
-from bkn_core.graph.names import BINARY
-from bkn_core.graph.values import Step, Value
+from bkn_core.filter import propagate
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.graph import instructions as op
+from bkn_core.graph.expressions import Call, Expression, Parameter, applied, name_or_call, parameter
+from bkn_core.graph.graph import GraphBuilder, Node
+from bkn_core.graph.instructions import NoKernel, ProgramBuilder, Slot
+from bkn_core.graph.rules.curves import code_of
+from bkn_core.graph.rules.rule import Rule
+from bkn_core.graph.values import Step, Value, names
 
 _NUMBER = (int, float)
+_KEPT = 4  # derivatives that the kernels keep of each channel
+_VIEWS = frozenset(("view", "reshape", "flatten", "squeeze", "unsqueeze"))  # keep the order of the values
+
+ELEMENTWISE = names(
+    """abs absolute atan celu clamp clamp_min clamp_max clip cos elu erf exp gelu hardshrink hardsigmoid hardswish
+    hardtanh leaky_relu log1p logsigmoid mish neg negative pow relu relu6 rrelu selu sigmoid silu sin softplus
+    softshrink softsign sqrt square tanh tanhshrink threshold"""
+)
 
 
-def function(builder: GraphBuilder, step: Step, value: Value) -> Value:
+def function(builder: GraphBuilder, step: Step, value: Value, *_: Value) -> Value:
     """A function of one tensor, with numbers and words as options."""
     if not all(isinstance(a, (*_NUMBER, str, type(None))) for a in pytree.tree_leaves(step.arguments)[1:]):
         return Value(reason=f"{step.name} with unusual options")
@@ -27,152 +44,123 @@ def function(builder: GraphBuilder, step: Step, value: Value) -> Value:
     if name == "pow" and not (isinstance(args[0], _NUMBER) and args[0] > 0):
         return Value(reason="pow with something else than a positive number")
     if name == "rrelu":  # its slope is drawn: the expected one
-        lower, upper = _range(step)
-        name, args, options = "leaky_relu", ((lower + upper) / 2,), ()
-    root, expression = builder.origin(value.node)
-    expression = (name, (expression, *args), options)
-    rest: dict[str, Any] = {"dimension": value.dimension, "words": step.name}
-    if builder.is_gaussian(value.node):
-        result = builder.write(
-            "elementwise", [value.node], builder.channels(value), options=(name, args, options), **rest
-        )
-    else:  # a function of a function of a Gaussian is one function of it
-        result = builder.write("fused", [root], builder.channels(value), options=(expression,), **rest)
-    builder.origins[result.node] = (root, expression)
-    result.numbers = value.numbers
-    return result
+        lower, upper = step.argument(1, "lower"), step.argument(2, "upper")
+        slope = ((1 / 8 if lower is None else lower) + (1 / 3 if upper is None else upper)) / 2
+        name, args, options = "leaky_relu", (slope,), ()
+    expression = (name, (builder.origin(value.node)[1], *args), options)
+    return builder.apply("elementwise", value, expression, options=(name, args, options), words=step.name)
 
 
-def _range(step: Step) -> tuple[float, float]:
-    lower, upper = step.argument(1, "lower"), step.argument(2, "upper")
-    return 1 / 8 if lower is None else lower, 1 / 3 if upper is None else upper
-
-
-def prelu(builder: GraphBuilder, step: Step, value: Value) -> Value:
+def prelu(builder: GraphBuilder, step: Step, value: Value, *_: Value) -> Value:
     """A rectifier with a learned slope for each channel, or one for all."""
     known = step.known(step.argument(1, "weight"))
     if known is None or known.parameter is None:
         return Value(reason="prelu whose slope is not a parameter")
     slope: Expression = known.parameter
-    root, inner = builder.origin(value.node)
+    inner = builder.origin(value.node)[1]
     above = ("mul", (("relu", (inner,), ()), applied("rsub", slope, 1)), ())
     expression = ("add", (("mul", (inner, slope), ()), above), ())  # s x + (1 - s) max(x, 0)
-    options: dict[str, Any] = {"dimension": value.dimension, "words": "prelu"}
-    if builder.is_gaussian(value.node):
-        name = name_or_call(slope)
-        result = builder.write("prelu", [value.node], builder.channels(value), name=name, **options)
-    else:
-        result = builder.write("fused", [root], builder.channels(value), options=(expression,), **options)
-    builder.origins[result.node] = (root, expression)
-    return result
+    return builder.apply("prelu", value, expression, name=name_or_call(slope), words="prelu")
 
 
-def gated_linear_unit(builder: GraphBuilder, step: Step, value: Value) -> Value:
-    """The first half of the channels times the sigmoid of the second."""
-    dim, half = step.argument(1, "dim"), builder.channels(value) // 2
-    assert value.tensor is not None
-    if (-1 if dim is None else dim) % value.tensor.dim() != value.dimension:
-        return Value(reason="glu across something else than channels")
-    parts = [tuple(range(half)), tuple(range(half, 2 * half))]
-    rest = {"dimension": value.dimension}
-    left, right = (builder.write("gather", [value.node], half, options=(index,), **rest) for index in parts)
-    if not builder.is_gaussian(value.node):
-        return Value(reason="glu of a function of features")
-    gate = builder.write("elementwise", [right.node], half, options=("sigmoid", (), ()), words="sigmoid", **rest)
-    return builder.write("multiply", [left.node, gate.node], half, **rest)
+_FAR = 1e9  # instead of infinity, whose gradient would be no number
+
+# Closed forms and their numbers; every other function goes through quadrature.
+CLOSED_FORMS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "relu": lambda: (propagate.relu,),
+    "relu6": lambda: (propagate.clipped, 0.0, 6.0),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: (propagate.clipped, min_val, max_val),
+    "threshold": lambda threshold, value: (propagate.thresholded, -_FAR, threshold, value),
+    "hardshrink": lambda lambd=0.5: (propagate.thresholded, -lambd, lambd, 0.0),
+    "leaky_relu": lambda negative_slope=0.01: (propagate.leaky_relu, negative_slope),
+}
+_KERNELS: dict[Any, int] = {propagate.relu: op.RELU, propagate.clipped: op.CLIPPED, propagate.leaky_relu: op.LEAKY}
 
 
-def binary(builder: GraphBuilder, step: Step, values: list[Value]) -> Value:
-    """A sum, difference, product or quotient."""
-    name, left, right = step.name, step.argument(0, "input"), step.argument(1, "other")
-    if step.arguments[1].get("alpha", 1) != 1 or step.arguments[1].get("rounding_mode") is not None:
-        return Value(reason=f"{name} with a factor or rounding")
-    if name.startswith("r"):  # rsub, reversed_sub, reversed_div
-        left, right = right, left
-    name = BINARY[name]
-    if isinstance(left, _NUMBER) or isinstance(right, _NUMBER):
-        return _with_number(builder, name, left, right, values[0])
-    if len(values) == 1:
-        return _with_parameter(builder, step, name, left, right)
-    if name == "div":
-        return Value(reason="div of features by features")
-    return _with_features(builder, name, values, step.outputs[0])
-
-
-def _with_number(builder: GraphBuilder, name: str, left: Any, right: Any, value: Value) -> Value:
-    if not builder.read_numbers.isdisjoint((left if isinstance(left, _NUMBER) else right,)):
-        return Value(reason=f"{name} with a number read from a tensor")
-    if isinstance(left, _NUMBER):
-        pairs = {"add": (1.0, left), "mul": (left, 0.0), "sub": (-1.0, left)}
-    else:
-        pairs = {"add": (1.0, right), "mul": (right, 0.0), "sub": (1.0, -right), "div": (1 / (right or 1), 0.0)}
-    if name not in pairs:
-        return Value(reason=f"{name} of a number by a tensor")
-    scale, shift = (float(number) for number in pairs[name])
-    return _affine(builder, value, scale, shift)
-
-
-def _affine(builder: GraphBuilder, value: Value, scale: float, shift: float) -> Value:
-    options = (scale, shift)
-    result = builder.write("affine", [value.node], builder.channels(value), dimension=value.dimension, options=options)
-    root, expression = builder.origin(value.node)
-    builder.origins[result.node] = (root, ("add", (("mul", (expression, scale), ()), shift), ()))
-    return result
-
-
-def _with_parameter(builder: GraphBuilder, step: Step, name: str, left: Any, right: Any) -> Value:
-    """Scale or shift features by a parameter: a number for each channel, one for all, or one for each position."""
-    reverse = (known := step.known(left)) is not None and known.parameter is not None
-    tensor, value = (left, step.known(right)) if reverse else (right, known)
-    operand = step.known(tensor)
-    if operand is None or operand.parameter is None or value is None:
-        return Value(reason=f"{name} with a number tensor made in the forward")
-    if value.tensor is None or step.outputs[0].shape != value.tensor.shape:
-        return Value(reason=f"{name} with a parameter of unexpected shape")
-    shape = value.tensor.shape
-    at = value.dimension - len(shape)  # from the right, as broadcasting aligns
-    expression: Expression = operand.parameter
-    if name == "div":
-        if reverse:
-            return Value(reason="div of a parameter by features")
-        expression = applied("reciprocal", expression)
-    elif name == "sub" and not reverse:
-        expression = applied("neg", expression)
-    elif name == "sub":
-        value = _affine(builder, value, -1.0, 0.0)
-    operation, symbol = ("scale", "mul") if name in ("mul", "div") else ("shift", "add")
-    is_per_channel = all(size == 1 or i == at for i, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True))
-    if not is_per_channel and (tensor.dim() < -at or tensor.shape[at] != shape[at]):
-        return Value(reason=f"{name} with a parameter that differs between positions alike for all channels")
-    result = builder.write(
-        operation,
-        [value.node],
-        builder.channels(value),
-        dimension=value.dimension,
-        name=name_or_call(expression),
-        options=() if is_per_channel else (at,),
-        words=str(expression),
-    )
-    if is_per_channel:
-        root, inner = builder.origin(value.node)
-        builder.origins[result.node] = (root, (symbol, (inner, expression), ()))
-    return result
-
-
-def _with_features(builder: GraphBuilder, name: str, values: list[Value], output: Tensor) -> Value:
-    first, second = values
-    assert first.tensor is not None and second.tensor is not None
-    if first.dimension - first.tensor.dim() != second.dimension - second.tensor.dim():
-        return Value(reason=f"{name} of tensors whose channels are not aligned")
-    dimension = output.dim() + first.dimension - first.tensor.dim()
-    channels = max(builder.channels(v) for v in values)
-    (root, left), (other, right) = builder.origin(first.node), builder.origin(second.node)
-    if root == other:  # both are functions of one tensor, as in x * sigmoid(x): not independent, so one function
-        expression = (name, (left, right), ())
-        result = builder.write("fused", [root], channels, dimension=dimension, options=(expression,), words=name)
-        builder.origins[result.node] = (root, expression)
+def _elementwise(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    name, arguments, options = node.options
+    if name in CLOSED_FORMS:
+        form, *numbers = CLOSED_FORMS[name](*arguments, **dict(options))
+        result: Gaussian = form(inputs[0], *numbers)
         return result
-    nodes = [first.node, second.node]
-    if name == "sub":
-        nodes[1] = _affine(builder, second, -1.0, 0.0).node
-    return builder.write("multiply" if name == "mul" else "add", nodes, channels, dimension=dimension)
+    return propagate.elementwise(inputs[0], lambda x: _function(name)(x, *arguments, **dict(options)))
+
+
+def _lower_elementwise(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
+    name, arguments, options = node.options
+    form, *numbers = CLOSED_FORMS[name](*arguments, **dict(options)) if name in CLOSED_FORMS else (None,)
+    if form not in _KERNELS:
+        return curve(builder, node, inputs[0], (name, ("x", *arguments), options))
+    if not numbers:
+        return builder.write(_KERNELS[form], builder.slot(node.channels), inputs[0])
+    return _kept(builder, _KERNELS[form], inputs[0], numbers=tuple(map(float, numbers)))
+
+
+def _fused(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.elementwise(inputs[0], lambda x: evaluated(node.options[0], x, model))
+
+
+def _lower_fused(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
+    return curve(builder, node, inputs[0], node.options[0])
+
+
+def evaluated(expression: Any, x: Tensor, model: nn.Module) -> Any:
+    """Evaluate a nested (name, arguments, options) on the points x; "x" stands for them."""
+    if expression == "x":
+        return x
+    if isinstance(expression, Parameter | Call):
+        return parameter(model, expression).flatten()
+    if not isinstance(expression, tuple):
+        return expression
+    name, args, pairs = expression
+    return _function(name)(*(evaluated(a, x, model) for a in args), **dict(pairs))
+
+
+def _function(name: str) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = getattr(F, name, None) or getattr(torch, name)
+    return found
+
+
+def curve(builder: ProgramBuilder, node: Node, message: Slot, expression: Any, count: float = 1.0) -> Slot:
+    """Write a function by quadrature; of `count` independent values the largest."""
+    code = code_of(expression)
+    if code is None or message.channels != node.channels:
+        raise NoKernel
+    return _kept(builder, op.CURVE, message, numbers=(count,), index=code)
+
+
+def _kept(builder: ProgramBuilder, operation: int, message: Slot, **more: Any) -> Slot:
+    scratch = builder.slot(_KEPT // 2 * message.channels)
+    return builder.write(operation, builder.slot(message.channels), message, scratch, **more)
+
+
+def _prelu(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return propagate.leaky_relu(inputs[0], parameter(model, node.name))
+
+
+def _lower_prelu(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
+    return _kept(builder, op.LEAKY, inputs[0], **numbers_of(builder, node))
+
+
+def numbers_of(builder: ProgramBuilder, node: Node) -> dict[str, Any]:
+    """Return what a row says of one parameter, of a number for each channel or one for all."""
+    number = builder.named(_seen(node.name))
+    size = builder.shape(number).numel()
+    if size not in (1, node.channels):
+        raise NoKernel
+    return {"shape": (node.channels, int(size > 1), 1), "tensors": (number,)}
+
+
+def _seen(expression: Any) -> Any:
+    """Return the path of a parameter that an expression shows in another shape, the expression itself otherwise."""
+    inner = expression
+    while isinstance(inner, Call) and inner.function.rpartition(".")[2] in _VIEWS:
+        inner = inner.arguments[0]
+    return inner.path if isinstance(inner, Parameter) else expression
+
+
+RULES = {
+    "elementwise": Rule(_elementwise, _lower_elementwise, trace=dict.fromkeys(ELEMENTWISE, function)),
+    "fused": Rule(_fused, _lower_fused),
+    "prelu": Rule(_prelu, _lower_prelu, trace={"prelu": prelu}),
+}

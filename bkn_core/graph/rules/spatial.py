@@ -1,24 +1,40 @@
-"""Nodes of functions that move values, or mix those of different positions."""
+"""Functions over positions: pools, means, resizing, normalization of each image by itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
-from bkn_core.graph.builder import GraphBuilder
-from bkn_core.graph.expressions import name_or_call
-from bkn_core.graph.names import OVER_POSITIONS, REARRANGING
-from bkn_core.graph.values import Step, Value, find_channels, number_channels, tensors
+from bkn_core.filter import propagate, spatial
+from bkn_core.filter.kalman import Gaussian
+from bkn_core.graph import instructions as op
+from bkn_core.graph.expressions import name_or_call, parameter
+from bkn_core.graph.graph import GraphBuilder, Node
+from bkn_core.graph.instructions import ProgramBuilder, Slot
+from bkn_core.graph.rules.pointwise import curve, evaluated
+from bkn_core.graph.rules.rule import Rule, first, unsaid
+from bkn_core.graph.values import Step, Value
+
+# Neighbouring positions are neither independent nor equal: k of them count as k^0.5 independent ones for a maximum and
+# as k^0.4 for an average. Of the powers 0 (equal) to 1 (independent) these fit photographs best (docs/coverage.md).
+MAXIMUM_POWER, AVERAGE_POWER = 0.5, 0.4
+
+# How many trailing dimensions a function acts on; None is all behind the channels. Padding and resizing pass the
+# moments on: padding lowers both at the border, resizing mixes neighbours; the layer's inflation has to see to that.
+_POOLS = {f"{kind}_pool{n}d": n for kind in ("avg", "max", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+_PASSING = ("interpolate", "upsample", "pad")
+_ACTED: dict[str, int | None] = {**_POOLS, **dict.fromkeys(_PASSING)}
+_MAXIMA = ("x", ("relu", ("x",), ()))  # what max pooling pools without code: a Gaussian, or a rectified one
 
 
-def over_positions(builder: GraphBuilder, step: Step, value: Value) -> Value:
+def over_positions(builder: GraphBuilder, step: Step, value: Value, *_: Value) -> Value:
     """Pooling, padding or resizing."""
     rank = step.outputs[0].dim()
-    acted = OVER_POSITIONS[step.name]
+    acted = _ACTED[step.name]
     if step.name == "pad":
         sides = list(step.argument(1, "pad"))
         while sides and not any(sides[-2:]):
@@ -43,8 +59,8 @@ def _maximum(builder: GraphBuilder, node: int, count: float) -> int:
         parts = [_maximum(builder, part, count) for part in inputs]
         return builder.write("concatenate", parts, channels, dimension=1).node
     root, expression = builder.origin(node)
-    rest: dict[str, Any] = {"dimension": 1, "options": (count, expression), "words": "max_pool"}
-    return builder.write("max_pool", [root], channels, **rest).node
+    options = (count, expression)
+    return builder.write("max_pool", [root], channels, dimension=1, options=options, words="max_pool").node
 
 
 def _window(step: Step, tensor: Tensor) -> float:
@@ -59,7 +75,7 @@ def _window(step: Step, tensor: Tensor) -> float:
     return float(math.prod(sizes))
 
 
-def normalized(builder: GraphBuilder, step: Step, value: Value) -> Value:
+def normalized(builder: GraphBuilder, step: Step, value: Value, *_: Value) -> Value:
     """Layer, group or instance normalization."""
     channels = builder.channels(value)
     assert value.tensor is not None
@@ -80,11 +96,10 @@ def normalized(builder: GraphBuilder, step: Step, value: Value) -> Value:
     names = iter(name_or_call(v.parameter) for v in known if v is not None)
     name, bias = ("" if t is None else next(names) for t in (weight, bias))
     options = (groups, 1e-5 if eps is None else eps, bias, is_layer)
-    rest: dict[str, Any] = {"dimension": value.dimension, "name": name, "options": options, "words": step.name}
-    return builder.write("normalized", [value.node], channels, **rest)
+    return builder.follow("normalized", value, name=name, options=options, words=step.name)
 
 
-def mean(builder: GraphBuilder, step: Step, value: Value) -> Value:
+def mean(builder: GraphBuilder, step: Step, value: Value, *_: Value) -> Value:
     """The mean over positions."""
     dims = step.argument(1, "dim")
     assert value.tensor is not None
@@ -100,55 +115,65 @@ def mean(builder: GraphBuilder, step: Step, value: Value) -> Value:
     return dataclasses.replace(builder.averaged(value, count), dimension=dimension)
 
 
-def concatenate(builder: GraphBuilder, step: Step, values: list[Value]) -> Value:
-    """Tensors beside each other, along the channels or along something else."""
-    dim = step.argument(1, "dim")
-    assert values[0].tensor is not None
-    dim = (0 if dim is None else dim) % values[0].tensor.dim()
-    if len(values) != len(step.tensors):
-        return Value(reason="cat with tensors that are not features")
-    if all(v.dimension == dim for v in values):
-        if len({v.node for v in values}) < len(values):
-            return Value(reason="cat of the same features twice")  # far from independent
-        channels = sum(builder.channels(v) for v in values)
-        return builder.write("concatenate", [v.node for v in values], channels, dimension=dim)
-    if len({(builder.before_passing(v.node), v.dimension) for v in values}) == 1:
-        return builder.passed(values[0])
-    return Value(reason="cat along another dimension than the channels")
+def _max_pool(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    count, expression = node.options
+    return spatial.maximum(inputs[0], lambda x: evaluated(expression, x, model), count**MAXIMUM_POWER)
 
 
-def moved(builder: GraphBuilder, step: Step, value: Value) -> list[Value]:
-    """Replay a function that only moves values on channel numbers and read off where each channel went."""
-    numbers = moved_numbers(step, value, number_channels(value, builder.channels(value)))
-    if not numbers:
-        return [Value(reason=f"{step.name} of something else than features")] * len(step.outputs)
-    results = [placed(builder, value, result) for result in numbers]
-    if step.name in REARRANGING:
-        return results
-    # Values that were picked by position are others now, and have a node of their own.
-    return [builder.passed(result) if result.node == value.node else result for result in results]
+def _average(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    return Gaussian(inputs[0].mean, inputs[0].variance / node.options[0] ** AVERAGE_POWER)
 
 
-def moved_numbers(step: Step, value: Value, numbers: Tensor) -> list[Tensor]:
-    """Replay a function that only moves values on numbers; nothing where it is not the values that it moves."""
-    args, kwargs = step.arguments
-    tensor = value.tensor
-    if not args or tensor is None or args[0] is not tensor:
-        return []
-    if tensor.is_meta and step.name == "getitem" and tensors((args[1:], kwargs)):
-        return []  # an index of which only the shape is known
-    results = pytree.tree_leaves(step.function(numbers, *args[1:], **kwargs))
-    return [result for result in results if isinstance(result, Tensor)]
+def _normalized(node: Node, inputs: list[Gaussian], model: nn.Module) -> Gaussian:
+    groups, eps, bias, is_pointwise = node.options
+    message = spatial.normalized(inputs[0], groups, eps, is_pointwise=is_pointwise)
+    if node.name:
+        message = propagate.affine(message, parameter(model, node.name), 0.0)
+    return propagate.affine(message, 1.0, parameter(model, bias)) if bias else message
 
 
-def placed(builder: GraphBuilder, value: Value, numbers: Tensor) -> Value:
-    """Read off where a function put the channels of a value."""
-    found = find_channels(numbers, builder.channels(value))
-    if isinstance(found, str):
-        return Value(reason=found)
-    if found is None:
-        return Value(node=value.node, numbers=numbers)
-    dimension, index = found
-    if index == tuple(range(builder.channels(value))):
-        return Value(node=value.node, dimension=dimension)
-    return builder.write("gather", [value.node], len(index), dimension=dimension, options=(index,))
+def _lower_max_pool(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
+    count, expression = node.options
+    if expression not in _MAXIMA:
+        return curve(builder, node, inputs[0], expression, count**MAXIMUM_POWER)
+    numbers = (count**MAXIMUM_POWER, float(expression != "x"))
+    return builder.write(op.MAX_POOL, builder.slot(node.channels), inputs[0], numbers=numbers)
+
+
+def _lower_average(builder: ProgramBuilder, node: Node, inputs: Sequence[Slot]) -> Slot:
+    numbers = (node.options[0] ** -AVERAGE_POWER,)
+    return builder.write(op.AVERAGE, builder.slot(node.channels), inputs[0], numbers=numbers)
+
+
+def _pooled(node: Node, inputs: list[str]) -> str:
+    return f"max_pool({_said(node.options[1], inputs[0])})"
+
+
+def _said(expression: Any, text: str) -> str:
+    """Say what a nested (name, arguments, options) computes of a text; "x" stands for it."""
+    if expression == "x":
+        return text
+    if not isinstance(expression, tuple):
+        return str(expression)
+    name, args, _ = expression
+    return f"{name}({', '.join(_said(a, text) for a in args)})"
+
+
+RULES = {
+    "max_pool": Rule(
+        _max_pool, _lower_max_pool, _pooled, dict.fromkeys((n for n in _POOLS if "max" in n), over_positions)
+    ),
+    "average": Rule(
+        _average,
+        _lower_average,
+        unsaid,
+        {**dict.fromkeys((n for n in _POOLS if "avg" in n), over_positions), "mean": mean},
+    ),
+    "pass": Rule(
+        first,
+        lambda _, __, inputs: inputs[0],
+        unsaid,
+        dict.fromkeys(_PASSING, over_positions),
+    ),
+    "normalized": Rule(_normalized, trace=dict.fromkeys(("layer_norm", "group_norm", "instance_norm"), normalized)),
+}

@@ -1,6 +1,5 @@
 /* One layer backward: two sums, the small arithmetic of each channel, one affine pass. The formulas stand in `normalize.py`. */
 
-#include "calls.h"
 #include "activation.h"
 
 enum { COST = 16 }; /* of the small arithmetic of a channel in a group, in values of an activation */
@@ -161,11 +160,15 @@ static void differentiate_channels(const void *task, int64_t first, int64_t last
 static void backward_planes(const void *task, int64_t first, int64_t last)
 {
     const Backward *b = task;
+    const Passes *p = b->passes;
     int64_t image = b->channels * b->length, images = b->groups * b->images;
     for (int64_t c = first; c < last; c++) {
         for (int64_t n = 0; n < images; n++) {
             int64_t at = n * image + c * b->length, i = n / b->images * b->channels + c;
-            sums_of_plane(b->dy + at, b->x + at, b->length, b->statistics[i], b->sums + 2 * i);
+            const void *dy = value_at(p, b->dy, at), *x = value_at(p, b->x, at);
+            if (n + 1 < images)
+                fetch(p, b->dy, at + image, b->length), fetch(p, b->x, at + image, b->length);
+            p->sums_of_plane(dy, x, b->length, b->statistics[i], b->sums + 2 * i);
         }
         differentiate(b, c);
         for (int64_t n = 0; n < images; n++) {
@@ -173,7 +176,7 @@ static void backward_planes(const void *task, int64_t first, int64_t last)
             float k[4];
             for (int j = 0; j < 4; j++)
                 k[j] = *coefficient(b, g, j, c);
-            gradient_of_plane(b->dy + at, b->x + at, b->dx + at, b->length, k);
+            p->gradient_of_plane(value_at(p, b->dy, at), value_at(p, b->x, at), value_at(p, b->dx, at), b->length, k);
         }
     }
 }
@@ -181,11 +184,13 @@ static void backward_planes(const void *task, int64_t first, int64_t last)
 static void sum_stretches(const void *task, int64_t first, int64_t last)
 {
     const Backward *b = task;
+    const Passes *p = b->passes;
     for (int64_t i = first; i < last; i++) {
         int64_t start, count, c = b->channels;
         stretch(b->images * b->length, b->parts, i, &start, &count);
         const float *centre = b->statistics + i / b->parts * c;
-        if (sums_of_rows(b->dy + start * c, b->x + start * c, count, c, centre, b->sums + 2 * i * c))
+        const void *dy = value_at(p, b->dy, start * c), *x = value_at(p, b->x, start * c);
+        if (p->sums_of_rows(dy, x, count, c, centre, b->sums + 2 * i * c))
             *b->failed = 1;
     }
 }
@@ -193,6 +198,7 @@ static void sum_stretches(const void *task, int64_t first, int64_t last)
 static void gradient_of_stretches(const void *task, int64_t first, int64_t last)
 {
     const Backward *b = task;
+    const Passes *p = b->passes;
     int64_t width = width_of(b->channels);
     float *rows = malloc(4 * width * sizeof(float));
     if (!rows) {
@@ -205,7 +211,8 @@ static void gradient_of_stretches(const void *task, int64_t first, int64_t last)
         for (int j = 0; j < 4; j++)
             spread(coefficient(b, g, j, 0), b->channels, rows + j * width, width);
         start *= b->channels;
-        gradient_of_rows(b->dy + start, b->x + start, b->dx + start, count * b->channels, width, rows);
+        const void *dy = value_at(p, b->dy, start), *x = value_at(p, b->x, start);
+        p->gradient_of_rows(dy, x, value_at(p, b->dx, start), count * b->channels, width, rows);
     }
     free(rows);
 }
@@ -214,6 +221,7 @@ int bkn_backward(const Backward *given)
 {
     Backward b = *given;
     int64_t plane = b.groups * b.channels;
+    b.passes = passes_for(b.type);
     b.threads = threads_for(plane * b.images * b.length, b.threads);
     b.parts = b.is_channels_last && b.groups < 2 * b.threads ? b.threads : 1;
     b.sums = calloc(2 * plane * b.parts, sizeof(double));

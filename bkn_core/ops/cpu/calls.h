@@ -4,14 +4,19 @@
 
 #include <stdint.h>
 
+enum { FLOAT32, BFLOAT16, FLOAT16 }; /* types of activations, as in `kernels.py`; all else is float32 */
+
 typedef struct {
-    int64_t groups, images, channels, length, is_channels_last, threads;
-    const float *x, *prior_mean, *prior_variance; /* no prior: NULL */
+    int64_t groups, images, channels, length, is_channels_last, threads, type;
+    const void *x;
+    const float *prior_mean, *prior_variance;     /* no prior: NULL */
     int64_t prior_stride;                         /* channels where each group has its own prior, else 0 */
     const float *gain, *weight, *bias;            /* no affine: NULL */
-    float *y, *statistics;                        /* (6, G, C), see `normalize.py` */
+    void *y;
+    float *statistics;                            /* (6, G, C), see `normalize.py` */
     double eps;
     /* of this call, not set by the caller: */
+    const struct Passes *passes;
     int64_t parts;
     struct Moments *partial;
     float *coefficients; /* (G, 3, C): scale, mean, bias */
@@ -19,17 +24,20 @@ typedef struct {
 } Forward;
 
 typedef struct {
-    int64_t groups, images, channels, length, is_channels_last, threads;
-    const float *dy, *x, *prior_mean, *prior_variance;
+    int64_t groups, images, channels, length, is_channels_last, threads, type;
+    const void *dy, *x;
+    const float *prior_mean, *prior_variance;
     int64_t prior_stride;
     const float *gain, *weight, *statistics, *to_statistics; /* gradient of the statistics or NULL */
-    float *dx, *to_weight, *to_bias;                         /* no weight: NULL */
+    void *dx;
+    float *to_weight, *to_bias;                              /* no weight: NULL */
     float *to_prior_mean, *to_prior_variance;                /* (C,) or (G, C) */
     float *to_gain;
     const float *sensitivity;                                /* (2, C): of the variance, of the mean */
     float *gathered;                                         /* sums of it, NULL to follow no inflation */
     double eps;
     /* of this call, not set by the caller: */
+    const struct Passes *passes;
     int64_t parts;
     double *sums;        /* (G, parts, C, 2) */
     float *coefficients; /* (G, 4, C): dx = k0 dy + (k1 (x - k2) + k3) */

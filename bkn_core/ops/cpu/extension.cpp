@@ -35,6 +35,14 @@ int64_t layout_of(const Tensor &x)
     return x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d) ? 2 : 0;
 }
 
+/* Of an activation that the kernels know, else -1. */
+int64_t type_of(const Tensor &x)
+{
+    bool is_array = x.is_cpu() && x.layout() == at::kStrided;
+    auto type = x.scalar_type();
+    return !is_array ? -1 : type == at::kFloat ? FLOAT32 : type == at::kBFloat16 ? BFLOAT16 : type == at::kHalf ? FLOAT16 : -1;
+}
+
 template <class Call> void describe(Call &call, const Tensor &x, int64_t groups)
 {
     call.groups = groups;
@@ -43,6 +51,7 @@ template <class Call> void describe(Call &call, const Tensor &x, int64_t groups)
     call.length = x.numel() / (x.size(0) * x.size(1));
     call.is_channels_last = layout_of(x) - 1;
     call.threads = at::get_num_threads();
+    call.type = type_of(x);
 }
 
 float *values_of(const Tensor &t)
@@ -95,14 +104,14 @@ struct Normalize : torch::autograd::Function<Normalize> {
                                  const Maybe &bias, const Maybe &used, const Maybe &gathered, double eps,
                                  int64_t groups)
     {
-        Tensor y = at::empty_like(x), statistics = at::empty({6, groups, x.size(1)}, x.options());
+        Tensor y = at::empty_like(x), statistics = at::empty({6, groups, x.size(1)}, gain.options());
         Tensor mean = or_nothing(prior_mean), variance = or_nothing(prior_variance), scale = or_nothing(weight);
         Forward f = {};
         describe(f, x, groups);
-        f.x = values_of(x), f.prior_mean = values_of(mean), f.prior_variance = values_of(variance);
+        f.x = x.data_ptr(), f.prior_mean = values_of(mean), f.prior_variance = values_of(variance);
         f.prior_stride = stride_of(mean);
         f.gain = values_of(gain), f.weight = values_of(scale), f.bias = values_of(or_nothing(bias));
-        f.y = values_of(y), f.statistics = values_of(statistics), f.eps = eps;
+        f.y = y.data_ptr(), f.statistics = values_of(statistics), f.eps = eps;
         TORCH_CHECK(!run_forward(&f), "a normalization layer found no memory for its statistics");
         ctx->save_for_backward({x, mean, variance, gain, scale, statistics});
         ctx->set_materialize_grads(false);
@@ -133,24 +142,24 @@ struct Normalize : torch::autograd::Function<Normalize> {
         Tensor dy = gradients[0], to_statistics = gradients[1];
         if (!dy.defined())
             dy = at::zeros_like(x);
-        else if (!is_plain(dy) || dy.strides() != x.strides())
+        else if (type_of(dy) != type_of(x) || dy.strides() != x.strides())
             dy = at::empty_like(x).copy_(dy);
         if (to_statistics.defined())
             to_statistics = to_statistics.contiguous();
         bool has_prior = prior_mean.defined();
-        Tensor dx = at::empty_like(x), to_bias = at::empty({x.size(1)}, x.options());
+        Tensor dx = at::empty_like(x), to_bias = at::empty({x.size(1)}, gain.options());
         Tensor to_weight = weight.defined() ? at::empty_like(weight) : Tensor();
         Tensor to_mean = has_prior ? at::empty_like(prior_mean) : Tensor();
         Tensor to_variance = has_prior ? at::empty_like(prior_mean) : Tensor();
         Tensor to_gain = has_prior ? at::empty_like(gain) : Tensor();
         Backward b = {};
         describe(b, x, saved[5].size(1));
-        b.dy = values_of(dy), b.x = values_of(x);
+        b.dy = dy.data_ptr(), b.x = x.data_ptr();
         b.prior_mean = values_of(prior_mean), b.prior_variance = values_of(saved[2]);
         b.prior_stride = stride_of(prior_mean);
         b.gain = values_of(gain), b.weight = values_of(weight), b.statistics = values_of(saved[5]);
         b.to_statistics = values_of(to_statistics);
-        b.dx = values_of(dx), b.to_weight = values_of(to_weight), b.to_bias = values_of(to_bias);
+        b.dx = dx.data_ptr(), b.to_weight = values_of(to_weight), b.to_bias = values_of(to_bias);
         b.to_prior_mean = values_of(to_mean), b.to_prior_variance = values_of(to_variance);
         b.to_gain = values_of(to_gain);
         auto gathered = ctx->saved_data.find("gathered");
@@ -170,7 +179,7 @@ std::vector<Tensor> normalize(const Tensor &x, const Maybe &prior_mean, const Ma
                               const Maybe &weight, const Maybe &bias, const Maybe &used, const Maybe &gathered,
                               double eps, int64_t groups)
 {
-    if (!is_plain(x) || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain))
+    if (type_of(x) < 0 || x.dim() < 2 || !x.numel() || !layout_of(x) || gain.dim() || !is_plain(gain))
         return {};
     auto vector = x.sizes().slice(1, 1);
     for (const Maybe *t : {&weight, &bias})

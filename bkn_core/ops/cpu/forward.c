@@ -1,6 +1,5 @@
 /* One layer forward: observe, blend with the prior, apply. The formulas stand in `normalize.py`. */
 
-#include "calls.h"
 #include "activation.h"
 
 static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)
@@ -35,27 +34,32 @@ static void blend(const Forward *f, int64_t g, int64_t c, const Moments *seen)
 static void forward_planes(const void *task, int64_t first, int64_t last)
 {
     const Forward *f = task;
+    const Passes *p = f->passes;
     int64_t image = f->channels * f->length;
     for (int64_t i = first; i < last; i++) {
         int64_t g = i / f->channels, c = i % f->channels, start = g * f->images * image + c * f->length;
         Moments seen = {0, 0, 0};
-        for (int64_t n = 0; n < f->images; n++)
-            observe_plane(f->x + start + n * image, f->length, &seen);
+        for (int64_t n = 0, at = start; n < f->images; n++, at += image) {
+            if (n + 1 < f->images)
+                fetch(p, f->x, at + image, f->length);
+            p->observe_plane(value_at(p, f->x, at), f->length, &seen);
+        }
         blend(f, g, c, &seen);
         const float *all = f->coefficients + 3 * g * f->channels + c;
         float k[3] = {all[0], all[f->channels], all[2 * f->channels]};
-        for (int64_t n = 0; n < f->images; n++)
-            apply_plane(f->x + start + n * image, f->y + start + n * image, f->length, k);
+        for (int64_t n = 0, at = start; n < f->images; n++, at += image)
+            p->apply_plane(value_at(p, f->x, at), value_at(p, f->y, at), f->length, k);
     }
 }
 
 static void observe_stretches(const void *task, int64_t first, int64_t last)
 {
     const Forward *f = task;
+    const Passes *p = f->passes;
     for (int64_t i = first; i < last; i++) {
-        int64_t start, count;
+        int64_t start, count, c = f->channels;
         stretch(f->images * f->length, f->parts, i, &start, &count);
-        if (count && observe_rows(f->x + start * f->channels, count, f->channels, f->partial + i * f->channels))
+        if (count && p->observe_rows(value_at(p, f->x, start * c), count, c, f->partial + i * c))
             *f->failed = 1;
     }
 }
@@ -76,6 +80,7 @@ static void blend_group(const Forward *f, int64_t g)
 static void apply_stretches(const void *task, int64_t first, int64_t last)
 {
     const Forward *f = task;
+    const Passes *p = f->passes;
     int64_t width = width_of(f->channels);
     float *rows = malloc(3 * width * sizeof(float));
     if (!rows) {
@@ -88,7 +93,7 @@ static void apply_stretches(const void *task, int64_t first, int64_t last)
         for (int j = 0; j < 3; j++)
             spread(f->coefficients + (3 * g + j) * f->channels, f->channels, rows + j * width, width);
         start *= f->channels;
-        apply_rows(f->x + start, f->y + start, count * f->channels, width, rows);
+        p->apply_rows(value_at(p, f->x, start), value_at(p, f->y, start), count * f->channels, width, rows);
     }
     free(rows);
 }
@@ -106,6 +111,7 @@ int bkn_forward(const Forward *given)
 {
     Forward f = *given;
     int64_t plane = f.groups * f.channels;
+    f.passes = passes_for(f.type);
     f.threads = threads_for(plane * f.images * f.length, f.threads);
     f.parts = f.groups >= 2 * f.threads ? 1 : f.threads;
     f.coefficients = malloc(3 * plane * sizeof(float));

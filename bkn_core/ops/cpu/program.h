@@ -1,7 +1,7 @@
 /* A program of instructions that push mean and variance per channel from one normalization layer to the next, and its
    reverse.
 
-   `graph/rules/lowering.py` writes them; `filter/propagate.py` says what each does. A value lives in an arena of floats,
+   The rules of `graph/rules` write them; `filter/propagate.py` says what each does. A value lives in an arena of floats,
    its mean and its variance at two offsets; gradients live in a second arena at the same offsets. */
 
 #pragma once

@@ -1,4 +1,4 @@
-/* All priors and gains of a model as one row that several forwards share, see `SharedRow` in `priors/shared.py`: it is filled
+/* All priors and gains of a model as one row that several forwards share, see `priors/accumulation.py`: it is filled
    when a block of forwards begins, and gives its gradient to the parameters when the block ends. */
 
 #pragma once

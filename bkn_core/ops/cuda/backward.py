@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bkn_core.ops.cuda.inflation import follow
-from bkn_core.ops.cuda.tiles import limited, start_of, tile, tile_count
+from bkn_core.ops.cuda.tiles import limited, tile, tile_count
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def write_sums(
     centre = tl.load(statistics + group * channels + channel, mask=known, other=0.0)
     total = tl.zeros([CHANNELS], tl.float32)
     weighted = tl.zeros([CHANNELS], tl.float32)
-    x += start_of(group, images, channels, length)
-    dy += start_of(group, images, channels, length)
+    x += group * images * channels * length
+    dy += group * images * channels * length
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, _ = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
@@ -193,9 +193,9 @@ def write_gradient(
     slope = tl.load(coefficients + plane + at, mask=known, other=0.0)
     centre = tl.load(coefficients + 2 * plane + at, mask=known, other=0.0)
     offset = tl.load(coefficients + 3 * plane + at, mask=known, other=0.0)
-    x += start_of(group, images, channels, length)
-    dy += start_of(group, images, channels, length)
-    dx += start_of(group, images, channels, length)
+    x += group * images * channels * length
+    dy += group * images * channels * length
+    dx += group * images * channels * length
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, _ = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS

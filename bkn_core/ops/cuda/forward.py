@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bkn_core.ops.cuda.tiles import limited, start_of, tile, tile_count
+from bkn_core.ops.cuda.tiles import limited, tile, tile_count
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def observe(
     count = tl.zeros([1], tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
     m2 = tl.zeros([CHANNELS], tl.float32)
-    x += start_of(group, images, channels, length)
+    x += group * images * channels * length
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, held = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
@@ -142,8 +142,8 @@ def normalize(
         mean, m2, count, group, first, groups, channels, prior_mean, prior_variance, prior_stride, gain, weight, bias,
         statistics, eps, part == 0, HAS_PRIOR, HAS_WEIGHT, HAS_BIAS, LARGEST, CHANNELS,
     )  # fmt: skip
-    x += start_of(group, images, channels, length)
-    y += start_of(group, images, channels, length)
+    x += group * images * channels * length
+    y += group * images * channels * length
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, _ = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS

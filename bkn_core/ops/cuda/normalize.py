@@ -8,17 +8,20 @@ interpreter, and compiled ahead.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from bkn_core.filter.inflation_gradient import LARGEST_RATIO, USUAL, own_part
+from bkn_core.ops.activation_rows import is_channels_last
 from bkn_core.ops.cuda import backward, forward
 
 LARGEST = 0.499 * torch.finfo(torch.float32).max  # squares stay below, so that two of them are a number
 LARGEST_GRADIENT = 1e30  # of the gain by one channel of one group
+VECTORS = 64  # channels of a program that has nothing to do with activations
 _FEW_TILES = 24  # that one program goes through without help
 
 LIBRARY = torch.library.Library("bkn_cuda", "DEF")
@@ -73,7 +76,7 @@ class Division(NamedTuple):
     def of(cls, x: Tensor, groups: int) -> Division:
         """Divide an activation: tiles of as many values as registers hold, long in the direction in which memory is."""
         channels, positions = x.shape[1], x.shape[2:].numel()
-        is_last = is_channels_last(x)
+        is_last = x.dim() == 2 or is_channels_last(x)
         if is_last:
             wide = min(64, triton.next_power_of_2(channels))
             tall = min(1024 // wide, triton.next_power_of_2(len(x) // groups * positions))
@@ -90,19 +93,6 @@ class Division(NamedTuple):
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side; rows of channels do."""
-    if x.dim() == 2:
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether an activation has one of the layouts that the kernels know."""
-    return x.is_contiguous() or is_channels_last(x)
 
 
 def _stride(prior_mean: Tensor | None) -> int:
@@ -179,11 +169,13 @@ def normalize_backward(
     sums = gain.new_empty((2, groups, cut.parts, cut.channels))
     coefficients = gain.new_empty((4, groups, cut.channels))
     is_whole = cut.parts == 1 and groups * cut.tiles <= _FEW_TILES
-    whole, parts = (cut.blocks, 1), (cut.blocks, groups * cut.parts)
-    steps = [(whole, (True, True, True))] if is_whole else [
-        (parts, (True, False, False)), (whole, (False, True, False)), (parts, (False, False, True)),
+    parts, vectors = (cut.blocks, groups * cut.parts), cut._replace(wide=VECTORS)
+    steps = [(cut, (cut.blocks, 1), (True, True, True))] if is_whole else [
+        (cut, parts, (True, False, False)),
+        (vectors, (vectors.blocks, 1), (False, True, False)),
+        (cut, parts, (False, False, True)),
     ]  # fmt: skip
-    for grid, (sums_up, makes_vectors, applies) in steps:
+    for division, grid, (sums_up, makes_vectors, applies) in steps:
         backward.normalize_backward[grid](
             x, dy, dx, statistics, to_statistics, sums, coefficients, prior_mean, prior_variance, _stride(prior_mean),
             gain, weight, sensitivity, gathered, float(own_part(len(x))), *to_prior, to_gain, to_weight, vector,
@@ -191,7 +183,7 @@ def normalize_backward(
             SUMS=sums_up, VECTORS=makes_vectors, APPLIES=applies,
             HAS_PRIOR=prior_mean is not None, HAS_WEIGHT=weight is not None, HAS_STATISTICS=to_statistics is not None,
             FOLLOWS=prior_mean is not None and gathered is not None, LARGEST=LARGEST, LARGEST_GRADIENT=LARGEST_GRADIENT,
-            RATIO=LARGEST_RATIO, USUAL=USUAL, **cut.constants,
+            RATIO=LARGEST_RATIO, USUAL=USUAL, **division.constants,
         )  # fmt: skip
     return dx, to_weight, vector, to_prior[0], to_prior[1], to_gain
 
@@ -211,8 +203,18 @@ def _backward_shapes(
     )  # fmt: skip
 
 
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch kernels where the first tensor is, whichever GPU is the current one."""
+
+    def launched(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest)
+
+    return launched
+
+
 for _device in ("CUDA", "CPU"):  # on the CPU Triton's interpreter serves
-    LIBRARY.impl("normalize", normalize, _device)
-    LIBRARY.impl("normalize_backward", normalize_backward, _device)
+    LIBRARY.impl("normalize", on_its_device(normalize), _device)
+    LIBRARY.impl("normalize_backward", on_its_device(normalize_backward), _device)
 torch.library.register_fake("bkn_cuda::normalize", _normalize_shapes, lib=LIBRARY)
 torch.library.register_fake("bkn_cuda::normalize_backward", _backward_shapes, lib=LIBRARY)

@@ -20,12 +20,6 @@ def tile_count(images, length, CHANNELS_LAST: tl.constexpr, POSITIONS: tl.conste
 
 
 @triton.jit
-def start_of(group, images, channels, length):
-    """Return where the values of a group begin: a number that may pass 2^31, where the offsets of a tile may not."""
-    return tl.full([], 1, tl.int64) * images * channels * length * group
-
-
-@triton.jit
 def tile(
     number, first, images, channels, length,
     CHANNELS_LAST: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,

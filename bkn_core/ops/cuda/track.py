@@ -33,19 +33,22 @@ def track(rows: Sequence[Sequence[Tensor | None]], numbers: list[float]) -> list
     """
     fields: list[int] = []
     widths: list[int] = []
-    device = next(tensor for tensor in rows[0] if tensor is not None).device
+    kept = 0
+    first = next(tensor for tensor in rows[0] if tensor is not None)
     for row in rows:
         statistics, mean, *_ = row
         assert statistics is not None
         groups, width = statistics.shape[1:]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in row]
         stride = 0 if mean is None or mean.dim() == 1 else width
-        fields += [groups, width, *addresses[:3], stride, *addresses[3:], sum(widths)]
-        widths += [width, width] if mean is not None else []
-    before = torch.empty(sum(widths), device=device)
-    memory.track[(len(rows),)](
-        *_on_device(fields, numbers, device), before, FIELDS=memory.FIELDS, CHANNELS=CHANNELS, num_warps=WARPS
-    )  # fmt: skip
+        fields += [groups, width, *addresses[:3], stride, *addresses[3:], kept]
+        if mean is not None:
+            widths += [width, width]
+            kept += 2 * width
+    before = torch.empty(kept, device=first.device)
+    with torch.cuda.device_of(first):
+        table = _on_device(fields, numbers, first.device)
+        memory.track[(len(rows),)](*table, before, FIELDS=memory.FIELDS, CHANNELS=CHANNELS, num_warps=WARPS)
     moved = [tensor for row in rows for tensor in row[3:] if tensor is not None]
     torch.autograd.graph.increment_version(moved)
     return list(before.split(widths))
