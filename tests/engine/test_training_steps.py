@@ -296,5 +296,5 @@ def test_centred_weights_stay_so_and_gradients_are_centred_before_they_are_clipp
 
 
 def test_pretrained_weights_are_not_centred() -> None:
-    with pytest.raises(RecipeError, match="norm.weights is centred and model.pretrained is true"):
+    with pytest.raises(RecipeError, match=r"norm\.weights is centred and model\.pretrained is true"):
         training("norm.weights=centred", "model.name=resnet18", "model.pretrained=true")
