@@ -27,6 +27,7 @@ from bkn_core.engine.state import checked_state
 from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.rivals.build import WEIGHTS
 from bkn_core.layers.rivals.groups import set_length_
 from bkn_core.priors.accumulation import accumulation
 from bkn_core.recipe import Recipe
@@ -79,7 +80,7 @@ class Training:
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
 
     def _weights_to_centre(self) -> Iterator[nn.Parameter]:
-        if self.recipe.norm.weights == "centred":
+        if self.recipe.norm.weights == "centred" and self.recipe.norm.kind not in WEIGHTS:  # which have their own
             colours = self.splits.preprocess
             example = example_images(len(colours.mean), colours.image_size).to(self.world.device)
             yield from centred_weights(self.model, example).values()
