@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_runs import training
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -81,8 +80,3 @@ def test_means_of_16_bits_are_taken_in_32() -> None:
 def test_nothing_to_centre_is_said() -> None:
     with pytest.raises(ConversionError, match="no normalization layer reads a convolution or linear layer whose"):
         centred_weights(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)), torch.randn(2, 3, 4, 4))
-
-
-def test_kinds_with_weights_of_their_own_keep_them() -> None:
-    run = training("norm.weights=centred", "norm.kind=gn_ws")
-    assert run.centred.weights == ()

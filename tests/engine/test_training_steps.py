@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bkn_core.engine.batches import epoch_order, normalize
 from bkn_core.engine.finite import BufferSnapshot
 from bkn_core.engine.training import Training
-from bkn_core.errors import DivergedError, InputError, RecipeError
+from bkn_core.errors import DivergedError, InputError
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 
@@ -279,22 +279,3 @@ def test_a_state_survives_and_is_not_changed_by_going_on() -> None:
     for one in (run, other):
         one.take_step(0, steps[1])
     assert_same_bits(other.state(), run.state())
-
-
-def test_centred_weights_stay_so_and_gradients_are_centred_before_they_are_clipped() -> None:
-    run = training("norm.weights=centred", "train.clip_norm=1e-3", "train.ema=0.5", "optim.name=adamw")
-    centred = [module for module in run.model.modules() if isinstance(module, nn.Conv2d)]
-    clipped = gradients(run)
-    total = torch.stack([gradient.norm() for gradient in clipped.values()]).norm()
-    torch.testing.assert_close(total, torch.tensor(1e-3), rtol=1e-3, atol=0)
-    for name, module in run.model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            assert clipped[f"{name}.weight"].flatten(1).mean(1).abs().max() < 1e-9
-    averaged = [module for module in run.evaluated.modules() if isinstance(module, nn.Conv2d)]
-    for module in centred + averaged:
-        assert module.weight.flatten(1).mean(1).abs().max() < 1e-7 < module.weight.abs().max()
-
-
-def test_pretrained_weights_are_not_centred() -> None:
-    with pytest.raises(RecipeError, match=r"norm\.weights is centred and model\.pretrained is true"):
-        training("norm.weights=centred", "model.name=resnet18", "model.pretrained=true")
