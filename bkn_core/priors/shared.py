@@ -17,7 +17,6 @@ from bkn_core.graph.lookup import Entries
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.forward import LayerContext
 from bkn_core.ops.extension import Operations
-from bkn_core.ops.priors import ACCUMULATES, FIELDS
 from bkn_core.ops.track import existing, joined, track
 
 Constants = tuple[dict[str, Gaussian], list[Tensor]]  # priors by the names of their layers, gains of all layers
@@ -122,11 +121,8 @@ class SharedRow(Shared):
     """
 
     def __init__(self, program: KernelProgram, entries: Entries, operations: Operations) -> None:
-        self.program, instructions = program, program.structure(entries.values, [])  # which point into the program
-        fields = torch.frombuffer(instructions, dtype=torch.int64).view(-1, FIELDS)
-        sizes = [program.size, program.results]
-        self.row = operations.row(entries.values, fields, program.gradient_fields, ACCUMULATES, sizes)
-        leaf, parts = self.row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
+        self.program, self.row = program, operations.row(program.in_cpp(operations), entries.values)
+        leaf, parts = self.row.parts()
         super().__init__(program.named(parts), [leaf], entries)
 
     def begins(self, model: nn.Module) -> bool:
