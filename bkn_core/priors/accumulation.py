@@ -15,7 +15,6 @@ from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import Entries, modules_of
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops import extension, kernels
-from bkn_core.ops.priors import ACCUMULATES, FIELDS
 from bkn_core.ops.track import existing
 from bkn_core.priors.hooks import PriorHooks, find_all_hooks
 from bkn_core.priors.sources import Predictions, Shared
@@ -101,10 +100,8 @@ def _by_kernels(program: KernelProgram, entries: Entries, operations: extension.
         entries: of the tensors that it reads.
         operations: of C++.
     """
-    fields = torch.frombuffer(program.structure(entries.values, []), dtype=torch.int64).view(-1, FIELDS)
-    sizes = [program.size, program.results]
-    row = operations.row(entries.values, fields, program.gradient_fields, ACCUMULATES, sizes)
-    leaf, parts = row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
+    row = operations.row(program.in_cpp(operations), entries.values)
+    leaf, parts = row.parts()
 
     def fill(model: nn.Module) -> bool:
         return program.tensors.known(model) is entries and row.begin()
