@@ -129,7 +129,8 @@ class Progress:
 def select(options: argparse.Namespace) -> list[Settings]:
     """List the trainings that the options ask for."""
     part = "test" if options.test else "validation"
-    return chosen(grid(options.form, seeds=options.seeds, part=part, images=options.images), options.only)
+    made = grid(options.form, seeds=options.seeds, part=part, images=options.images, weights=options.weights)
+    return chosen(made, options.only)
 
 
 def possible(runs: Sequence[Settings], sources: Sources) -> list[Settings]:
@@ -165,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default="", metavar="NAME=VALUE,...", help="filter; VALUE+VALUE for either")
     made.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     made.add_argument("--images", type=int, help="seen in each training, instead of the form's")
+    made.add_argument("--weights", choices=("plain", "centred"), default="plain", help="those that norm layers read")
     made.add_argument("--cifar", type=Path, help="a zip of train/CLASS/* and test/CLASS/*")
     made.add_argument("--cache", type=Path, default=Path("runs/robustness/data"), help="empty it for another zip")
     made.add_argument("--out", type=Path, help="default: runs/robustness/FORM.jsonl")

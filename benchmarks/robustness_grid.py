@@ -51,6 +51,7 @@ class Settings:
         images: seen in training.
         part: "validation" or "test": the images that are scored.
         version: of the image sets.
+        weights: "plain" or "centred", those that norm layers read.
     """
 
     data: str
@@ -64,6 +65,7 @@ class Settings:
     images: int = 1_000
     part: str = "validation"
     version: int = VERSION
+    weights: str = "plain"
 
     @property
     def steps(self) -> int:
@@ -78,7 +80,10 @@ class Settings:
     @property
     def key(self) -> str:
         """A name of these settings and no others, for people and files."""
-        return ",".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+        named = dataclasses.asdict(self)
+        if self.weights == "plain":
+            del named["weights"]  # as files have it that know no others
+        return ",".join(f"{name}={value}" for name, value in named.items())
 
     @property
     def seconds(self) -> float:
@@ -89,7 +94,9 @@ class Settings:
         return self.steps * step + area * (self.images * image + scored * evaluation)
 
 
-def grid(form: str, *, seeds: int = 1, part: str = "validation", images: int | None = None) -> list[Settings]:
+def grid(
+    form: str, *, seeds: int = 1, part: str = "validation", images: int | None = None, weights: str = "plain"
+) -> list[Settings]:
     """List the trainings of a form, each once; seeds follow each other so that whole seeds finish first.
 
     Args:
@@ -97,12 +104,13 @@ def grid(form: str, *, seeds: int = 1, part: str = "validation", images: int | N
         seeds: how many.
         part: "validation" or "test".
         images: seen in each training, instead of the form's.
+        weights: "plain" or "centred".
     """
     lengths = IMAGES["quick" if form == "quick" else "day"]
     found = []
     for seed, one in itertools.product(range(seeds), {"quick": _quick, "day": _day, "full": _full}[form]()):
         usual = lengths[one.g] // (SCENES_FOR if is_segmentation(one.data) else 1)
-        found.append(dataclasses.replace(one, seed=seed, part=part, images=images or usual))
+        found.append(dataclasses.replace(one, seed=seed, part=part, images=images or usual, weights=weights))
     return list(dict.fromkeys(found))
 
 

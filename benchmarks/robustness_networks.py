@@ -52,26 +52,30 @@ class UNet(nn.Module):
         classes: logits of each pixel.
         channels: colours of the images, whose sides 8 divides.
         widths: channels at each size.
+        dimensions: of the images: 2, or 3.
     """
 
-    def __init__(self, *, classes: int, channels: int = 3, widths: tuple[int, ...] = (16, 32, 64, 96)) -> None:
+    def __init__(
+        self, *, classes: int, channels: int = 3, widths: tuple[int, ...] = (16, 32, 64, 96), dimensions: int = 2
+    ) -> None:
         super().__init__()
+        self.kinds = (nn.Conv2d, nn.BatchNorm2d) if dimensions == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        rising = nn.ConvTranspose2d if dimensions == 2 else nn.ConvTranspose3d
         pairs = list(itertools.pairwise(widths))
         self.first = self._block(channels, widths[0])
         self.down = nn.ModuleList(self._block(narrow, wide) for narrow, wide in pairs)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, 2) for narrow, wide in reversed(pairs))
+        self.up = nn.ModuleList(rising(wide, narrow, 2, 2) for narrow, wide in reversed(pairs))
         self.joined = nn.ModuleList(self._block(2 * narrow, narrow) for narrow, _ in reversed(pairs))
-        self.pool = nn.MaxPool2d(2)
-        self.head = nn.Conv2d(widths[0], classes, 1)
+        self.pool = nn.MaxPool2d(2) if dimensions == 2 else nn.MaxPool3d(2)
+        self.head = self.kinds[0](widths[0], classes, 1)
         initialize(self)
 
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> nn.Sequential:
-        first, second = (
-            nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-        )
-        return nn.Sequential(*_normalized(first, nn.ReLU()), *_normalized(second, nn.ReLU()))
+    def _block(self, inputs: int, outputs: int) -> nn.Sequential:
+        convolution, norm = self.kinds
+        layers: list[nn.Module] = []
+        for width in (inputs, outputs):
+            layers += [convolution(width, outputs, 3, 1, 1, bias=False), norm(outputs), nn.ReLU()]
+        return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, classes, H, W)."""

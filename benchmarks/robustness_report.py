@@ -21,7 +21,9 @@ Row = tuple[Any, ...]
 
 def row(settings: Settings) -> Row:
     """Everything of a training but its norm, group, rate and seed."""
-    return settings.data, settings.part, settings.images, settings.network, settings.optimizer, settings.g
+    seen = f"{settings.images} images" + (", test" if settings.part == "test" else "")
+    network = settings.network + (", centred weights" if settings.weights == "centred" else "")
+    return settings.data, seen, network, settings.optimizer, settings.g
 
 
 def report(records: Iterable[Record]) -> str:
@@ -47,12 +49,11 @@ def _table(name: str, rows: dict[Row, dict[Row, list[Record]]]) -> list[str]:
     factors = sorted({factor for cells in rows.values() for _, _, factor in cells})
     figure = "mean IoU" if is_segmentation(name) else "accuracy"
     lines = [f"## {name}", "", f"{figure} in %, by population statistics; of BKN also by each image by itself", ""]
-    lines.append("| network | optimizer | images | g | s | norm |" + "".join(f" lr × {f:g} |" for f in factors))
+    lines.append("| network | optimizer | seen | g | s | norm |" + "".join(f" lr × {f:g} |" for f in factors))
     lines.append("|---" * (6 + len(factors)) + "|")
-    for (_, part, images, network, optimizer, g), cells in sorted(rows.items(), key=lambda item: _order(item[0])):
+    for (_, seen, network, optimizer, g), cells in sorted(rows.items(), key=lambda item: _order(item[0])):
         for s, norm in sorted({key[:2] for key in cells}, key=lambda key: (NORMS.index(key[1]), -key[0])):
             figures = "".join(f" {_cell(cells.get((s, norm, factor), []))} |" for factor in factors)
-            seen = f"{images}" + (", test" if part == "test" else "")
             group = "" if norm in ("gn", "in") else s
             lines.append(f"| {network} | {optimizer} | {seen} | {g} | {group} | {norm.upper()} |{figures}")
     return [*lines, ""]
@@ -121,9 +122,8 @@ def _gap(theirs: list[Record], ours: list[Record]) -> tuple[float, str] | None:
 
 
 def _words(key: Row, s: int, factor: float) -> str:
-    data, part, images, network, optimizer, g = key
-    scored = ", test" if part == "test" else ""
-    return f"{data}, {network}, {optimizer} × {factor:g}, g = {g}, s = {s}, {images} images{scored}"
+    data, seen, network, optimizer, g = key
+    return f"{data}, {network}, {optimizer} × {factor:g}, g = {g}, s = {s}, {seen}"
 
 
 def _list(title: str, found: list[tuple[float, str]], compared: int) -> list[str]:

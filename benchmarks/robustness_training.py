@@ -64,6 +64,8 @@ def converted(settings: Settings, images: Tensor) -> nn.Module:
 def fit(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -> list[float]:
     """Train in place and return the loss of each step, up to the first that is not finite."""
     optimizer, losses = build_optimizer(model, settings), []
+    if settings.weights == "centred":
+        bkn.keep_weights_centred_(model, optimizer, images[:2])
     model.train()
     for step, chosen in enumerate(_batches(len(images), settings)):
         for group in optimizer.param_groups:

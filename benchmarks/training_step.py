@@ -4,7 +4,8 @@
                                        [--cases 128:128 128:2 8:2] [--layouts last first]
                                        [--accumulate 1] [--plain-loop] [--loop-optimizer] [--compile]
 
-A case is the images of a forward and of a statistics group. As in `bkn train` the forwards of a step run inside
+A model is one of `bkn train`, `unet`, or `unet3d`, which has two levels and takes volumes; these two segment. A case
+is the images of a forward and of a statistics group. As in `bkn train` the forwards of a step run inside
 `bkn.accumulation` and the optimizer is fused; or they run without it (`--plain-loop`), and the optimizer is PyTorch's
 default, a Python loop over parameters (`--loop-optimizer`). `--compile` compiles both networks. Not run on a GPU.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from paired import paired
+from robustness_networks import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,19 @@ from bkn_core.convert import is_converted
 from bkn_core.engine.models import build_network
 
 LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
+VOLUMES = "unet3d"
+
+
+def build(name: str) -> nn.Module:
+    """Build a network for images or, `unet3d`, for volumes."""
+    if name in ("unet", VOLUMES):
+        return UNet(classes=10) if name == "unet" else UNet(classes=10, widths=(16, 32, 64), dimensions=3)
+    return build_network(name, classes=10)
+
+
+def layout_of(name: str, model: str) -> torch.memory_format:
+    """Return where channels lie, for images or volumes."""
+    return torch.channels_last_3d if (name, model) == ("last", VOLUMES) else LAYOUTS[name]
 
 
 def step(
@@ -70,18 +85,20 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    plain = build_network(arguments.model, classes=10)
+    plain = build(arguments.model)
+    sides = (arguments.size,) * (3 if arguments.model == VOLUMES else 2)
+    is_dense = arguments.model in ("unet", VOLUMES)
     words = f"{arguments.threads} threads, {arguments.pairs} pairs, forwards in a step: {arguments.accumulate}"
     words += ", compiled" if arguments.compile else ""
-    print(f"{arguments.model}, {arguments.size}x{arguments.size}, {words}")
+    print(f"{arguments.model}, {'x'.join(map(str, sides))}, {words}")
     print("| layout | images | s | BKN / BN step time, median (quartiles) | BN step, ms |\n|---|---|---|---|---|")
     for name in arguments.layouts:
-        layout = LAYOUTS[name]
+        layout = layout_of(name, arguments.model)
         for images, size in arguments.cases:
-            x = torch.randn(images, 3, arguments.size, arguments.size).contiguous(memory_format=layout)
-            labels = torch.randint(0, 10, (images,))
-            reference = build_network(arguments.model, classes=10).to(memory_format=layout)  # type: ignore[call-overload]
-            candidate = bkn.convert(plain, x, statistics_batch_size=size, input_prior=x).to(memory_format=layout)  # type: ignore[call-overload]
+            x = torch.randn(images, 3, *sides).contiguous(memory_format=layout)
+            labels = torch.randint(0, 10, (images, *sides) if is_dense else (images,))
+            reference = build(arguments.model).to(memory_format=layout)
+            candidate = bkn.convert(plain, x, statistics_batch_size=size, input_prior=x).to(memory_format=layout)
             steps = (
                 step(
                     model.train(),

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from bkn_core.centred_weights import keep_weights_centred_
 from bkn_core.compare.matrix import compare
 from bkn_core.compare.report import CompareResult
 from bkn_core.convert import LayerReport, conversion_report, convert, fold, to_batch_norm
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "fold",
+    "keep_weights_centred_",
     "load_recipe",
     "load_run",
     "plot_prior_quality",

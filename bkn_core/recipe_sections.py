@@ -100,6 +100,9 @@ class NormConfig(Section):
     correction: Flag = Field(default=False, title="learn a correction of each prior")
     innovation: Flag = Field(default=True, title="correct each prior by how far it was off in the steps before")
     input_prior: Flag = Field(default=True, title="measure the moments of input patches for the first layer's prior")
+    weights: Literal["plain", "centred"] = Field(
+        default="plain", title="keep the weights of layers before norm layers at a mean of 0, or leave them free"
+    )
     eps: PositiveOrOwn = Field(default=None, title="added to every variance")
     momentum: FractionOrOwn = Field(default=None, title="weight of the newest statistics in the moving ones")
 

@@ -20,7 +20,8 @@ CORE = Path(__file__).parent.parent / "bkn_core"
 SPECIFIED = """
 model: {name: cifar_resnet8, pretrained: false, args: {}}
 norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal, gain: auto, learn_gain: true,
-       gain_schedule: anneal, correction: false, innovation: true, input_prior: true, eps: null, momentum: null}
+       gain_schedule: anneal, correction: false, innovation: true, input_prior: true, weights: plain,
+       eps: null, momentum: null}
 batch: {gradient: 128, statistics: 2, per_device: 128}
 data: {name: digits, root: data, image_size: 16, resize: stretch, train_images: null, test_images: null,
        validation: null,       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}

@@ -97,6 +97,14 @@ def test_another_seed_is_another_run() -> None:
     assert len({run.key for run in grid("quick", seeds=3)}) == 3 * len(grid("quick"))
 
 
+def test_centred_weights_have_keys_and_lines_of_their_own() -> None:
+    plain, centred = grid("quick"), grid("quick", weights="centred")
+    assert not {run.key for run in plain} & {run.key for run in centred}
+    assert "weights" not in plain[0].key and centred[0].key == f"{plain[0].key},weights=centred"
+    lines = report([record(), record(weights="centred", population=81.0)]).splitlines()
+    assert any("cifar_resnet8, centred weights | sgd" in line and "81.0" in line for line in lines)
+
+
 def test_filters_keep_what_is_compared() -> None:
     kept = chosen(grid("day"), "data=glyphs+scenes,g=128,s=1,factor=1,optimizer=sgd")
     assert {(run.norm, run.s) for run in kept} == {("bkn", 1), ("bn", 128), ("gn", 128), ("in", 128)}
@@ -149,7 +157,7 @@ def test_the_report_names_each_place_that_is_behind_apart_or_diverged() -> None:
     ]
     text = report(records)
     behind, apart, failed = text.split("\n- ")[1:]
-    assert "| cifar_resnet8 | sgd | 64 | 8 | 1 | BKN | 78.5 / 78.6 |  | 79.5 / 78.9 |" in text
+    assert "| cifar_resnet8 | sgd | 64 images | 8 | 1 | BKN | 78.5 / 78.6 |  | 79.5 / 78.9 |" in text
     assert "BKN more than 1 point behind BN with s = g: 1 of 2 places" in text
     assert behind.startswith("glyphs, cifar_resnet8, sgd × 1, g = 8, s = 1") and "78.5 against 80.0 (-1.5" in behind
     assert "more than 0.5 apart: 1 of 2 places" in text

@@ -82,10 +82,15 @@ def check_recipe(recipe: Recipe) -> Recipe:
     """Return a recipe, refused where it is something else.
 
     Raises:
-        RecipeError: a name or a dict, say.
+        RecipeError: a name or a dict, say, or keys that do not fit each other.
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"the recipe is {recipe!r}", "Give bkn.load_recipe(NAME or file).")
+    if recipe.model.pretrained and recipe.norm.weights == "centred":
+        raise RecipeError(
+            "norm.weights is centred and model.pretrained is true: what those weights have learned would be lost",
+            "Give norm.weights=plain, or train from scratch with model.pretrained=false.",
+        )
     return recipe
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bkn_core.centred_weights import CentredWeights, centred_weights
 from bkn_core.engine.batches import BatchPlan, epoch_order, generator_at
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
@@ -19,12 +20,14 @@ from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
+from bkn_core.engine.models import example_images
 from bkn_core.engine.objective import RANDOM_STATE, Objective
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.engine.state import checked_state
 from bkn_core.engine.steps import Pass, Step
 from bkn_core.errors import DivergedError
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
+from bkn_core.layers.rivals.build import WEIGHTS
 from bkn_core.layers.rivals.groups import set_length_
 from bkn_core.priors.accumulation import accumulation
 from bkn_core.recipe import Recipe
@@ -52,6 +55,7 @@ class Training:
             model = build_model(recipe, self.splits.preprocess, len(self.splits.classes), images=self.splits.train)
             torch.manual_seed(recipe.train.seed + world.rank)
         self.model: nn.Module = model.to(world.device).to(memory_format=self.layout).train()
+        self.centred = CentredWeights(self._weights_to_centre())
         self.average = average_weights(self.model, recipe.train.ema)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, recipe.optim, world.device)
@@ -74,6 +78,12 @@ class Training:
         self.losses: list[Tensor] = []
         self.epoch_loss = torch.zeros((), device=world.device)
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+
+    def _weights_to_centre(self) -> Iterator[nn.Parameter]:
+        if self.recipe.norm.weights == "centred" and self.recipe.norm.kind not in WEIGHTS:  # which have their own
+            colours = self.splits.preprocess
+            example = example_images(len(colours.mean), colours.image_size).to(self.world.device)
+            yield from centred_weights(self.model, example).values()
 
     @property
     def evaluated(self) -> nn.Module:
@@ -122,6 +132,7 @@ class Training:
         images = sum(self.plan.joint_images(part.index) for part in passes)
         loss = self._backward(epoch, passes, images)
         self.world.average_(self.shared)
+        self.centred.centre_gradients_()
         if self.recipe.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip_norm)
@@ -130,6 +141,7 @@ class Training:
         if self.scaler.is_enabled() or all_finite(loss, gradients + self.snapshot.finite + self._forgotten(passes)):
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.centred.centre_weights_()
             self.skipped = 0
         else:
             skipped, loss = self._refuse(epoch, passes), torch.zeros_like(loss)

@@ -19,7 +19,7 @@ from bkn_core.graph.instructions import ALL, CONVOLUTION, PATCHES, TRANSPOSED, P
 from bkn_core.graph.kernel_tensors import KernelTensors
 from bkn_core.graph.operations import lower
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
-from bkn_core.ops import kernels
+from bkn_core.ops import extension, kernels
 from bkn_core.ops.priors import ACCUMULATES, FIELDS, RunProgram
 
 _PARAMETERS, _LAYOUT, _INDEX, _NUMBERS = 13, 11, 16, 21  # fields in the structure of `program.h`
@@ -79,12 +79,12 @@ class KernelProgram:
         self.instructions, self.size, self.moving = builder.instructions, builder.size, builder.moving
         self.tensors = KernelTensors(list(builder.numbers), builder.shapes, self.takes)
         self._structure: _Structure | None = None
-        self._gradient_fields: Tensor | None = None
+        self._in_cpp: extension.Program | None = None
         self._filled: tuple[tuple[list[int], list[bool]], array.array[int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses."""
-        return {**self.__dict__, "_structure": None, "_filled": None}
+        return {**self.__dict__, "_structure": None, "_in_cpp": None, "_filled": None}
 
     def predictions(
         self, model: nn.Module, given: Mapping[int, Gaussian]
@@ -96,22 +96,24 @@ class KernelProgram:
         if entries is None:
             return None
         tensors = [_given(part) for name in self.given for part in given[name]] + entries.values
-        return self.parted(self.run(model, tensors))
-
-    def parted(self, row: Tensor) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
-        """Return the parts of a row of results by the names of their layers."""
-        *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
-        return self.named([*parts, *gains.unbind()])
+        return self.named(self.run(model, tensors))
 
     @staticmethod
     def takes(tensor: Tensor) -> bool:
         """Whether the kernels can read a tensor."""
         return kernels.is_plain(tensor)
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-        """Return all results in one row."""
-        row: Tensor = RunProgram.apply(self, *tensors)
-        return row
+    def run(self, model: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
+        """Return all means, variances and gains."""
+        operations = extension.operations()
+        if operations is not None:
+            return self.in_cpp(operations).predict(tensors)
+        return self.parts(RunProgram.apply(self, *tensors))
+
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """Return all means, variances and gains, of a row of them."""
+        *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
+        return [*parts, *gains.unbind()]
 
     def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return all means, variances and gains by the names of their layers."""
@@ -119,13 +121,19 @@ class KernelProgram:
         priors = {name: Gaussian(parts[i], parts[count + i]) for i, name in enumerate(self.layers)}
         return priors, dict(zip(self.names, parts[2 * count :], strict=True))
 
-    @property
-    def gradient_fields(self) -> Tensor:
-        """Index, number, instruction and bit of each gradient, see `_Structure`."""
-        if self._gradient_fields is None:
-            self._structure = self._structure or self._laid_out()
-            self._gradient_fields = torch.tensor(self._structure.gradients, dtype=torch.int64).view(-1, 4)
-        return self._gradient_fields
+    def in_cpp(self, operations: extension.Operations) -> extension.Program:
+        """Return the program as C++ runs it."""
+        if self._in_cpp is None:
+            self._structure = known = self._structure or self._laid_out()
+            tables = [
+                torch.tensor(rows, dtype=torch.int64) for rows in (known.parameters, known.layouts, known.gradients)
+            ]
+            pieces, indices = [*self.widths, *self.widths, *[0] * len(self.names)], map(_shared, known.indices)
+            self._in_cpp = operations.program(
+                [_shared(known.fields).view(-1, FIELDS), *tables],
+                list(indices), pieces, sorted(self.moving), ACCUMULATES, self.size,
+            )  # fmt: skip
+        return self._in_cpp
 
     def structure(self, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> array.array[int]:
         """Return the instructions as the kernels read them."""
@@ -170,6 +178,11 @@ class KernelProgram:
                 made.indices.append(array.array("q", row.index))
                 made.fields[start + _INDEX] = made.indices[-1].buffer_info()[0]
         return made
+
+
+def _shared(numbers: array.array[int]) -> Tensor:
+    """Return numbers as a tensor that keeps them where they are."""
+    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
 
 def _given(part: Tensor) -> Tensor:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from bkn_core.graph.entry import entered
+from bkn_core.layers.rivals.response import EvoNorm, FilterResponseNorm
 from bkn_core.layers.surgery import copied
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, FilterResponseNorm, EvoNorm)
 
 
 @dataclasses.dataclass
@@ -40,7 +43,7 @@ def neighbours(model: nn.Module, example_input: Any) -> Neighbours:
     """Run one forward on a copy of the model in evaluation mode and return what stands where.
 
     Args:
-        model: a model with `nn.BatchNorm*` layers.
+        model: a model with normalization layers.
         example_input: a tensor, or a tuple or dict of the forward's arguments.
 
     Raises:
@@ -51,7 +54,7 @@ def neighbours(model: nn.Module, example_input: Any) -> Neighbours:
     for name, module in replica.named_modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False  # whose result would be the tensor that it reads
-        if isinstance(module, _BatchNorm | _ConvNd | nn.Linear | nn.ReLU):
+        if isinstance(module, (*_NORMS, _ConvNd, nn.Linear, nn.ReLU)):
             module.register_forward_pre_hook(watch.entering(name))
             module.register_forward_hook(watch.leaving(name))
     with torch.random.fork_rng(devices=[]), torch.no_grad(), watch:
@@ -76,7 +79,7 @@ class _Watch(TorchFunctionMode):
         def enter(module: nn.Module, arguments: Any) -> None:
             self.calls[name] += 1
             maker, made_by, _ = self.makers.get(id(arguments[0]), ("", None, None))
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _NORMS):
                 self.seen.order.append(name)
                 self.seen.positions[name] = arguments[0].shape[2:].numel()
                 if isinstance(made_by, _ConvNd | nn.Linear):

@@ -58,7 +58,11 @@ class TritonProgram(KernelProgram):
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32
         return is_plain and tensor.numel() < _MOST and backend.takes_triton(tensor.device.type)
 
-    def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+    def run(self, model: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
+        """Return all means, variances and gains."""
+        return self.parts(self.row(model, tensors))
+
+    def row(self, model: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
         """Return all results in one row."""
         from bkn_core.ops.cuda.priors import RunOnGPU
 

@@ -27,11 +27,18 @@ _LOG = logging.getLogger("bkn")
 Tensors = tuple[Tensor | None, ...]
 
 
+class Program(Protocol):
+    """The program of all priors and gains of a model, see `cpu/priors.h`."""
+
+    def predict(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return its results."""
+
+
 class SharedRow(Protocol):
     """All priors and gains of a model, see `cpu/shared_row.h`."""
 
-    def parts(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return the row and pieces of it."""
+    def parts(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the row and its pieces."""
 
     def begin(self) -> bool:
         """Fill the row, and return whether that could be done."""
@@ -45,6 +52,7 @@ class Operations(NamedTuple):
 
     normalize: Callable[..., list[Tensor]]
     track: Callable[..., list[Tensor] | None]
+    program: Callable[..., Program]
     row: Callable[..., SharedRow]
 
 
@@ -57,7 +65,7 @@ def building() -> Building:
     made_for = f'-DBKN_TORCH="{torch.__version__}"'  # another PyTorch, another library
     flags = ["-O2", "-std=c++20", "-fPIC", "-shared", abi, made_for, *(f"-isystem{folder}" for folder in folders)]
     links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    headers = [folder / name for name in ("calls.h", "shared_row.h", "track.h")]
+    headers = [folder / name for name in ("calls.h", "once.h", "priors.h", "shared_row.h", "track.h")]
     source = Source("extension", "CXX", ("c++", "g++", "clang++"), [folder / "extension.cpp"], headers, flags, links)
     return Building(source, _LIMIT, niceness=10)
 
@@ -75,7 +83,8 @@ def _loaded(path: Path) -> Operations | None:
     called = [getattr(library, f"bkn_{name}") for name in names]
     made = torch.ops.bkn
     made.initialize(*(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in called))
-    return Operations(made.normalize.default, made.track.default, torch.classes.bkn.SharedRow)
+    classes = torch.classes.bkn
+    return Operations(made.normalize.default, made.track.default, classes.Program, classes.SharedRow)
 
 
 def operations() -> Operations | None:

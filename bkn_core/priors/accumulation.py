@@ -13,9 +13,9 @@ from bkn_core.errors import ConversionError
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.lookup import Entries, modules_of
+from bkn_core.graph.triton_program import TritonProgram
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.ops import extension, kernels
-from bkn_core.ops.priors import ACCUMULATES, FIELDS
 from bkn_core.ops.track import existing
 from bkn_core.priors.hooks import PriorHooks, find_all_hooks
 from bkn_core.priors.sources import Predictions, Shared
@@ -94,7 +94,7 @@ def _row(hooks: PriorHooks, owner: nn.Module) -> Shared | None:
     entries = programs.last.tensors(owner) if programs is not None and programs.is_whole else None
     if programs is None or entries is None:
         return None
-    if programs.kind is not KernelProgram:
+    if isinstance(programs.last, TritonProgram):
         return _by_node(programs.last, owner, entries) if programs.last.tensors.known(owner) is entries else None
     if operations is not None and (row is None or row.entries is not entries):
         row = hooks.row = _by_kernels(programs.last, entries, operations)
@@ -111,10 +111,8 @@ def _by_kernels(program: KernelProgram, entries: Entries, operations: extension.
         entries: of the tensors that it reads.
         operations: of C++.
     """
-    fields = torch.frombuffer(program.structure(entries.values, []), dtype=torch.int64).view(-1, FIELDS)
-    sizes = [program.size, program.results]
-    row = operations.row(entries.values, fields, program.gradient_fields, ACCUMULATES, sizes)
-    leaf, parts = row.parts([*program.widths, *program.widths, *[0] * len(program.names)])
+    row = operations.row(program.in_cpp(operations), entries.values)
+    leaf, parts = row.parts()
 
     def fill(model: nn.Module) -> bool:
         return program.tensors.known(model) is entries and row.begin()
@@ -122,7 +120,7 @@ def _by_kernels(program: KernelProgram, entries: Entries, operations: extension.
     return Shared(program.named(parts), [leaf], entries, row.finish, fill)
 
 
-def _by_node(program: KernelProgram, model: nn.Module, entries: Entries) -> Shared:
+def _by_node(program: TritonProgram, model: nn.Module, entries: Entries) -> Shared:
     """Return constants that are the results of one autograd node, for one block.
 
     Their gradients are added to `.grad` all at once, but where a hook watches a parameter.
@@ -132,7 +130,7 @@ def _by_node(program: KernelProgram, model: nn.Module, entries: Entries) -> Shar
         model: of the block.
         entries: of the tensors that it reads.
     """
-    row = program.run(model, entries.values)
+    row = program.row(model, entries.values)
     leaf = row.detach().requires_grad_(row.requires_grad)
     versions = [tensor._version for tensor in entries.values]
 
@@ -143,7 +141,7 @@ def _by_node(program: KernelProgram, model: nn.Module, entries: Entries) -> Shar
             _add_gradients(row, leaf.grad, list(dict.fromkeys(t for t in entries.values if t.requires_grad)))
         return True
 
-    return Shared(program.parted(leaf), [leaf], entries, pass_on)
+    return Shared(program.named(program.parts(leaf)), [leaf], entries, pass_on)
 
 
 def _add_gradients(row: Tensor, gradient: Tensor, parameters: Sequence[Tensor]) -> None:

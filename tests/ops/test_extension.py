@@ -114,6 +114,22 @@ def test_a_second_derivative_is_refused(power: int) -> None:
         gradient.square().sum().backward()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_gradient_that_nobody_holds_makes_room_for_that_of_the_input(is_held: bool) -> None:
+    x, prior, gain, weight, bias, _ = leaves((8, 16, 12, 12), "no innovation")
+    kept: list[Tensor] = []
+    y = kalman_normalize(x, prior, gain, weight, bias, FilterSettings(1e-4, 2)).y
+    if is_held:
+        y.register_hook(kept.append)
+    scaled, upstream = 3 * y, torch.randn(x.shape)
+    before = upstream.clone()
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        scaled.backward(upstream)
+    made = [event for event in profile.function_events if event.name == "aten::empty_like"]
+    assert torch.equal(upstream, before) and all(torch.equal(gradient, 3 * before) for gradient in kept)
+    assert len(made) == 1 + is_held  # the gradient of the weight
+
+
 def test_an_activation_that_was_changed_is_noticed() -> None:
     x, prior, gain, weight, bias, _ = leaves((4, 3, 5, 5), "no innovation")
     value = x * 1

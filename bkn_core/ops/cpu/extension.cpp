@@ -1,6 +1,6 @@
 /* Calls of the kernels in C++, since small activations spend their time in Python: the autograd node of a layer, the
-   tracking of all layers, and the priors that several forwards share. Compiled on its own by `extension.py`; without
-   it Python calls the same kernels, in `normalize.py`, `track.py` and `priors.py`. */
+   tracking of all layers, the priors of a forward, and those that several forwards share. Compiled on its own by
+   `extension.py`; without it Python calls the same kernels, in `normalize.py`, `track.py` and `priors.py`. */
 
 #include "shared_row.h"
 #include "track.h"
@@ -54,11 +54,6 @@ template <class Call> void describe(Call &call, const Tensor &x, int64_t groups)
     call.type = type_of(x);
 }
 
-float *values_of(const Tensor &t)
-{
-    return t.defined() ? t.data_ptr<float>() : nullptr;
-}
-
 Tensor or_nothing(const Maybe &t)
 {
     return t.value_or(Tensor());
@@ -69,33 +64,10 @@ int64_t stride_of(const Tensor &prior_mean)
     return prior_mean.defined() && prior_mean.dim() > 1 ? prior_mean.size(-1) : 0;
 }
 
-/* A tensor as it is, computed from `source` in a way that has no derivative; as in `autograd.py`. */
-struct Once : torch::autograd::Function<Once> {
-    static Tensor forward(AutogradContext *, const Tensor &result, const Tensor &)
-    {
-        return result.clone();
-    }
-
-    static variable_list backward(AutogradContext *, variable_list)
-    {
-        TORCH_CHECK(false, "a Batch Kalman layer cannot be differentiated twice while it normalizes by its batch: take "
-                           "such gradients in evaluation mode (model.eval()), or of bkn.to_batch_norm(model)");
-    }
-};
-
-/* Let whoever asks for a derivative of the results be told that it is not known. */
-void refuse_to_go_on(variable_list &results, const variable_list &gradients, const variable_list &saved)
+/* Whether a gradient is held by nobody else, as PyTorch asks before it adds to one in place. */
+bool is_alone(const Tensor &t)
 {
-    Tensor source; /* depends on all that the results depend on; a list is no input of a node */
-    for (const variable_list *tensors : {&gradients, &saved})
-        for (const Tensor &t : *tensors)
-            if (t.defined() && t.requires_grad()) {
-                Tensor nothing = t.unsqueeze(0).narrow(0, 0, 0).sum();
-                source = source.defined() ? source.add(nothing) : nothing;
-            }
-    for (Tensor &result : results)
-        if (source.defined() && result.defined())
-            result = Once::apply(result, source);
+    return t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1;
 }
 
 struct Normalize : torch::autograd::Function<Normalize> {
@@ -121,13 +93,15 @@ struct Normalize : torch::autograd::Function<Normalize> {
         return {y, statistics};
     }
 
-    static variable_list backward(AutogradContext *ctx, variable_list gradients)
+    /* The gradients are PyTorch's own list, so that one which nobody else holds is seen to be alone. */
+    static variable_list backward(AutogradContext *ctx, variable_list &gradients)
     {
         bool is_recorded = at::GradMode::is_enabled();
         variable_list results, saved = ctx->get_saved_variables();
         {
             at::AutoGradMode off(false);
-            results = closed_form(ctx, saved, gradients);
+            bool takes = !is_recorded && gradients[0].defined() && is_alone(gradients[0]);
+            results = closed_form(ctx, saved, gradients, takes);
         }
         if (is_recorded)
             refuse_to_go_on(results, gradients, saved);
@@ -135,23 +109,30 @@ struct Normalize : torch::autograd::Function<Normalize> {
         return results;
     }
 
-    static variable_list closed_form(AutogradContext *ctx, const variable_list &saved, const variable_list &gradients)
+    /* `takes`: the gradient of x may take the place of that of y, which then needs no memory of its own. */
+    static variable_list closed_form(AutogradContext *ctx, const variable_list &saved, const variable_list &gradients,
+                                     bool takes)
     {
         auto numbers = ctx->saved_data["numbers"].toDoubleVector();
         const Tensor &x = saved[0], &prior_mean = saved[1], &gain = saved[3], &weight = saved[4];
         Tensor dy = gradients[0], to_statistics = gradients[1];
         if (!dy.defined())
-            dy = at::zeros_like(x);
+            dy = at::zeros_like(x), takes = true;
         else if (type_of(dy) != type_of(x) || dy.strides() != x.strides())
-            dy = at::empty_like(x).copy_(dy);
+            dy = at::empty_like(x).copy_(dy), takes = true;
         if (to_statistics.defined())
             to_statistics = to_statistics.contiguous();
         bool has_prior = prior_mean.defined();
-        Tensor dx = at::empty_like(x), to_bias = at::empty({x.size(1)}, gain.options());
+        Tensor dx = takes ? dy : at::empty_like(x), to_bias = at::empty({x.size(1)}, gain.options());
         Tensor to_weight = weight.defined() ? at::empty_like(weight) : Tensor();
-        Tensor to_mean = has_prior ? at::empty_like(prior_mean) : Tensor();
-        Tensor to_variance = has_prior ? at::empty_like(prior_mean) : Tensor();
-        Tensor to_gain = has_prior ? at::empty_like(gain) : Tensor();
+        Tensor to_mean, to_variance, to_gain;
+        if (has_prior) { /* together: they live until all layers are passed, between tensors that go before */
+            int64_t size = prior_mean.numel();
+            Tensor together = at::empty({2 * size + 1}, gain.options());
+            to_mean = together.narrow(0, 0, size).view_as(prior_mean);
+            to_variance = together.narrow(0, size, size).view_as(prior_mean);
+            to_gain = together.select(0, 2 * size);
+        }
         Backward b = {};
         describe(b, x, saved[5].size(1));
         b.dy = dy.data_ptr(), b.x = x.data_ptr();
@@ -203,8 +184,12 @@ TORCH_LIBRARY(bkn, library)
                 "Tensor? used, Tensor? gathered, float eps, int groups) -> Tensor[]",
                 normalize);
     library.def("track(Tensor[] tensors, int[] forms, float[] numbers, bool is_alone) -> Tensor[]?", track);
+    library.class_<Lowered>("Program")
+        .def(torch::init<std::vector<Tensor>, std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>, int64_t,
+                         int64_t>())
+        .def("predict", predict);
     library.class_<SharedRow>("SharedRow")
-        .def(torch::init<std::vector<Tensor>, Tensor, Tensor, int64_t, std::vector<int64_t>>())
+        .def(torch::init<c10::intrusive_ptr<Lowered>, std::vector<Tensor>>())
         .def("parts", &SharedRow::parts)
         .def("begin", &SharedRow::begin)
         .def("finish", &SharedRow::finish);
