@@ -64,6 +64,7 @@ class KernelProgram:
         slots: list[Slot] = []
         for node in graph.nodes:
             slots.append(lower(builder, node, [slots[i] for i in node.inputs]))
+        self.learns_gains = any(_layer(model, name).gain_logit is not None for name in self.names)
         start = 0
         for (name, number), width in zip(graph.priors.items(), self.widths, strict=True):
             out = Slot(start, total + start, width)
@@ -111,7 +112,7 @@ class KernelProgram:
     def parts(self, row: Tensor) -> list[Tensor]:
         """Return all means, variances and gains, of a row of them."""
         *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
-        return [*parts, *gains.unbind()]
+        return [*parts, *(gains if self.learns_gains else gains.detach()).unbind()]
 
     def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return all means, variances and gains by the names of their layers."""

@@ -12,7 +12,7 @@ from bkn_core.ops.cuda.pointwise import FLOOR, keep
 from bkn_core.ops.cuda.rows import A_MEAN, PARAMETERS, message, number, whole, write
 
 NODES, POINTS = tl.constexpr(81), tl.constexpr(128)  # filled up with points of no mass
-WIDTH = tl.constexpr(16)  # channels of a tile
+WIDTH = tl.constexpr(8)  # channels of a tile
 POINT, NUMBER, COPY, SWAP, PLUS, TIMES, FACTOR, TERM = map(tl.constexpr, range(8))
 ABOVE, BELOW, FROM, UPTO, SIGMOID, EXP, CDF, RECIPROCAL = map(tl.constexpr, range(8, 16))
 
