@@ -22,8 +22,9 @@ def write_sums(
     centre = tl.load(statistics + group * channels + channel, mask=known, other=0.0)
     total = tl.zeros([CHANNELS], tl.float32)
     weighted = tl.zeros([CHANNELS], tl.float32)
-    x += group * images * channels * length
-    dy += group * images * channels * length
+    start = tl.cast(group, tl.int64) * images * channels * length  # in 32 bits some forms spill registers
+    x += start
+    dy += start
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, _ = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
@@ -193,9 +194,10 @@ def write_gradient(
     slope = tl.load(coefficients + plane + at, mask=known, other=0.0)
     centre = tl.load(coefficients + 2 * plane + at, mask=known, other=0.0)
     offset = tl.load(coefficients + 3 * plane + at, mask=known, other=0.0)
-    x += group * images * channels * length
-    dy += group * images * channels * length
-    dx += group * images * channels * length
+    start = tl.cast(group, tl.int64) * images * channels * length
+    x += start
+    dy += start
+    dx += start
     for number in range(part, tile_count(images, length, CHANNELS_LAST, POSITIONS), parts):
         offsets, mask, _ = tile(
             number, first, images, channels, length, CHANNELS_LAST, POSITIONS, CHANNELS
