@@ -21,7 +21,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-os.environ.setdefault("BKN_BACKEND", "triton")
 
 from robustness_networks import build
 from torch import Tensor, nn
@@ -94,26 +93,32 @@ def counted(run: Callable[[], None], processors: int) -> tuple[int, int]:
     return counter.operations.total(), kernels.total()
 
 
+def measured(name: str, size: int, processors: int) -> tuple[int, list[tuple[int, int]]]:
+    """Return the operations with BN, and operations and launches with BKN in a plain loop and inside `accumulation`."""
+    images = torch.randn(2, 3, size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    plain = build(name, classes=10, channels=3).to(images.device).train()
+    converted = bkn.convert(plain, images, statistics_batch_size=2, input_prior=images).train()
+    (reference, _), *found = (
+        counted(step(model, images, shares=shares), processors)
+        for model, shares in ((plain, False), (converted, False), (converted, True))
+    )
+    return reference, found
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cifar_resnet20", "resnet50", "efficientnet_b0", "unet"])
     parser.add_argument("--processors", type=int, default=132, help="of the GPU; large layers are divided over them")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not backend.takes_triton(device):
+    os.environ.setdefault("BKN_BACKEND", "triton")
+    if not backend.takes_triton("cuda" if torch.cuda.is_available() else "cpu"):
         parser.error("Triton is not there: pip install triton")
     print("| network, two images | BN | BKN: operations + launches | over BN | inside `accumulation` | over BN |")
     print("|---|---|---|---|---|---|")
     for name in arguments.models:
         size = SIZES.get(name, 224)
-        images = torch.randn(2, 3, size, size, device=device)
-        plain = build(name, classes=10, channels=3).to(device).train()
-        converted = bkn.convert(plain, images, statistics_batch_size=2, input_prior=images).train()
-        (reference, _), *found = (
-            counted(step(model, images, shares=shares), arguments.processors)
-            for model, shares in ((plain, False), (converted, False), (converted, True))
-        )
+        reference, found = measured(name, size, arguments.processors)
         words = [
             f"{operations} + {kernels} | {(operations + kernels) / reference:.2f}" for operations, kernels in found
         ]

@@ -16,7 +16,6 @@ from bkn_core.layers.batch_kalman import BatchKalmanNorm
 NORM, GIVEN, CONVOLUTION, PATCHES, RELU, ADD, MULTIPLY = range(7)  # as in `program.h`
 AFFINE, GATHER, REFINE, AVERAGE, MAX_POOL, GAIN = range(7, 13)
 CURVE, CLIPPED, LEAKY, TRANSPOSED, SCALE, SHIFT = range(13, 19)
-ALL = frozenset(range(19))
 
 
 class NoKernel(Exception):
@@ -47,12 +46,11 @@ class ProgramBuilder:
     Args:
         model: gives the shapes.
         size: of the results, with which the arena begins.
-        operations: that the kernels know.
         given: names of nodes whose mean and variance are tensors; they come before the tensors of the model.
     """
 
-    def __init__(self, model: nn.Module, size: int, operations: frozenset[int], given: Sequence[int] = ()) -> None:
-        self.model, self.size, self.operations, self.given = model, size, operations, given
+    def __init__(self, model: nn.Module, size: int, given: Sequence[int] = ()) -> None:
+        self.model, self.size, self.given = model, size, given
         self.instructions: list[Instruction] = []
         self.numbers: dict[tuple[str, str], int] = {}  # of tensors, by the paths of modules and the names in them
         self.shapes: list[torch.Size] = []
@@ -88,13 +86,7 @@ class ProgramBuilder:
         return Slot(start, start + channels, channels)
 
     def write(self, operation: int, out: Slot, *operands: Slot, **more: Any) -> Slot:
-        """Append an instruction, and return the slot of its result.
-
-        Raises:
-            NoKernel: there is none for the operation.
-        """
-        if operation not in self.operations:
-            raise NoKernel
+        """Append an instruction, and return the slot of its result."""
         first, second = (*operands, (0, 0, 0), (0, 0, 0))[:2]
         shape = more.pop("shape", (first[2], 1, 1))
         self.instructions.append(

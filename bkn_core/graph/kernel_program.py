@@ -8,14 +8,14 @@ from __future__ import annotations
 import array
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.instructions import ALL, CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
+from bkn_core.graph.instructions import CONVOLUTION, PATCHES, TRANSPOSED, ProgramBuilder, Slot
 from bkn_core.graph.kernel_tensors import KernelTensors
 from bkn_core.graph.operations import lower
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
@@ -54,18 +54,17 @@ class KernelProgram:
         NoKernel: the kernels do not know a node.
     """
 
-    operations: ClassVar[frozenset[int]] = ALL
-
     def __init__(self, graph: Graph, names: Sequence[str], model: nn.Module) -> None:
         self.layers, self.names = tuple(graph.priors), tuple(names)
         self.widths = [graph.nodes[number].channels for number in graph.priors.values()]
         self.given = [node.name for node in graph.nodes if node.operation == "given"]
         total = sum(self.widths)
         self.results = 2 * total + len(self.names)
-        builder = ProgramBuilder(model, self.results, self.operations, self.given)
+        builder = ProgramBuilder(model, self.results, self.given)
         slots: list[Slot] = []
         for node in graph.nodes:
             slots.append(lower(builder, node, [slots[i] for i in node.inputs]))
+        self.learns_gains = any(_layer(model, name).gain_logit is not None for name in self.names)
         start = 0
         for (name, number), width in zip(graph.priors.items(), self.widths, strict=True):
             out = Slot(start, total + start, width)
@@ -113,7 +112,7 @@ class KernelProgram:
     def parts(self, row: Tensor) -> list[Tensor]:
         """Return all means, variances and gains, of a row of them."""
         *parts, gains = torch.split(row, [*self.widths, *self.widths, len(self.names)])
-        return [*parts, *gains.unbind()]
+        return [*parts, *(gains if self.learns_gains else gains.detach()).unbind()]
 
     def named(self, parts: Sequence[Tensor]) -> tuple[dict[str, Gaussian], dict[str, Tensor]]:
         """Return all means, variances and gains by the names of their layers."""

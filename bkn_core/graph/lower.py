@@ -43,7 +43,7 @@ class LoweredGraph:
         self, graph: Graph, names: Sequence[str], model: nn.Module, kind: type[KernelProgram] = KernelProgram
     ) -> None:
         self.kind = kind
-        unknown = _unknown(graph, model, kind.operations)
+        unknown = _unknown(graph, model)
         self.nodes = {i: graph.nodes[i] for i in unknown}
         known = tuple(_given(node, i) if i in unknown else node for i, node in enumerate(graph.nodes))
         graph = dataclasses.replace(graph, nodes=known)
@@ -86,9 +86,9 @@ def kind_for(tensor: Tensor) -> type[KernelProgram] | None:
     return KernelProgram if kernels.are_usable() else None
 
 
-def _unknown(graph: Graph, model: nn.Module, operations: frozenset[int]) -> list[int]:
+def _unknown(graph: Graph, model: nn.Module) -> list[int]:
     """Return the numbers of the nodes that the kernels do not know."""
-    builder, unknown = ProgramBuilder(model, 0, operations), []
+    builder, unknown = ProgramBuilder(model, 0), []
     slots: list[Slot] = []
     for i, node in enumerate(graph.nodes):
         try:

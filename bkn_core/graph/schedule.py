@@ -42,6 +42,10 @@ class Row:
             row.data, fields[layout.PARTS] = _places(instruction.index, fields[layout.INPUTS])
         elif row.operation == layout.MAX_POOL:
             row.data = _masses(instruction.numbers[0])
+        elif row.operation == layout.CURVE:
+            row.data = [*_masses(1.0), *instruction.index]
+        elif row.operation == layout.TRANSPOSED:
+            row.data, fields[layout.PARTS] = instruction.index, int(instruction.numbers[0])
         return row
 
     @property
@@ -52,7 +56,7 @@ class Row:
     @property
     def is_weight(self) -> bool:
         """Whether it reads a weight of every input for every output."""
-        return self.operation in (layout.CONVOLUTION, layout.PATCHES)
+        return self.operation in (layout.CONVOLUTION, layout.PATCHES, layout.TRANSPOSED)
 
     @property
     def result(self) -> slice:
@@ -69,10 +73,15 @@ class Row:
             yield slice(second, second + self.fields[1])
 
     def collection(self) -> Row:
-        """Return what adds up, on the way back, what the columns of this weight give to what it reads."""
+        """Return what adds up, on the way back, what the columns of this weight give to what it reads.
+
+        A transposed one gives a sum for each input.
+        """
         fields, inputs = list(self.fields), self.fields[layout.INPUTS]
         fields[0], fields[1] = layout.COLLECT, inputs
         fields[layout.OUT_MEAN : layout.OUT_MEAN + 2] = fields[layout.A_MEAN : layout.A_MEAN + 2]
+        if self.operation == layout.TRANSPOSED:
+            fields[layout.TAPS] = fields[layout.GROUPS] = fields[layout.PARTS] = 1
         return Row(fields, self.tensors)
 
 
@@ -130,15 +139,16 @@ class Schedule:
     """
 
     def __init__(self, instructions: Sequence[Instruction], size: int) -> None:
+        self.size = size  # of the arena with what transposed convolutions keep
         self.scratch = 0  # numbers that the sums of columns take
         self.addresses: list[tuple[int, int]] = []
         self.layouts: list[tuple[int, int]] = []
         self.gradients: list[tuple[int, int]] = []
         levels = levels_of(map(Row.of, instructions), size)
         for small, weights in levels:
-            convolutions = [row for row in weights if row.operation == layout.CONVOLUTION]
+            convolutions = [row for row in weights if row.operation != layout.PATCHES]
             for row in convolutions:
-                self._divide(row.fields)
+                self._divide(row)
             small += [row.collection() for row in convolutions]
         cut = [(chains_of(small, size), weights) for small, weights in levels]
         rows = [row for chains, weights in cut for row in (*itertools.chain.from_iterable(chains), *weights)]
@@ -157,10 +167,16 @@ class Schedule:
             self.levels.append(Level(*zip(starts, counts, strict=True)))
         self.static = torch.tensor(self._numbers)
 
-    def _divide(self, fields: list[int]) -> None:
-        parts = -(-(fields[1] // fields[layout.GROUPS]) // layout.ROWS_OF_PART)
-        fields[layout.PARTS], fields[layout.SCRATCH] = parts, self.scratch
-        self.scratch += 2 * parts * fields[layout.INPUTS] * fields[layout.TAPS]
+    def _divide(self, row: Row) -> None:
+        fields, columns = row.fields, row.fields[layout.INPUTS]
+        fields[layout.SCRATCH] = self.scratch
+        if row.operation == layout.TRANSPOSED:
+            fields[layout.B_MEAN] = self.size
+            self.size += fields[1] * fields[layout.PARTS]
+        else:
+            fields[layout.PARTS] = -(-(fields[1] // fields[layout.GROUPS]) // layout.ROWS_OF_PART)
+            columns *= fields[layout.PARTS] * fields[layout.TAPS]
+        self.scratch += 2 * columns
 
     def _append(self, numbers: Sequence[int]) -> int:
         start = len(self._numbers)
@@ -189,10 +205,13 @@ def _tiles(first: int, weights: Sequence[Row]) -> Iterator[tuple[int, int]]:
 
 
 def _tiles_back(first: int, weights: Sequence[Row]) -> Iterator[tuple[int, int, int]]:
-    """Return row in the table, first column and part of the outputs of each tile; of patches the first output."""
+    """Return row in the table, first column and part of the outputs of each tile; of patches the first output, of a
+    transposed weight the first input.
+    """
     for i, row in enumerate(weights, first):
         if row.operation == layout.PATCHES:
             yield from ((i, start, 0) for start in range(row.fields[1]))
         else:
-            columns = range(0, row.fields[layout.INPUTS] * row.fields[layout.TAPS], layout.COLUMNS_BACK)
+            taps = 1 if row.operation == layout.TRANSPOSED else row.fields[layout.TAPS]
+            columns = range(0, row.fields[layout.INPUTS] * taps, layout.COLUMNS_BACK)
             yield from ((i, start, part) for start in columns for part in range(row.fields[layout.PARTS]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.graph.graph import Graph
-from bkn_core.graph.instructions import CURVE, GIVEN, TRANSPOSED
+from bkn_core.graph.instructions import GIVEN
 from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.schedule import Schedule
 from bkn_core.ops import backend
@@ -33,8 +33,6 @@ class TritonProgram(KernelProgram):
     Their table stays in its memory as long as every parameter stays where it is.
     """
 
-    operations = KernelProgram.operations - {CURVE, TRANSPOSED}
-
     def __init__(self, graph: Graph, names: Sequence[str], model: nn.Module) -> None:
         super().__init__(graph, names, model)
         self.places: list[slice] = []  # in the arena, of what is given
@@ -46,6 +44,7 @@ class TritonProgram(KernelProgram):
             else:
                 computed.append(row)
         self.schedule = Schedule(computed, self.size)
+        self.size = self.schedule.size
         self._known: _Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:

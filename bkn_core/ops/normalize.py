@@ -263,9 +263,12 @@ def _gradients(
 
 
 def _gradients_by_triton(arguments: tuple[Any, ...]) -> kernels.Gradients:
-    _, _, _, prior_mean, _, _, weight, *_ = arguments
+    _, _, _, prior_mean, _, gain, weight, *_ = arguments
     dx, to_weight, to_bias, *prior, to_gain = torch.ops.bkn_cuda.normalize_backward(*arguments)
-    to_prior: kernels.ToPrior = (None, None, None) if prior_mean is None else (*prior, to_gain.sum())
+    is_asked = not is_eager() or gain.requires_grad  # a computed gain has no gradient
+    to_prior: kernels.ToPrior = (None, None, None)
+    if prior_mean is not None:
+        to_prior = (*prior, to_gain.sum() if is_asked else None)
     return dx, to_prior, None if weight is None else to_weight, to_bias
 
 

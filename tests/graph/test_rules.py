@@ -14,7 +14,9 @@ from bkn_core.graph.input_moments import reserve_input_moments
 from bkn_core.graph.kernel_program import KernelProgram
 from bkn_core.graph.operations import FUNCTIONS, RULES, Interpreter, describe
 from bkn_core.graph.rules import curves
-from bkn_core.ops import kernels
+from bkn_core.graph.triton_program import TritonProgram
+from bkn_core.ops import backend, kernels
+from bkn_core.ops.cuda import layout
 from bkn_core.priors.named_layers import norm_of, normalized_message
 
 GATE, RECTIFIED = ("mul", ("x", ("sigmoid", ("x",), ())), ()), ("relu", ("x",), ())
@@ -74,15 +76,28 @@ def test_no_function_is_traced_by_two_rules() -> None:
     assert sum(len(rule.trace) for rule in RULES.values()) == len(FUNCTIONS)
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+@pytest.fixture(params=[KernelProgram, TritonProgram])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[KernelProgram]:
+    if request.param is KernelProgram and kernels.library() is None:
+        pytest.skip("no C compiler")
+    if request.param is TritonProgram:
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter is for machines without a GPU")
+        monkeypatch.setattr(backend, "chosen", lambda: "triton")
+        monkeypatch.setattr(layout, "CHANNELS", 4)  # so that there are tiles
+    made: type[KernelProgram] = request.param
+    return made
+
+
 @pytest.mark.parametrize("node", [node for nodes in NODES.values() for node in nodes], ids=lambda node: node.operation)
-def test_every_kernel_equals_its_evaluation(node: Node) -> None:
+def test_every_kernel_equals_its_evaluation(node: Node, kind: type[KernelProgram]) -> None:
     model = Parts()
     exact = copy.deepcopy(model).double()
     layers = (Node("norm", (), 6, name="first", words="first"), Node("norm", (), 6, name="second", words="second"))
     graph = Graph((*layers, node), {"result": 2}, {})
     given = Gaussian(torch.randn(6), torch.rand(6))
-    found = KernelProgram(graph, (), model).predictions(model, {2: given})
+    found = kind(graph, (), model).predictions(model, {2: given})
     assert found is not None
     interpreter = Interpreter(graph, exact, lambda name: normalized_message(norm_of(exact, name)))
     if node.operation == "given":

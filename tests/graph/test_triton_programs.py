@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from typing import Literal
 
 import pytest
 import torch
@@ -57,6 +59,19 @@ class Residual(nn.Module):
         return self.norm4(self.head(F.relu(y + x).mean((2, 3))))
 
 
+class Small(nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)
+        self.last, self.norm2 = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Wire them."""
+        return self.norm2(self.last(F.relu(self.norm1(self.stem(x)))))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_residual_network(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "ROWS_OF_PART", 3)  # so that there are parts
@@ -80,6 +95,24 @@ def test_what_works_channel_by_channel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_without_a_kernel_enter_as_they_are() -> None:
     model = drawn(Mixed())
     assert_equal_to_float64(model, is_whole=False)
+
+
+class Growing(nn.Module):
+    """A curve, and a transposed convolution of more channels than a tile takes and more phases than taps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.up, self.norm2 = nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 6, 3, (2, 4)), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Wire them."""
+        return self.norm2(self.up(F.silu(self.norm1(x))))
+
+
+def test_a_network_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("ROWS", 4), ("COLUMNS", 2), ("ROWS_BACK", 32), ("COLUMNS_BACK", 2)):
+        monkeypatch.setattr(layout, name, size)  # so that there are tiles
+    assert_equal_to_float64(drawn(Growing()).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 class Twice(nn.Module):
@@ -166,9 +199,9 @@ def test_chains_of_a_level_share_no_value() -> None:
 
 def test_operations_have_the_numbers_of_the_instructions() -> None:
     names = [name for name in vars(layout) if isinstance(getattr(instructions, name, None), int)]
-    assert len(names) == len(instructions.ALL)
+    assert len(names) == 19
     assert all(getattr(layout, name) == getattr(instructions, name) for name in names)
-    assert layout.COLLECT not in instructions.ALL
+    assert len(names) == layout.COLLECT
 
 
 def trained() -> tuple[list[float], dict[str, Tensor]]:
@@ -190,6 +223,22 @@ def _layers_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers have their own tests."""
     monkeypatch.setattr(backend, "triton_takes", lambda *_: False)
     monkeypatch.setattr(track, "_track_by_triton", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(("gain", "shares"), [("auto", False), (0.2, False), (0.2, True)])
+def test_gains_have_gradients_where_they_are_learned(
+    gain: float | Literal["auto"], shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bkn.convert(Small(), IMAGES[:1], statistics_batch_size=2, gain=gain).train()
+    other = copy.deepcopy(model)
+    for each, name in ((model, "triton"), (other, "torch")):
+        monkeypatch.setattr(backend, "chosen", lambda name=name: name)
+        with bkn.accumulation(each) if shares else contextlib.nullcontext():
+            each(IMAGES[:, :, :5, :5]).square().sin().mean().backward()
+    assert ("norm2.gain_logit" in dict(model.named_parameters())) == (gain != "auto")
+    for (name, parameter), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None and same.grad is not None, name
+        torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.usefixtures("_layers_by_pytorch")

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from bkn_core.ops.cuda import layout
+from bkn_core.ops.cuda.curve import curve
 from bkn_core.ops.cuda.pointwise import clip, leak, maximum, rectify
 from bkn_core.ops.cuda.rows import (
     A_MEAN,
@@ -27,6 +28,7 @@ NORM, GIVEN, RELU, ADD = map(tl.constexpr, (layout.NORM, layout.GIVEN, layout.RE
 MULTIPLY, AFFINE, GATHER, REFINE = map(tl.constexpr, (layout.MULTIPLY, layout.AFFINE, layout.GATHER, layout.REFINE))
 AVERAGE, MAX_POOL, GAIN, CLIPPED = map(tl.constexpr, (layout.AVERAGE, layout.MAX_POOL, layout.GAIN, layout.CLIPPED))
 LEAKY, SCALE, SHIFT, COLLECT = map(tl.constexpr, (layout.LEAKY, layout.SCALE, layout.SHIFT, layout.COLLECT))
+CURVE = tl.constexpr(layout.CURVE)
 
 
 @triton.jit(do_not_specialize=["chains"])
@@ -51,6 +53,8 @@ def evaluate(table, values, chains, CHANNELS: tl.constexpr):
                 gather(row, table, values, at, known)
             elif operation == MAX_POOL:
                 maximum(row, table, values, at, known)
+            elif operation == CURVE:
+                curve(row, table, values, start, CHANNELS)
             elif operation == CLIPPED:
                 clip(row, values, at, known)
             elif operation == LEAKY:

@@ -9,6 +9,7 @@ from bkn_core.ops.cuda.chains import (
     ADD,
     CLIPPED,
     COLLECT,
+    CURVE,
     GAIN,
     GATHER,
     GIVEN,
@@ -74,7 +75,7 @@ def reverse(table, values, gradients, flat, scratch, chains, CHANNELS: tl.conste
                 collect(row, gradients, scratch, at, known)
             elif operation == MAX_POOL:
                 maximum_back(row, table, values, gradients, at, known, gm, gv)
-            elif (operation == CLIPPED) | (operation == LEAKY):
+            elif (operation == CURVE) | (operation == CLIPPED) | (operation == LEAKY):
                 keep_back(row, values, gradients, at, known, gm, gv)
                 if operation == LEAKY:
                     leak_back(row, values, flat, at, known, gm, gv)

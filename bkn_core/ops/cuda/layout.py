@@ -10,7 +10,7 @@ from torch import Tensor
 
 FIELDS = 23
 OUT_MEAN, A_MEAN, B_MEAN, INPUTS, TAPS, GROUPS, IS_LAST = 2, 4, 6, 8, 9, 10, 11
-PARTS = 12  # of the rows of a weight, each with sums of its own; how often a channel is gathered at most
+PARTS = 12  # of the rows of a weight, each with sums of its own; phases; how often a channel is gathered at most
 PARAMETERS = 13  # four addresses; the last may say where in the table the numbers of an instruction begin
 GRADIENTS = 17  # where in the gradients those of each parameter begin, -1 where none is wanted
 SCRATCH = 19  # where the sums of the columns of a weight begin, which has two parameters only

@@ -11,7 +11,7 @@ OUT_MEAN, A_MEAN, B_MEAN, INPUTS = map(tl.constexpr, (layout.OUT_MEAN, layout.A_
 TAPS, GROUPS, IS_LAST, PARTS = map(tl.constexpr, (layout.TAPS, layout.GROUPS, layout.IS_LAST, layout.PARTS))
 PARAMETERS, GRADIENTS, NUMBERS = map(tl.constexpr, (layout.PARAMETERS, layout.GRADIENTS, layout.NUMBERS))
 SCRATCH, FIELDS = tl.constexpr(layout.SCRATCH), tl.constexpr(layout.FIELDS)
-CONVOLUTION = tl.constexpr(layout.CONVOLUTION)
+CONVOLUTION, TRANSPOSED = tl.constexpr(layout.CONVOLUTION), tl.constexpr(layout.TRANSPOSED)
 
 
 @triton.jit

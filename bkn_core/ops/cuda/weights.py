@@ -1,4 +1,4 @@
-"""All priors of a model, what reads weights: a launch takes all convolutions and patches of a level.
+"""All priors of a model, what reads weights: a launch takes all those of a level.
 
     mean_o = b_o + Σ_j W_oj m_j,   var_o = Σ_j W_oj² v_j    (`propagate.convolution`)
     mean_o = b_o + Σ_j W_oj p_j,   var_o = Σ_jk W_oj P_jk W_ok    (`propagate.patches`)
@@ -23,21 +23,25 @@ from bkn_core.ops.cuda.rows import (
     PARAMETERS,
     SCRATCH,
     TAPS,
+    TRANSPOSED,
     message,
     parameter,
     put,
     whole,
     write,
 )
+from bkn_core.ops.cuda.transposed import transpose, transpose_back
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def weigh(table, values, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Compute some rows of a convolution or one of patches; which of which stands at `tiles`."""
+    """Compute some rows of a weight, of patches one; which of which stands at `tiles`."""
     tile = table + tiles + 2 * tl.program_id(0)
     row = table + tl.load(tile) * FIELDS
     if whole(row, 0) == CONVOLUTION:
         convolve(row, values, whole(tile, 1), ROWS, COLUMNS)
+    elif whole(row, 0) == TRANSPOSED:
+        transpose(row, table, values, whole(tile, 1), ROWS, COLUMNS)
     else:
         see_patches(row, values, whole(tile, 1), COLUMNS)
 
@@ -119,12 +123,14 @@ def weigh_back(
     table, values, gradients, flat, scratch, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Differentiate some columns of one part of the rows of a convolution, or one row of patches."""
+    """Differentiate columns of one part of a convolution's rows, inputs of a transposed one, a row of patches."""
     tile = table + tiles + 3 * tl.program_id(0)
     row = table + tl.load(tile) * FIELDS
     first = whole(tile, 1)
     if whole(row, 0) == CONVOLUTION:
         convolve_back(row, values, gradients, flat, scratch, first, whole(tile, 2), ROWS, COLUMNS, PART)
+    elif whole(row, 0) == TRANSPOSED:
+        transpose_back(row, table, values, gradients, flat, scratch, first, COLUMNS, ROWS)
     else:
         see_patches_back(row, values, gradients, flat, first, COLUMNS)
 
