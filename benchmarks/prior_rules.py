@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.splits import load_test_images
 from bkn_core.engine.checkpoint import load_weights, weights_path
-from bkn_core.engine.data import load_test_images
 from bkn_core.filter import propagate
 from bkn_core.filter.kalman import Gaussian
 from bkn_core.graph.input_moments import _patches

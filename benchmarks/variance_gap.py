@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import bkn_core as bkn
-from bkn_core.engine.batches import epoch_order, normalize
+from bkn_core.data.batches import epoch_order, normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.evaluation import measure_model, modes

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.sources import composed
+from bkn_core.data.splits import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.checkpoint import find_run, load_weights, weights_path
 from bkn_core.engine.classes import ClassReport, report_classes
-from bkn_core.engine.data import ImageSet, LazyImageSet, load_test_images
 from bkn_core.engine.device import choose_device
 from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
-from bkn_core.engine.sources import composed
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session

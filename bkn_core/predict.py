@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.named_pictures import listed, pixels_or_fault
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.device import choose_device
 from bkn_core.engine.evaluation import modes
 from bkn_core.engine.files import write_json, write_text
-from bkn_core.engine.named_pictures import listed, pixels_or_fault
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
 from bkn_core.kinds import check_statistics

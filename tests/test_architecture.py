@@ -29,11 +29,23 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"kinds", "baselines", "priors", "graph", "layers", "filter"},
     "population": {"layers", "filter"},
     "centred_weights": {"graph"},
-    "engine": {"kinds", "recipe", "convert", "centred_weights", "population", "priors", "layers", "ops", "filter"},
-    "export": {"kinds", "engine", "recipe", "convert", "population", "priors", "layers", "filter"},
-    "evaluate": {"kinds", "engine", "export", "recipe"},
-    "predict": {"kinds", "engine", "export", "population"},
-    "compare": {"kinds", "engine", "recipe"},
+    "data": {"recipe"},
+    "engine": {
+        "kinds",
+        "recipe",
+        "data",
+        "convert",
+        "centred_weights",
+        "population",
+        "priors",
+        "layers",
+        "ops",
+        "filter",
+    },
+    "export": {"kinds", "engine", "data", "recipe", "convert", "population", "priors", "layers", "filter"},
+    "evaluate": {"kinds", "engine", "data", "export", "recipe"},
+    "predict": {"kinds", "engine", "data", "export", "population"},
+    "compare": {"kinds", "engine", "data", "recipe"},
 }
 HEAVY = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "scipy"}
 

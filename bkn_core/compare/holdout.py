@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bkn_core.compare.plan import Load
+from bkn_core.data.splits import DataSplits
 from bkn_core.engine.build import load_splits
-from bkn_core.engine.data import DataSplits
 from bkn_core.errors import BknError, RecipeError
 
 _SHARE = 0.1

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.convert import convert
-from bkn_core.engine.batches import normalize
-from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
+from bkn_core.data.batches import normalize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.sources import choose
+from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet, load_data
 from bkn_core.engine.models import build_network, check_network, example_images, is_builtin, pretrained_colours
 from bkn_core.engine.objective import Objective
-from bkn_core.engine.preprocess import Preprocess
-from bkn_core.engine.sources import choose
 from bkn_core.errors import RecipeError, StatisticsError
 from bkn_core.kinds import GROUPLESS, check_statistics
 from bkn_core.layers.rivals.reference import REFERENCE_IMAGES

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.build import build_model, build_outline
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.tensor_files import check_size, opened, read_tensors, write_tensors
 from bkn_core.errors import BknError, InputError, located
 from bkn_core.recipe import Recipe, dump_recipe, parse_recipe

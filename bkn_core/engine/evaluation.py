@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.engine.batches import epoch_order, normalize
-from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
+from bkn_core.data.batches import epoch_order, normalize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.splits import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import write_with
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.population import Part, mixed_statistics, statistics
 
 Predict = Callable[[Tensor], Tensor]

@@ -10,8 +10,8 @@ import PIL
 import torch
 import torchvision
 
-from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet
-from bkn_core.engine.sources import composed, tensor_digest
+from bkn_core.data.sources import composed, tensor_digest
+from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet
 from bkn_core.errors import InputError
 
 _NAMES = 5  # classes that a message names

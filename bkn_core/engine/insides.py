@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.sources import choose
+from bkn_core.data.splits import load_test_images
 from bkn_core.engine.checkpoint import Weights, load_weights, weights_path
-from bkn_core.engine.data import load_test_images
 from bkn_core.engine.files import read_bytes, write_json
-from bkn_core.engine.sources import choose
 from bkn_core.engine.tensor_files import opened
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, InputError, OutputError

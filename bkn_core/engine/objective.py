@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from bkn_core.engine.batches import augment, normalize
-from bkn_core.engine.data import DataSplits
+from bkn_core.data.batches import augment, normalize
+from bkn_core.data.splits import DataSplits
 from bkn_core.errors import RecipeError
 from bkn_core.recipe import DataConfig, Recipe
 

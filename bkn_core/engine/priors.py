@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.sources import choose
+from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.build import build_model
-from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.files import replacing, write_json
 from bkn_core.engine.plots import new_figure, plain
-from bkn_core.engine.preprocess import Preprocess
-from bkn_core.engine.sources import choose
 from bkn_core.population import statistics
 from bkn_core.priors.quality import PriorQuality, prior_quality
 from bkn_core.recipe import Recipe

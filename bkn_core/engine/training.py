@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.centred_weights import CentredWeights, centred_weights
-from bkn_core.engine.batches import BatchPlan, epoch_order, generator_at
+from bkn_core.data.batches import BatchPlan, epoch_order, generator_at
+from bkn_core.data.splits import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
-from bkn_core.engine.data import ImageSet, LazyImageSet, prefetch
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
 from bkn_core.engine.evaluation import Metrics, measure_model, modes

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.splits import load_test_images
 from bkn_core.engine.checkpoint import load_weights, weights_path
-from bkn_core.engine.data import load_test_images
 from bkn_core.engine.models import example_images
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.run_folder import newest_run
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import BknError, RecipeError

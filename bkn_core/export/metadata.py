@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bkn_core.engine.preprocess import Preprocess
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import package_version
 from bkn_core.export.inspection import AGAIN

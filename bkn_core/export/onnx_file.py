@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.files import replacing
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import CheckFailedError, InputError, OutputError
 from bkn_core.export.graph import set_metadata, signed
 from bkn_core.export.latency import measure_latency

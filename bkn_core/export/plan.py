@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bkn_core.convert import fold as fold_model
-from bkn_core.engine.preprocess import Preprocess
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.errors import ConversionError, RecipeError
 from bkn_core.export import batch_statistics
 from bkn_core.export.folding import merge_affine

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bkn_core.engine.preprocess import Preprocess
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.errors import InputError
 from bkn_core.export.graph import to_bytes
 from bkn_core.export.inspection import AGAIN, read_model

@@ -15,7 +15,7 @@ from calls import call
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bkn_core.engine import data
+from bkn_core.data import splits
 from bkn_core.recipe import Recipe
 
 FEW = ("train.epochs=1", "data.train_images=8", "data.test_images=4", "data.image_size=8", "batch.gradient=4")
@@ -63,7 +63,7 @@ def _light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("any"))
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(data, "open_digits", functools.cache(data.open_digits))
+        patch.setattr(splits, "open_digits", functools.cache(splits.open_digits))
         yield
 
 

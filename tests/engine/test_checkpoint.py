@@ -12,6 +12,7 @@ import torch
 from tiny_runs import assert_same_bits, tiny
 from torch import Tensor, nn
 
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import (
     load_run,
@@ -22,7 +23,6 @@ from bkn_core.engine.checkpoint import (
     save_weights,
     weights_path,
 )
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import InputError
 
 PREPROCESS = Preprocess("L", (8, 8), (0.25,), (0.5,))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bkn_core.data.splits import ImageSet, LazyImageSet, load_data
 from bkn_core.engine.classes import report_classes
-from bkn_core.engine.data import ImageSet, LazyImageSet, load_data
 from bkn_core.engine.evaluation import Metrics, measure, save_predictions
 
 FILES = {"classes": "classes.csv", "confusion": "confusion.csv", "confusion_plot": "confusion.png"}

@@ -13,11 +13,11 @@ from tiny_runs import stop_at, tiny
 from torch.nn import functional as F
 
 import bkn_core as bkn
-from bkn_core.engine.batches import epoch_order, normalize
+from bkn_core.data.batches import epoch_order, normalize
+from bkn_core.data.pictures import resize
+from bkn_core.data.splits import load_test_images
 from bkn_core.engine.checkpoint import load_weights, save_weights, weights_path
-from bkn_core.engine.data import load_test_images
 from bkn_core.engine.loop import train
-from bkn_core.engine.pictures import resize
 from bkn_core.engine.run_folder import RunFolder, newest_run
 from bkn_core.errors import BknError, DeviceError, InputError, InterruptedRun, RecipeError
 from bkn_core.export.sessions import open_session

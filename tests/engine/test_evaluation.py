@@ -11,10 +11,10 @@ import torch
 from tiny_runs import litter, training
 from torch import Tensor, nn
 
-from bkn_core.engine.batches import epoch_order
-from bkn_core.engine.data import ImageSet
+from bkn_core.data.batches import epoch_order
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.splits import ImageSet
 from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.population import statistics
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from tiny_runs import stop_at, tiny
 
-from bkn_core.engine import data
+from bkn_core.data import splits
+from bkn_core.data.splits import load_data
 from bkn_core.engine.checkpoint import load_state, save_state
-from bkn_core.engine.data import load_data
 from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.loop import train
@@ -144,7 +144,7 @@ def test_images_that_are_not_in_memory_are_known_by_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_zip: bool, height: int
 ) -> None:
     """In a folder by their sizes, in a zip file by their checksums."""
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 0)
     root = write_pictures(tmp_path / "pictures")
 
     def found() -> dict[str, Any]:
@@ -159,10 +159,10 @@ def test_images_that_are_not_in_memory_are_known_by_their_files(
         check_data(before, found())
 
 
-@pytest.mark.parametrize("limit", [0, data.MEMORY_LIMIT])
+@pytest.mark.parametrize("limit", [0, splits.MEMORY_LIMIT])
 def test_names_of_files_may_be_composed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """As where a folder of a Mac was copied to Linux: e with an accent sorts before f, é as one character after it."""
-    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", limit)
     found = []
     for form in ("NFC", "NFD"):
         root = write_pictures(tmp_path / form)

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from tiny_runs import tiny
 from torch import nn
 
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.checkpoint import largest_file, load_state, load_weights, save_weights
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.tensor_files import digest
 from bkn_core.errors import BknError, InputError
 

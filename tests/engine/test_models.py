@@ -11,6 +11,7 @@ from tiny_runs import tiny
 from torch import nn
 from torch.nn import functional as F
 
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine import build
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.cifar_networks import CifarResNet
@@ -22,7 +23,6 @@ from bkn_core.engine.models import (
     example_images,
     is_builtin,
 )
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.errors import RecipeError
 from bkn_core.kinds import KINDS
 from bkn_core.layers.batch_kalman import BatchKalmanNorm

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from bkn_core.engine.batches import generator_at, normalize
+from bkn_core.data.batches import generator_at, normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.loop import train
 from bkn_core.engine.objective import class_weights, drawing_from, rand_augment

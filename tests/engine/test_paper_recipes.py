@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bkn_core.data.splits import load_data
 from bkn_core.engine.build import build_model
-from bkn_core.engine.data import load_data
 from bkn_core.engine.loop import train
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import training
 from torch import Tensor, nn
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
 from bkn_core.engine.training import Training
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.population import estimate_population, statistics

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny_runs import tiny, training
 
 import bkn_core as bkn
+from bkn_core.data.batches import normalize
+from bkn_core.data.splits import load_test_images
 from bkn_core.engine import priors
-from bkn_core.engine.batches import normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import load_weights, weights_path
-from bkn_core.engine.data import load_test_images
 from bkn_core.engine.plots import new_figure
 from bkn_core.engine.priors import initial_priors
 from bkn_core.errors import RecipeError

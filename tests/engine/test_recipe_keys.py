@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.models import WeightsEnum
 
-from bkn_core.engine import data, sources
+from bkn_core.data import sources, splits
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.build import build_model
 from bkn_core.engine.checkpoint import load_state
 from bkn_core.engine.loop import train
 from bkn_core.engine.models import build_network
-from bkn_core.engine.preprocess import Preprocess
 from bkn_core.engine.run_folder import RunFolder, run_name
 from bkn_core.errors import BknError
 from bkn_core.recipe import CompareConfig, Recipe, load_recipe
@@ -128,7 +128,7 @@ def keys_of(section: type[BaseModel], place: str = "") -> Iterator[str]:
 
 def observed_model(recipe: Recipe) -> dict[str, Any]:
     """The network that is built where training it would take long."""
-    images = data.ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2), ("a", "b"))
+    images = splits.ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2), ("a", "b"))
     model = build_model(recipe, Preprocess("RGB", (32, 32), (0.0,) * 3, (1.0,) * 3), 2, images=images)
     return {"modules": repr(model), "weights": model.get_buffer("layers.1.running_mean").tolist()}
 
@@ -211,7 +211,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(data, "open_digits", functools.cache(data.open_digits))
+        patch.setattr(splits, "open_digits", functools.cache(splits.open_digits))
         patch.setattr(datasets.CIFAR10, "download", fail)
         patch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: pretrained())
         patch.setattr(nn.Module, "compile", lambda model, **_: setattr(model, "compiled", True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import assert_same_run, tiny, train_in_parts, training
 
-from bkn_core.engine.batches import normalize
+from bkn_core.data.batches import normalize
 from bkn_core.engine.loop import train
 from bkn_core.kinds import Rivals
 from bkn_core.layers.rivals.groups import Rival

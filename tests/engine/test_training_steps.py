@@ -12,7 +12,7 @@ from tiny_runs import EPOCH_STEPS, STEPS, assert_same_bits, tiny, training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkn_core.engine.batches import epoch_order, normalize
+from bkn_core.data.batches import epoch_order, normalize
 from bkn_core.engine.finite import BufferSnapshot
 from bkn_core.engine.training import Training
 from bkn_core.errors import DivergedError, InputError

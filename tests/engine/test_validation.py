@@ -14,10 +14,10 @@ from tiny_runs import CPU, FULL, STEPS, assert_same_run, status, stop_at, tiny, 
 from torch import nn
 
 import bkn_core as bkn
+from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet, load_data
 from bkn_core.engine import training as engine_training
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import check_recipe, deciding_keys, load_state, load_weights, save_state
-from bkn_core.engine.data import DataSplits, ImageSet, LazyImageSet, load_data
 from bkn_core.engine.evaluation import measure_model
 from bkn_core.engine.events import EpochEnded, Event, Started
 from bkn_core.engine.loop import train

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bkn_core.convert import convert
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.engine.models import build_network
-from bkn_core.engine.preprocess import Preprocess
 
 CLASSES = tuple(f"class {i}" for i in range(10))
 

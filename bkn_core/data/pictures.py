@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from bkn_core.engine.png import has_all_rows
+from bkn_core.data.png import has_all_rows
 from bkn_core.errors import InputError
 
 Color = Literal["RGB", "L"]

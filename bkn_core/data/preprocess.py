@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bkn_core.engine.pictures import CHANNELS, Color, Fit
+from bkn_core.data.pictures import CHANNELS, Color, Fit
 from bkn_core.errors import InputError
 
 SCALE = 255

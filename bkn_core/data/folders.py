@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from bkn_core.engine.pictures import SUFFIXES, is_picture, open_picture
-from bkn_core.engine.sources import Opened, PictureSource, Source, composed, hold_out
-from bkn_core.engine.trees import FolderTree, Tree, beneath, files_under, open_tree
+from bkn_core.data.pictures import SUFFIXES, is_picture, open_picture
+from bkn_core.data.sources import Opened, PictureSource, Source, composed, hold_out
+from bkn_core.data.trees import FolderTree, Tree, beneath, files_under, open_tree
 from bkn_core.errors import InputError, located
 from bkn_core.recipe_words import printable_path
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from bkn_core.engine.data import load_data
-from bkn_core.engine.sources import ArraySource, PictureSource, Source
-from bkn_core.engine.torchvision_sets import NAMES, open_torchvision
+from bkn_core.data.sources import ArraySource, PictureSource, Source
+from bkn_core.data.splits import load_data
+from bkn_core.data.torchvision_sets import NAMES, open_torchvision
 from bkn_core.errors import InputError
 
 DRAW = np.random.default_rng(0)

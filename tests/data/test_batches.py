@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from bkn_core.engine.batches import BatchPlan, augment, epoch_order, generator_at, normalize
-from bkn_core.engine.preprocess import Preprocess
+from bkn_core.data.batches import BatchPlan, augment, epoch_order, generator_at, normalize
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.errors import RecipeError
 
 COLOUR = Preprocess("RGB", (16, 12), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bkn_core.engine.pictures import CHANNELS, Color, Fit, decode, is_grey, recolor, resize
+from bkn_core.data.pictures import CHANNELS, Color, Fit, decode, is_grey, recolor, resize
 
 ARRAY_CHUNK = 1024
 PICTURE_CHUNK = 16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bkn_core.engine.preprocess import Preprocess, channel_statistics
+from bkn_core.data.preprocess import Preprocess, channel_statistics
 from bkn_core.errors import InputError
 
 COLOUR: dict[str, Any] = {

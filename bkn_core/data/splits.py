@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bkn_core.engine.arrays import open_digits, open_npz
-from bkn_core.engine.folders import open_image_folder, open_validation_folder
-from bkn_core.engine.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
-from bkn_core.engine.preprocess import Preprocess, channel_statistics
-from bkn_core.engine.sources import PICTURE_CHUNK, Opened, PictureSource, Source, choose, hold_out
-from bkn_core.engine.torchvision_sets import NAMES, open_torchvision, unpacked
+from bkn_core.data.arrays import open_digits, open_npz
+from bkn_core.data.folders import open_image_folder, open_validation_folder
+from bkn_core.data.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
+from bkn_core.data.preprocess import Preprocess, channel_statistics
+from bkn_core.data.sources import PICTURE_CHUNK, Opened, PictureSource, Source, choose, hold_out
+from bkn_core.data.torchvision_sets import NAMES, open_torchvision, unpacked
 from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe_sections import OWN_DATA
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bkn_core.engine.archives import ARCHIVE_FAULTS, open_archive
-from bkn_core.engine.sources import ArraySource, Source, composed, hold_out
+from bkn_core.data.archives import ARCHIVE_FAULTS, open_archive
+from bkn_core.data.sources import ArraySource, Source, composed, hold_out
 from bkn_core.errors import InputError, located
 
 DIGITS_TEST_IMAGES = 360

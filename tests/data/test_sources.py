@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from bkn_core.engine import sources
-from bkn_core.engine.sources import ArraySource, PictureSource, choose, hold_out
+from bkn_core.data import sources
+from bkn_core.data.sources import ArraySource, PictureSource, choose, hold_out
 from bkn_core.errors import InputError
 
 CLASSES = ("a", "b", "c")

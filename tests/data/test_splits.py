@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bkn_core.engine import data
-from bkn_core.engine.batches import epoch_order
-from bkn_core.engine.data import ImageSet, LazyImageSet, load_data, prefetch
+from bkn_core.data import splits
+from bkn_core.data.batches import epoch_order
+from bkn_core.data.splits import ImageSet, LazyImageSet, load_data, prefetch
 from bkn_core.errors import InputError, RecipeError
 
 CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10.zip"
@@ -141,7 +141,7 @@ def test_too_large_a_split_is_decoded_batch_by_batch(
 ) -> None:
     root = write_pictures(tmp_path)
     whole = load_data(name, root=root, image_size=6)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 1000)
     lazy = load_data(name, root=root, image_size=6)
     assert isinstance(whole.train, ImageSet)
     assert isinstance(lazy.train, LazyImageSet)
@@ -154,17 +154,17 @@ def test_too_large_a_split_is_decoded_batch_by_batch(
 
 def test_lazy_statistics_come_from_a_fixed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_pictures(tmp_path)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
-    monkeypatch.setattr(data, "STATISTICS_IMAGES", 12)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(splits, "STATISTICS_IMAGES", 12)
     first = load_data("imagefolder", root=root, image_size=6).preprocess
     assert load_data("imagefolder", root=root, image_size=6).preprocess == first
-    monkeypatch.setattr(data, "STATISTICS_IMAGES", 60)
+    monkeypatch.setattr(splits, "STATISTICS_IMAGES", 60)
     assert load_data("imagefolder", root=root, image_size=6).preprocess != first
 
 
 @pytest.mark.parametrize("limit", [1000, 10**9])
 def test_prefetch_yields_the_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", limit)
     train = load_data("imagefolder", root=write_pictures(tmp_path), image_size=6).train
     batches = epoch_order(60, 0, 0).split(13)
     for (images, labels), indices in zip(prefetch(train, batches), batches, strict=True):
@@ -175,7 +175,7 @@ def test_prefetch_yields_the_batches_in_order(tmp_path: Path, monkeypatch: pytes
 
 def test_prefetch_passes_an_error_on_and_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_pictures(tmp_path)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 1000)
     train = load_data("imagefolder", root=root, image_size=6).train
     (root / "train" / "dog" / "05.png").write_bytes(b"")
     threads = threading.active_count()
@@ -194,20 +194,20 @@ def test_any_number_of_workers_reads_the_same_and_works_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     root = write_pictures(tmp_path)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 1000)
     expected = load_data("imagefolder", root=root, image_size=6).train
     train = load_data("imagefolder", root=root, image_size=6, workers=workers).train
     batches = torch.arange(60).split(2)
     at_once, everybody = set(), threading.Barrier(workers)
-    read = data.LazyImageSet.batch
+    read = splits.LazyImageSet.batch
 
-    def watched(images: data.LazyImageSet, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(images: splits.LazyImageSet, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if len(at_once) < workers:  # nobody goes on before all are there
             at_once.add(threading.get_ident())
             everybody.wait(20)
         return read(images, indices)
 
-    monkeypatch.setattr(data.LazyImageSet, "batch", watched)
+    monkeypatch.setattr(splits.LazyImageSet, "batch", watched)
     for (images, labels), indices in zip(prefetch(train, batches), batches, strict=True):
         assert torch.equal(images, expected.source.read(indices, "RGB", (6, 6)))
         assert torch.equal(labels, expected.labels[indices])
@@ -274,10 +274,10 @@ def test_a_forward_holds_no_more_images_than_there_are() -> None:
 
 def test_statistics_are_taken_from_fewer_images_where_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    measure = data.channel_statistics
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
-    monkeypatch.setattr(data, "STATISTICS_BYTES", 10 * 64 + 63)
-    monkeypatch.setattr(data, "channel_statistics", lambda images: (seen.append(len(images)), measure(images))[1])
+    measure = splits.channel_statistics
+    monkeypatch.setattr(splits, "MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(splits, "STATISTICS_BYTES", 10 * 64 + 63)
+    monkeypatch.setattr(splits, "channel_statistics", lambda images: (seen.append(len(images)), measure(images))[1])
     load_data("digits", root="unused", image_size=8)
     assert seen == [10]
 

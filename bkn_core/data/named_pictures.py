@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bkn_core.engine.pictures import decode, is_picture, open_picture, resize
-from bkn_core.engine.preprocess import Preprocess
-from bkn_core.engine.trees import FolderTree, files_under, open_tree
+from bkn_core.data.pictures import decode, is_picture, open_picture, resize
+from bkn_core.data.preprocess import Preprocess
+from bkn_core.data.trees import FolderTree, files_under, open_tree
 from bkn_core.errors import InputError
 
 _HINT = "Name files, folders or zip files of pictures."

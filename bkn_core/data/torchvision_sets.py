@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from bkn_core.engine.pictures import PICTURE_FAULTS
-from bkn_core.engine.sources import ArraySource, PictureSource, Source, hold_out
+from bkn_core.data.pictures import PICTURE_FAULTS
+from bkn_core.data.sources import ArraySource, PictureSource, Source, hold_out
 from bkn_core.errors import InputError, located
 
 # Named one by one: among the others are detection sets, and some (LSUN) unpickle whatever lies in their folder.

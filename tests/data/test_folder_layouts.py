@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bkn_core.engine.data import load_data
-from bkn_core.engine.folders import open_image_folder
-from bkn_core.engine.pictures import FORMATS
+from bkn_core.data.folders import open_image_folder
+from bkn_core.data.pictures import FORMATS
+from bkn_core.data.splits import load_data
 from bkn_core.errors import InputError
 
 Pack = Callable[..., Path]

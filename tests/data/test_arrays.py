@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from bkn_core.engine.arrays import open_digits, open_npz
+from bkn_core.data.arrays import open_digits, open_npz
 from bkn_core.errors import InputError
 
 DRAW = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 from zipfile import ZipInfo
 
-from bkn_core.engine.archives import entry_parts, open_archive, read_entry
-from bkn_core.engine.pictures import BYTE_LIMIT, is_picture
+from bkn_core.data.archives import entry_parts, open_archive, read_entry
+from bkn_core.data.pictures import BYTE_LIMIT, is_picture
 from bkn_core.errors import InputError
 
 MAC_FOLDER = "__MACOSX"  # what macOS puts beside the files that it packs

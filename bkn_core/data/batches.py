@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bkn_core.engine.preprocess import Preprocess
+from bkn_core.data.preprocess import Preprocess
 from bkn_core.errors import RecipeError
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")

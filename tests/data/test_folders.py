@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bkn_core.engine import trees
-from bkn_core.engine.folders import open_image_folder
-from bkn_core.engine.sources import Source
+from bkn_core.data import trees
+from bkn_core.data.folders import open_image_folder
+from bkn_core.data.sources import Source
 from bkn_core.errors import InputError
 
 TREE = {

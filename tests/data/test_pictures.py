@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from bkn_core.engine import pictures
-from bkn_core.engine.pictures import Fit, decode, is_grey, open_picture, recolor, resize
+from bkn_core.data import pictures
+from bkn_core.data.pictures import Fit, decode, is_grey, open_picture, recolor, resize
 from bkn_core.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)

@@ -1,0 +1,1 @@
+"""Images and labels: sources, folders, archives, arrays, and the batches of an epoch."""
