@@ -11,24 +11,24 @@ from bkn_core.ops import backend
 from bkn_core.ops.cuda import memory
 
 CHANNELS, WARPS = 256, 2  # that one program takes at a time, and how many threads do: more would spill
-_tables: dict[torch.device, tuple[list[int], list[float], Tensor, Tensor]] = {}
+_tables: dict[tuple[torch.device, int], tuple[list[int], list[float], Tensor, Tensor]] = {}
 
 
 def _on_device(fields: list[int], numbers: list[float], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the table and its numbers on the device: what is there already as long as nothing has moved.
 
     A graph that is captured has a table of its own, written by launches, which are told the addresses; so is the first
-    one of a model, in a step before the capture, for kernels cannot be compiled meanwhile.
+    one of so many layers, in a step before the capture, for kernels cannot be compiled meanwhile.
     """
     if backend.is_capturing():
         return _written(fields, numbers, device)
-    known = _tables.get(device)
-    if known is None or len(known[0]) != len(fields):
+    known = _tables.get((device, len(fields)))
+    if known is None:
         known = fields, numbers, *_written(fields, numbers, device)
     elif known[0] != fields or known[1] != numbers:
         table = torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
         known = fields, numbers, table, torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
-    _tables[device] = known
+    _tables[device, len(fields)] = known
     return known[2], known[3]
 
 
