@@ -16,6 +16,7 @@ from bkn_cli.eval import evaluate
 from bkn_cli.export import export
 from bkn_cli.keys import keys
 from bkn_cli.options import NO_VALUE
+from bkn_cli.predict import predict
 from bkn_cli.render import Reporter
 from bkn_cli.train import train
 from bkn_cli.verb import RecipeVerb
@@ -50,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train networks on one or two images per statistics group: Batch Kalman Normalization.\n\n"
-    "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n\n"
+    "Start with:\n  bkn train\n  bkn eval\n  bkn export model.onnx\n  bkn predict model.onnx IMAGES\n\n"
     "Exit codes:\n  0 success, 1 unexpected, 2 usage or recipe, 3 input missing or unreadable,\n"
     "  4 a check failed, 5 device not available or its memory too small, 6 diverged,\n"
     "  7 the folder is in use by another process, 8 an output cannot be written,\n"
@@ -60,6 +61,7 @@ app.command(cls=RecipeVerb)(train)
 app.command("eval")(evaluate)
 app.command(cls=RecipeVerb)(compare)
 app.command()(export)
+app.command()(predict)
 app.command()(keys)
 
 

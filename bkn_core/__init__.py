@@ -18,6 +18,7 @@ from bkn_core.filter.kalman import Gaussian
 from bkn_core.layers.batch_kalman import BatchKalmanNorm, BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from bkn_core.layers.schedule import anneal_gain_
 from bkn_core.population import estimate_population, statistics
+from bkn_core.predict import Prediction, PredictionResult, predict
 from bkn_core.priors.accumulation import accumulation
 from bkn_core.priors.calibration import calibrate_priors_
 from bkn_core.priors.quality import PriorError, PriorQuality, prior_quality
@@ -36,6 +37,8 @@ __all__ = [
     "ExportResult",
     "Gaussian",
     "LayerReport",
+    "Prediction",
+    "PredictionResult",
     "PriorError",
     "PriorQuality",
     "Recipe",
@@ -56,6 +59,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "plot_prior_quality",
+    "predict",
     "prior_quality",
     "shipped_recipes",
     "statistics",

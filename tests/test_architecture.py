@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"kinds", "recipe", "convert", "centred_weights", "population", "priors", "layers", "ops", "filter"},
     "export": {"kinds", "engine", "recipe", "convert", "population", "priors", "layers", "filter"},
     "evaluate": {"kinds", "engine", "export", "recipe"},
+    "predict": {"kinds", "engine", "export", "population"},
     "compare": {"kinds", "engine", "recipe"},
 }
 HEAVY = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "scipy"}

@@ -12,7 +12,7 @@ from calls import call
 HEAVY = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "yaml", "scipy", "sklearn", "matplotlib")
 
 
-@pytest.mark.parametrize("words", [(), ("train",), ("eval",), ("compare",), ("export",), ("keys",)])
+@pytest.mark.parametrize("words", [(), ("train",), ("eval",), ("compare",), ("export",), ("predict",), ("keys",)])
 def test_help_shows_an_example_and_ends_well(words: tuple[str, ...]) -> None:
     result = call(*words, "--help")
     assert result.exit_code == 0
@@ -20,7 +20,7 @@ def test_help_shows_an_example_and_ends_well(words: tuple[str, ...]) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "compare", "export", "keys"])
+@pytest.mark.parametrize("verb", ["train", "eval", "compare", "export", "predict", "keys"])
 def test_help_shows_whole_option_names_in_eighty_columns(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert "…" not in call(verb, "--help").stdout
@@ -92,4 +92,4 @@ def test_completion_offers_the_verbs() -> None:
     program = "from bkn_cli.app import app; app(prog_name='bkn')"
     environment = {"COMP_WORDS": "bkn ", "COMP_CWORD": "1", "_BKN_COMPLETE": "complete_bash"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["train", "eval", "compare", "export", "keys"]
+    assert done.stdout.split() == ["train", "eval", "compare", "export", "predict", "keys"]
