@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bkn_core.errors import ConversionError
 from bkn_core.graph.graph import Graph
 from bkn_core.graph.instructions import GIVEN
 from bkn_core.graph.kernel_program import KernelProgram
@@ -46,10 +47,11 @@ class TritonProgram(KernelProgram):
         self.schedule = Schedule(computed, self.size)
         self.size = self.schedule.size
         self._known: _Known | None = None
+        self._captured: list[Table] = []  # which CUDA graphs read
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds addresses."""
-        return {**super().__getstate__(), "_known": None}
+        return {**super().__getstate__(), "_known": None, "_captured": []}
 
     @staticmethod
     def takes(tensor: Tensor) -> bool:
@@ -83,8 +85,15 @@ class TritonProgram(KernelProgram):
             for i, t in enumerate(tensors)
         ]
         if self._known is None or places != before or wanted != self._known.wanted:
+            if backend.is_capturing():
+                raise ConversionError(
+                    "a CUDA graph is captured before the priors' kernels know where the parameters are",
+                    "Run some steps as they will be captured first, on a side stream as PyTorch's guide says.",
+                )
             sizes = [0 if t is None else t.numel() for t in tensors]
             self._known = _Known(places, wanted, self._made(places, wanted, sizes, device))
+        if backend.is_capturing():
+            self._captured.append(self._known.table)
         return self._known.table
 
     def _made(

@@ -63,6 +63,11 @@ def triton_takes(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
     return all(t is None or (t.dtype is torch.float32 and t.device == x.device and t.is_contiguous()) for t in vectors)
 
 
+def is_capturing() -> bool:
+    """Whether launches are captured in a CUDA graph, whose replays must read no memory of the host that is gone."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def triton_works(device: str) -> bool:
     """Whether Triton is there and makes kernels that run: it needs a C compiler beside the GPU."""

@@ -153,6 +153,20 @@ def test_the_table_stays_as_long_as_no_parameter_moves(model: nn.Module) -> None
     assert not torch.equal(priors(model)["norm3"].mean, before) and program(model)._known is not table
 
 
+def test_a_captured_graph_keeps_its_table_and_begins_with_none(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "is_capturing", lambda: True)
+    with pytest.raises(ConversionError, match="captured before the priors' kernels know"):
+        priors(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "is_capturing", lambda: False)
+        expected = priors(model)["norm3"].mean
+    assert torch.equal(priors(model)["norm3"].mean, expected)
+    known = program(model)._known
+    assert known is not None and program(model)._captured[-1] is known.table
+
+
 def test_gradients_are_those_of_the_forward_though_inflations_move(model: nn.Module) -> None:
     found, exact = predictions(model)[0], gradients(model, predictions(model)[0])
     for name, buffer in model.named_buffers():

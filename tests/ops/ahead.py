@@ -33,6 +33,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     from bkn_core.ops.cuda.normalize import LARGEST, LARGEST_GRADIENT, VECTORS
 
     yield "track", memory.track, {"FIELDS": memory.FIELDS, "CHANNELS": track.CHANNELS}
+    yield "write_row", memory.write_row, {}
     yield "evaluate", chains.evaluate, {"CHANNELS": layout.CHANNELS}
     yield "reverse", chains_back.reverse, {"CHANNELS": layout.CHANNELS}
     yield "weigh", weights.weigh, {"ROWS": layout.ROWS, "COLUMNS": layout.COLUMNS}
@@ -73,13 +74,15 @@ def stack_of(kernel: Any, constants: dict[str, Any], activation: str, capability
     from triton.compiler import ASTSource
 
     from bkn_core.ops.cuda.layout import WARPS
+    from bkn_core.ops.cuda.memory import FIELDS
     from bkn_core.ops.cuda.track import WARPS as TRACKING
 
     warps = {"track": TRACKING, "evaluate": WARPS, "reverse": WARPS}
     types = dict.fromkeys(("x", "y", "dy", "dx"), activation) | dict.fromkeys(POINTERS, "*fp32")
     types |= dict.fromkeys(("values", "gradients", "flat", "scratch"), "*fp32")
     types |= {"table": "*i64", "numbers": "*fp32", "before": "*fp32"}
-    types |= dict.fromkeys(("eps", "count", "own_part"), "fp32")
+    types |= dict.fromkeys(("eps", "count", "own_part", "slowest", "momentum"), "fp32")
+    types |= {f"f{i}": "i64" for i in range(FIELDS)}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     numbers = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, numbers)

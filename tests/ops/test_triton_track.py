@@ -10,6 +10,8 @@ from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.ops import backend, extension, kernels
 
 pytest.importorskip("triton")
+from bkn_core.ops.cuda import track as tracking
+
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of NumPy, in the interpreter
@@ -63,6 +65,16 @@ def test_the_table_is_made_anew_where_a_tensor_has_moved() -> None:
     seen = records(layers())
     assert_same(seen)
     assert_same([r._replace(statistics=r.statistics.clone() + 1) for r in seen])
+
+
+def test_a_captured_graph_has_a_table_of_its_own_that_nothing_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = records(layers())
+    assert_same(seen)
+    before = dict(tracking._tables)
+    monkeypatch.setattr(backend, "is_capturing", lambda: True)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("memory of the host was copied"))
+    assert_same([r._replace(statistics=r.statistics.clone() + 1) for r in seen])
+    assert tracking._tables == before
 
 
 def test_a_layer_that_ran_twice_is_left_to_pytorch() -> None:

@@ -16,6 +16,39 @@ _LARGEST_INFLATION = tl.constexpr(60.0)  # as in `ops/track.py`
 _SENSITIVITY_WEIGHT = tl.constexpr(0.1)  # as in `inflation_gradient.py`
 
 
+_FIELDS, _ROW = [f"f{i}" for i in range(FIELDS)], tl.constexpr(FIELDS)
+
+
+@triton.jit(do_not_specialize=["layer", *_FIELDS])
+def write_row(
+    table, numbers, layer, slowest, momentum, eps,
+    f0, f1, f2, f3, f4, f5, f6, f7, f8,
+    f9, f10, f11, f12, f13, f14, f15, f16,
+):  # fmt: skip
+    """Write what the table says of one layer."""
+    tl.store(numbers + 3 * layer, slowest)
+    tl.store(numbers + 3 * layer + 1, momentum)
+    tl.store(numbers + 3 * layer + 2, eps)
+    row = table + _ROW * layer
+    tl.store(row + 0, f0)
+    tl.store(row + 1, f1)
+    tl.store(row + 2, f2)
+    tl.store(row + 3, f3)
+    tl.store(row + 4, f4)
+    tl.store(row + 5, f5)
+    tl.store(row + 6, f6)
+    tl.store(row + 7, f7)
+    tl.store(row + 8, f8)
+    tl.store(row + 9, f9)
+    tl.store(row + 10, f10)
+    tl.store(row + 11, f11)
+    tl.store(row + 12, f12)
+    tl.store(row + 13, f13)
+    tl.store(row + 14, f14)
+    tl.store(row + 15, f15)
+    tl.store(row + 16, f16)
+
+
 @triton.jit
 def is_finite(value):
     """Whether a number, as a float32, is neither infinite nor NaN."""

@@ -7,20 +7,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bkn_core.ops import backend
 from bkn_core.ops.cuda import memory
 
 CHANNELS, WARPS = 256, 2  # that one program takes at a time, and how many threads do: more would spill
-_tables: dict[torch.device, tuple[list[int], list[float], Tensor, Tensor]] = {}
+_tables: dict[tuple[torch.device, int], tuple[list[int], list[float], Tensor, Tensor]] = {}
 
 
 def _on_device(fields: list[int], numbers: list[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table and its numbers on the device: what is there already as long as nothing has moved."""
-    known = _tables.get(device)
-    if known is None or known[0] != fields or known[1] != numbers:
+    """Return the table and its numbers on the device: what is there already as long as nothing has moved.
+
+    A graph that is captured has a table of its own, written by launches, which are told the addresses; so is the first
+    one of so many layers, in a step before the capture, for kernels cannot be compiled meanwhile.
+    """
+    if backend.is_capturing():
+        return _written(fields, numbers, device)
+    known = _tables.get((device, len(fields)))
+    if known is None:
+        known = fields, numbers, *_written(fields, numbers, device)
+    elif known[0] != fields or known[1] != numbers:
         table = torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
         known = fields, numbers, table, torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
-        _tables[device] = known
+    _tables[device, len(fields)] = known
     return known[2], known[3]
+
+
+def _written(fields: list[int], numbers: list[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    table = torch.empty(len(fields), dtype=torch.int64, device=device)
+    on_device = torch.empty(len(numbers), device=device)
+    for i in range(len(numbers) // 3):
+        row = fields[i * memory.FIELDS : (i + 1) * memory.FIELDS]
+        memory.write_row[(1,)](table, on_device, i, *numbers[3 * i : 3 * i + 3], *row)
+    return table, on_device
 
 
 def track(rows: Sequence[Sequence[Tensor | None]], numbers: list[float]) -> list[Tensor]:
