@@ -203,10 +203,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _every_key_decides_something(self) -> Self:
         # The root of digits is "data" where no other was given, as in recipes of earlier versions.
-        if self.name == "digits" and self.root != "data":
+        if self.name in ("digits", "scenes") and self.root != "data":
             raise ValueError(
-                f"data.root is {self.root!r}, but data.name is digits, which is built in and reads none; "
-                "leave data.name out, or give imagefolder, npz or a data set of torchvision"
+                f"data.root is {self.root!r}, but data.name is {self.name}, which is built in and reads none; "
+                "leave data.name out, or give imagefolder, npz, maskfolder or a set of torchvision"
             )
         if self.download and self.name in OWN_DATA:
             raise ValueError(f"data.download is true, but data.name is {self.name}, which is not downloaded")

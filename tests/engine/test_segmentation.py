@@ -112,6 +112,7 @@ def test_losses_are_those_counted_pixel_by_pixel() -> None:
         (("model.name=cifar_plain", "model.args={}"), r"not 4 logits for each of 32 x 32 pixels"),
         (("data.name=digits",), "data.name is 'digits', which has no masks"),
         (("task=classification", "data.scale=null"), "data.name is scenes, which has masks"),
+        (("data.root=cells",), "data.root is 'cells', but data.name is scenes, which is built in"),
         (("train.class_weights=[1, 2]",), "train.class_weights holds 2 numbers, but there are 4 classes"),
         (("model.args={up: sideways}",), "model.args.up is 'sideways'"),
     ],
