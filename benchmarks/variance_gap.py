@@ -24,6 +24,7 @@ from bkn_core.data.batches import epoch_order, normalize
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.checkpoint import load_weights, weights_path
 from bkn_core.engine.evaluation import measure_model, modes
+from bkn_core.engine.tasks.named import task_of
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 Gaps = dict[str, tuple[float, float]]  # by layer: of the variance, of the mean
@@ -76,6 +77,7 @@ def main() -> None:
         for name, (variance, mean) in drawn[run.name].items():
             print(f"  {name:32} variance {variance:.4f}  mean {mean:.4f}")
         how = {"device": torch.device("cpu"), "batch_size": batch, "statistics_batch_size": size}
+        how["task"] = task_of(weights.recipe)
         for kind in modes("mixtures"):
             measured = measure_model(model, splits.test, weights.preprocess, kind=kind, **how)
             print(f"  {kind:32} top-1 {100 * measured.top1:.2f} %")

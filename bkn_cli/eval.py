@@ -129,7 +129,7 @@ def _classes(report: Any) -> Table:
     rows = report.rows if len(report.rows) <= _CLASSES else worst
     left_out = f"; of least recall, all in {report.files['classes']}" if len(rows) < len(report.rows) else ""
     table = Table(caption=f"by {report.statistics} statistics{left_out}", caption_justify="left")
-    for name in ("class", "precision %", "recall %", "images"):
+    for name in ("class", "precision %", "recall %", report.unit):
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in rows:
         shares = ("" if share is None else f"{100 * share:.2f}" for share in (row.precision, row.recall))

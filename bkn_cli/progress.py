@@ -99,7 +99,8 @@ class TrainingProgress:
 
     def _epochended(self, event: Any) -> None:
         images = "validation " if event.images == "validation" else ""
-        measured = ", ".join(f"{images}top-1 {100 * top1:.2f} % ({kind})" for kind, top1 in event.top1.items())
+        word = f"{images}{event.word}"
+        measured = ", ".join(f"{word} {100 * value:.2f} % ({kind})" for kind, value in event.figures.items())
         self.reporter.say(
             f"epoch {event.epoch:>3}/{event.epochs}  training loss {event.train_loss:z.4f}  {measured}  "
             f"{event.images_per_second:.0f} images/s"

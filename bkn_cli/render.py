@@ -120,13 +120,13 @@ def metrics_table(metrics: dict[str, Any], *, group: int | None = None) -> Table
     """Lay out measures by kind of statistics, some of them of groups of so many images."""
     whose = "an image by itself" if group == 1 else f"{group} images together"
     table = Table(caption=f"group: {whose}, as in training" if group else None, caption_justify="left")
-    columns = list(dict.fromkeys(k for m in metrics.values() for k in m.topk))
-    for name in ("statistics", "top-1 %", *(f"top-{k} %" for k in columns), "loss", "images"):
+    columns = list(dict.fromkeys(name for m in metrics.values() for name in m.shares))
+    for name in ("statistics", *(f"{name} %" for name in columns), "loss", "images"):
         table.add_column(name, justify="left" if name == "statistics" else "right")
     for kind, measured in metrics.items():
-        fractions = [f"{100 * measured.topk[k]:.2f}" if k in measured.topk else "" for k in columns]
+        fractions = [f"{100 * measured.shares[k]:.2f}" if k in measured.shares else "" for k in columns]
         name = kind.replace("_mean_", " mean, ").replace("_", " ")
-        table.add_row(name, f"{100 * measured.top1:.2f}", *fractions, f"{measured.loss:z.4f}", str(measured.images))
+        table.add_row(name, *fractions, f"{measured.loss:z.4f}", str(measured.images))
     return table
 
 
@@ -136,4 +136,5 @@ def metrics_result(metrics: dict[str, Any]) -> dict[str, Any]:
         kind, measured = next(iter(metrics.items()))
         return {"stats": kind, **measured.summary()}
     first = next(iter(metrics.values()))
-    return {"top1": first.top1, "loss": first.loss, **{kind: m.summary() for kind, m in metrics.items()}}
+    figure = next(iter(first.summary()))
+    return {figure: first.figure, "loss": first.loss, **{kind: m.summary() for kind, m in metrics.items()}}

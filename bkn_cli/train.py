@@ -122,12 +122,12 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
         return
     reporter.text(f"{result.run}, last epoch{' on the test images' if result.validated else ''}:")
     reporter.table(metrics_table(result.metrics))
-    best = (
-        f"; best epoch {result.best_epoch}: validation top-1 {100 * result.best_top1:.2f} %" if result.validated else ""
-    )
+    figure = f"validation {result.word} {100 * result.best:.2f} %"
+    best = f"; best epoch {result.best_epoch}: {figure}" if result.validated else ""
     reporter.text(f"{result.steps} steps in {result.seconds:.1f} s, {result.images_per_second:.0f} images/s{best}")
     place = shlex.quote(str(result.run))
-    reporter.say(f"next: bkn eval {place}\n      bkn export model.onnx --run {place}")
+    export = f"\n      bkn export model.onnx --run {place}" if recipe.task == "classification" else ""
+    reporter.say(f"next: bkn eval {place}{export}")
     files = {
         "weights": result.run / "checkpoints" / "last.safetensors",  # what the metrics were measured on
         "best_weights": result.run / "checkpoints" / "best.safetensors",
@@ -140,7 +140,7 @@ def _run(reporter: Reporter, recipe: Recipe, out: Path | None, resume: Path | No
         "steps": result.steps,
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,
-        "best_top1": result.best_top1,
+        f"best_{result.figure}": result.best,
         "best_epoch": result.best_epoch,
     }
     reporter.finish({**metrics_result(result.metrics), **details}, {name: str(path) for name, path in files.items()})

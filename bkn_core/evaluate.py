@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +13,17 @@ from torch import Tensor
 from bkn_core.data.batches import normalize
 from bkn_core.data.preprocess import Preprocess
 from bkn_core.data.sources import composed
-from bkn_core.data.splits import ImageSet, LazyImageSet, load_test_images
+from bkn_core.data.splits import Images
 from bkn_core.engine.checkpoint import find_run, load_weights, weights_path
 from bkn_core.engine.classes import ClassReport, report_classes
 from bkn_core.engine.device import choose_device
-from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
+from bkn_core.engine.evaluation import MIXTURES, measure_model, modes, save_predictions
+from bkn_core.engine.examples import draw_examples
 from bkn_core.engine.priors import PriorReport, report_priors
 from bkn_core.engine.run_folder import newest_run
+from bkn_core.engine.tasks.classification import Classification
+from bkn_core.engine.tasks.named import task_of
+from bkn_core.engine.tasks.task import Measured, Task
 from bkn_core.engine.trust import may_choose
 from bkn_core.errors import CheckFailedError, InputError, RecipeError
 from bkn_core.export.sessions import open_session
@@ -44,7 +48,7 @@ class EvaluationResult:
     """
 
     target: Path
-    metrics: dict[str, Metrics]
+    metrics: dict[str, Measured]
     predictions: Path
     provider: str
     data: str
@@ -100,11 +104,12 @@ def _evaluate_weights(
     source = weights_path(path)
     weights = load_weights(source)
     recipe = weights.recipe
+    task = task_of(recipe)
     check_statistics(recipe.norm.kind, stats, asked="stats")
     if priors and recipe.norm.kind != "bkn":
         raise RecipeError(f"{path} normalizes by {recipe.norm.kind}, which has no priors", "Only norm.kind=bkn has.")
     data = _data(path, recipe.data, overrides)
-    images, notes = _test_images(path, data, weights.preprocess, weights.classes, overrides)
+    images, notes = _test_images(path, task, data, weights.preprocess, weights.classes, overrides)
     model = weights.model().to(chosen)
     size = batch_size or recipe.eval.batch_size
     metrics = {
@@ -112,10 +117,12 @@ def _evaluate_weights(
             model,
             images,
             weights.preprocess,
+            task=task,
             kind=kind,
             device=chosen,
             batch_size=size,
             topk=recipe.eval.topk,
+            channels_last=recipe.train.channels_last,
             statistics_batch_size=recipe.batch.statistics,
         )
         for kind in modes(stats or recipe.eval_stats)
@@ -134,15 +141,17 @@ def _evaluate_weights(
     return EvaluationResult(path, metrics, file, f"PyTorch on {chosen}", _named(data), seen, notes, report, group)
 
 
-def _report_classes(
-    target: Path, images: ImageSet | LazyImageSet, metrics: dict[str, Metrics]
-) -> dict[str, ClassReport]:
+def _report_classes(target: Path, images: Images, metrics: Mapping[str, Measured]) -> dict[str, ClassReport]:
     """Report the classes by each kind of statistics; what is written of a second kind is named after it."""
     reports: dict[str, ClassReport] = {}
     for kind, measured in metrics.items():
         suffix = f"-{kind}" if reports else ""
         files = _class_files(target, suffix)
-        reports[kind] = report_classes(kind, measured, images.labels, images.classes, files)
+        reports[kind] = report_classes(kind, measured, images, files)
+        if measured.shown:
+            drawn = files["confusion_plot"]
+            files["examples"] = drawn.with_name(drawn.name.replace("confusion", "examples"))
+            draw_examples(files["examples"], measured.shown, images.classes)
     return reports
 
 
@@ -164,7 +173,7 @@ def _prior_files(target: Path) -> dict[str, Path]:
 def _evaluate_file(
     path: Path, stats: str | None, batch_size: int | None, device: str, overrides: Sequence[str]
 ) -> EvaluationResult:
-    model = open_session(path, device=device)
+    model, task = open_session(path, device=device), Classification()
     own = model.norm["stats"]
     if stats not in (None, own):
         hint = f"Export another with `bkn export --stats {stats}`."
@@ -177,14 +186,14 @@ def _evaluate_file(
         raise InputError(f"{path} does not say which data it is for", "Name it: data.name=... data.root=...")
     known = DataConfig.model_validate(claimed or {}) if trained is None else load_weights(trained).recipe.data
     data = _data(path, known, overrides)
-    images, notes = _test_images(path, data, model.preprocess, model.classes, overrides)
+    images, notes = _test_images(path, task, data, model.preprocess, model.classes, overrides)
     defaults = EvalConfig()
 
     def predict(batch: Tensor) -> Tensor:
         return torch.as_tensor(model.logits(normalize(batch, model.preprocess).numpy()))
 
     size = batch_size or defaults.batch_size
-    metrics = {own: measure(predict, images, batch_size=size, topk=defaults.topk)}
+    metrics: dict[str, Measured] = {own: task.measure(predict, images, batch_size=size, topk=defaults.topk)}
     _check_finite(path, metrics)
     file = path.with_suffix(".predictions.npz")
     save_predictions(file, images, metrics)
@@ -211,16 +220,14 @@ def _data(path: Path, known: DataConfig, overrides: Sequence[str]) -> DataConfig
 
 
 def _named(data: DataConfig) -> str:
-    return data.name if data.name == "digits" else f"{data.name} in {data.root}"
+    return data.name if data.name in ("digits", "scenes") else f"{data.name} in {data.root}"
 
 
 def _test_images(
-    path: Path, data: DataConfig, preprocess: Preprocess, classes: Sequence[str], overrides: Sequence[str]
-) -> tuple[ImageSet | LazyImageSet, tuple[str, ...]]:
+    path: Path, task: Task, data: DataConfig, preprocess: Preprocess, classes: Sequence[str], overrides: Sequence[str]
+) -> tuple[Images, tuple[str, ...]]:
     try:
-        images, notes = load_test_images(
-            data.name, root=data.root, preprocess=preprocess, test_images=data.test_images, download=data.download
-        )
+        images, notes = task.load_test(data, preprocess, classes)
     except RecipeError as error:
         if any(key in error.message for key in _keys(overrides)):
             raise
@@ -240,7 +247,7 @@ def _keys(overrides: Sequence[str]) -> list[str]:
     return [word.partition("=")[0].strip() for word in overrides]
 
 
-def _check_finite(path: Path, metrics: dict[str, Metrics]) -> None:
+def _check_finite(path: Path, metrics: Mapping[str, Measured]) -> None:
     """Refuse to call a measurement what a model gave that does not compute."""
     for kind, measured in metrics.items():
         bad = int((~measured.losses.isfinite()).sum())

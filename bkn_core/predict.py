@@ -194,6 +194,10 @@ def _weights(path: Path, stats: str | None, device: str) -> Iterator[_Classifier
     """Open a run or checkpoint."""
     chosen = choose_device(device)
     weights = load_weights(weights_path(path))
+    if weights.recipe.task != "classification":
+        raise RecipeError(
+            f"{path} was trained for {weights.recipe.task}; pictures are predicted by classifiers only", "Name another."
+        )
     check_statistics(weights.recipe.norm.kind, stats, asked="stats")
     kind = stats or modes(weights.recipe.eval_stats)[0]
     model = weights.model().to(chosen)

@@ -54,6 +54,9 @@ class Recipe(Section):
     name: FileName = Field(
         default="digits_micro", title="first part of the run folder's name; default that of the recipe"
     )
+    task: Annotated[Literal["classification", "segmentation"], Field(description="classification or segmentation")] = (
+        Field(default="classification", title="what the network learns")
+    )
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
     batch: BatchConfig = BatchConfig()

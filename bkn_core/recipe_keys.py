@@ -29,7 +29,7 @@ def recipe_keys(start: str = "") -> list[RecipeKey]:
         RecipeError: there is none.
     """
     sections = {name: type(section).model_fields for name, section in Recipe() if isinstance(section, Section)}
-    fields = {"name": Recipe.model_fields["name"]}
+    fields = {name: Recipe.model_fields[name] for name in ("name", "task")}
     fields |= {f"{name}.{key}": field for name, keys in sections.items() for key, field in keys.items()}
     found = [name for name in fields if name.startswith(start) or name.partition(".")[2].startswith(start)]
     if not found:

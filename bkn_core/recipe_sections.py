@@ -44,6 +44,10 @@ Weights = Annotated[
     | None,
     Field(description="balanced, a list of one number from 0.000001 to 1000000 for each class, or null for none"),
 ]
+Scale = Annotated[
+    Annotated[tuple[Positive, Positive], Field(strict=False)] | None,
+    Field(description="[smallest, largest], or null for none"),
+]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}+$", description="text (in quotes where it looks like a number)")]
 ShareOrFolder = Annotated[
     InsideOne | Text | None,
@@ -69,7 +73,7 @@ class ModelConfig(Section):
 
     name: Text = Field(
         default="cifar_resnet8",
-        title="cifar_plain, cifar_resnetN, cifar_preact_resnetN, inception_v2, one of torchvision's, or timm:NAME",
+        title="cifar_plain, cifar_resnetN, cifar_preact_resnetN, inception_v2, unet, torchvision's, timm:NAME",
     )
     pretrained: Flag = Field(default=False, title="begin with the published weights of torchvision or timm")
     args: Arguments = Field(default={}, title="arguments of the network, such as model.args.width=32")
@@ -149,7 +153,8 @@ class BatchConfig(Section):
 
 
 # What of the data sets is read from a file or folder of the user's; the others are torchvision's.
-OWN_DATA = ("digits", "imagefolder", "npz")
+MASK_DATA = ("scenes", "maskfolder")
+OWN_DATA = ("digits", "imagefolder", "npz", *MASK_DATA)
 
 
 class DataConfig(Section):
@@ -164,7 +169,9 @@ class DataConfig(Section):
     mixed with each other within a forward (`mixup`, `cutmix`; with both, one of them is drawn for each forward).
     """
 
-    name: Text = Field(default="digits", title="digits, npz, imagefolder, or a classification set of torchvision")
+    name: Text = Field(
+        default="digits", title="digits, npz, imagefolder, a classification set of torchvision, scenes, maskfolder"
+    )
     root: Text = Field(default="data", title="folder or file of the images")
     image_size: Size = Field(
         default=None, title="size of images after resizing, null: their own; digits have 16 by default"
@@ -178,6 +185,8 @@ class DataConfig(Section):
         default=None, title="images that epochs are compared on: a share of the training images, or a folder"
     )
     augment: Literal["none", "flip", "crop_flip"] = Field(default="none", title="random changes of training images")
+    scale: Scale = Field(default=None, title="factor by which training images and masks are resized, drawn")
+    jitter: BelowOne = Field(default=0.0, title="random changes of brightness, contrast and saturation with masks")
     rand_augment: Magnitude = Field(default=None, title="magnitude of two drawn operations on each training image")
     mixup: Alpha = Field(default=None, title="alpha of MixUp within a forward")
     cutmix: Alpha = Field(default=None, title="alpha of CutMix within a forward")
@@ -194,10 +203,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _every_key_decides_something(self) -> Self:
         # The root of digits is "data" where no other was given, as in recipes of earlier versions.
-        if self.name == "digits" and self.root != "data":
+        if self.name in ("digits", "scenes") and self.root != "data":
             raise ValueError(
-                f"data.root is {self.root!r}, but data.name is digits, which is built in and reads none; "
-                "leave data.name out, or give imagefolder, npz or a data set of torchvision"
+                f"data.root is {self.root!r}, but data.name is {self.name}, which is built in and reads none; "
+                "leave data.name out, or give imagefolder, npz, maskfolder or a set of torchvision"
             )
         if self.download and self.name in OWN_DATA:
             raise ValueError(f"data.download is true, but data.name is {self.name}, which is not downloaded")
@@ -229,6 +238,9 @@ class TrainConfig(Section):
     ema: Decay = Field(default=None, title="decay of a moving average of the weights, which is measured and saved")
     clip_norm: PositiveOrNone = Field(default=None, title="largest norm of the gradient")
     label_smoothing: BelowOne = Field(default=0.0, title="share of each label that all classes get evenly")
+    loss: Literal["cross_entropy", "dice", "cross_entropy_dice"] = Field(
+        default="cross_entropy", title="loss over the pixels of masks: cross entropy, Dice, or their sum"
+    )
     class_weights: Weights = Field(default=None, title="weight of the loss of each class, 1 on average")
     patience: CountOrNone = Field(
         default=None, title="epochs without a better validation accuracy after which the run ends"

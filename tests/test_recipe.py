@@ -24,9 +24,10 @@ norm: {kind: bkn, transition: network, message: normalized, covariance: diagonal
        eps: null, momentum: null}
 batch: {gradient: 128, statistics: 2, per_device: 128}
 data: {name: digits, root: data, image_size: 16, resize: stretch, train_images: null, test_images: null,
-       validation: null,       augment: none, rand_augment: null, mixup: null, cutmix: null, download: false}
+       validation: null, augment: none, scale: null, jitter: 0.0, rand_augment: null, mixup: null, cutmix: null,
+       download: false}
 train: {epochs: 10, seed: 0, device: auto, amp: auto, compile: false, channels_last: true, ema: null, clip_norm: null,
-        label_smoothing: 0.0, class_weights: null, patience: null, workers: null,
+        label_smoothing: 0.0, loss: cross_entropy, class_weights: null, patience: null, workers: null,
         deterministic: false, nonfinite: stop}
 optim: {name: sgd, lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4, norm_weight_decay: 0.0,
         gain_lr_scale: 1.0, schedule: onecycle, warmup: 0.2, milestones: [0.5, 0.75], gamma: 0.1}
@@ -84,7 +85,7 @@ def test_what_was_saved_of_digits_may_name_a_root_that_it_never_read(tmp_path: P
 
 def test_defaults_are_the_specified_ones(write: Any) -> None:
     recipe = load_recipe(write("version: 1\n"))
-    expected = {"version": 1, "name": "mine", **yaml.safe_load(SPECIFIED)}
+    expected = {"version": 1, "name": "mine", "task": "classification", **yaml.safe_load(SPECIFIED)}
     assert yaml.safe_load(dump_recipe(recipe)) == expected
 
 

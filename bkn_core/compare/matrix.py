@@ -11,7 +11,7 @@ from bkn_core.compare.cells import Cell, CellEnded, cell_error, flat_keys
 from bkn_core.compare.jobs import side_by_side
 from bkn_core.compare.plan import Planned, plan_cells
 from bkn_core.compare.report import CompareResult, publish, with_page
-from bkn_core.compare.runs import read_runs
+from bkn_core.compare.runs import read_runs, refuse_masks
 from bkn_core.compare.turn import OnEvent, Turn, in_turn
 from bkn_core.engine.build import load_splits
 from bkn_core.engine.fingerprint import check_data, fingerprint
@@ -90,6 +90,7 @@ def compare(
         "seeds": seeds,
     }
     recipes, notes = plan_matrix(sources, overrides, asked)
+    refuse_masks(recipes)
     out = Path("runs") / f"compare-{_name(recipes)}" if out is None else out
     with alone_in(out):
         matrix = _Matrix(plan_cells(recipes), out, notes, target)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bkn_core.compare.cells import Cell, finished_cell, flat_keys
 from bkn_core.engine.run_folder import RunFolder
-from bkn_core.errors import InputError
+from bkn_core.errors import InputError, RecipeError
 from bkn_core.recipe import Recipe
 
 # These change neither what is learned nor what it is compared with.
@@ -31,10 +31,21 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
             finish = "Let it end" if status == "running" else f"Finish it with `bkn train --resume {folder.path}`"
             raise InputError(f"{folder.path} is not finished: it is {status}", f"{finish}, or leave it out.")
     recipes = [folder.recipe for folder in folders]
+    refuse_masks(recipes)
     cells = [finished_cell(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
     variants = _variants(recipes)
     cells = [dataclasses.replace(cell, variant=variant) for cell, variant in zip(cells, variants, strict=True)]
     return cells, [*_differences(recipes), *_repetitions(cells)]
+
+
+def refuse_masks(recipes: Sequence[Recipe]) -> None:
+    """Refuse to compare what has no top-1.
+
+    Raises:
+        RecipeError: naming the task.
+    """
+    for task in {recipe.task for recipe in recipes} - {"classification"}:
+        raise RecipeError(f"the task is {task}: only classifiers are compared", "Train each kind: norm.kind=bn ...")
 
 
 def _material(recipe: Recipe) -> dict[str, Any]:

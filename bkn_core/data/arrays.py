@@ -60,7 +60,7 @@ def open_npz(path: Path) -> tuple[ArraySource, ArraySource]:
 
 
 def _images(archive: zipfile.ZipFile, name: str) -> torch.Tensor:
-    array = _read(archive, name)
+    array = read_array(archive, name)
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in ((), (1,), (3,)):
         raise InputError(
             f"{archive.filename}: {name} is {array.dtype} {array.shape}; "
@@ -73,7 +73,7 @@ def _images(archive: zipfile.ZipFile, name: str) -> torch.Tensor:
 
 
 def _labels(archive: zipfile.ZipFile, name: str, images: int) -> npt.NDArray[np.int64]:
-    array = _read(archive, name, HEADER_LIMIT + images * 8)
+    array = read_array(archive, name, HEADER_LIMIT + images * 8)
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise InputError(
             f"{archive.filename}: {name} is {array.dtype} {array.shape}; allowed is a row of integers", LAYOUT
@@ -87,7 +87,7 @@ def _labels(archive: zipfile.ZipFile, name: str, images: int) -> npt.NDArray[np.
 
 def _classes(archive: zipfile.ZipFile, train_labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     if "classes.npy" in archive.namelist():
-        names = [composed(str(name)) for name in _read(archive, "classes").ravel()]
+        names = [composed(str(name)) for name in read_array(archive, "classes").ravel()]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(
                 f"{archive.filename}: classes holds {twice[0]!r} twice", "Give each class a name of its own."
@@ -108,7 +108,12 @@ def _check_range(labels: npt.NDArray[np.int64], classes: int, name: str) -> None
         )
 
 
-def _read(archive: zipfile.ZipFile, name: str, limit: int = ARRAY_LIMIT) -> npt.NDArray[np.generic]:
+def read_array(archive: zipfile.ZipFile, name: str, limit: int = ARRAY_LIMIT) -> npt.NDArray[np.generic]:
+    """Read one array of an archive; nothing in it is unpickled.
+
+    Raises:
+        InputError: it is missing, damaged or claims more than `limit` bytes.
+    """
     try:
         entry = archive.getinfo(f"{name}.npy")
     except KeyError:

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from bkn_core.data.arrays import open_digits, open_npz
 from bkn_core.data.folders import open_image_folder, open_validation_folder
+from bkn_core.data.image_sets import ImageSet, LazyImageSet
+from bkn_core.data.mask_sets import MaskSet
 from bkn_core.data.pictures import CHANNELS, PIXEL_LIMIT, Color, Fit
 from bkn_core.data.preprocess import Preprocess, channel_statistics
 from bkn_core.data.sources import PICTURE_CHUNK, Opened, PictureSource, Source, choose, hold_out
 from bkn_core.data.torchvision_sets import NAMES, open_torchvision, unpacked
 from bkn_core.errors import InputError, RecipeError
-from bkn_core.recipe_sections import OWN_DATA
+from bkn_core.recipe_sections import MASK_DATA, OWN_DATA
 
-__all__ = ["DataSplits", "ImageSet", "LazyImageSet", "Preprocess", "load_data", "prefetch"]
+__all__ = ["DataSplits", "ImageSet", "Images", "LazyImageSet", "Preprocess", "load_data", "prefetch"]
 
 # A split that takes more bytes than this when decoded is decoded batch by batch.
 MEMORY_LIMIT = 2**32
@@ -32,57 +34,7 @@ FORWARD_LIMIT = 2**32
 STATISTICS_IMAGES, STATISTICS_BYTES = 10_000, 2**31
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images held decoded: uint8 (N, C, H, W), labels int64 (N,), and names where they are files."""
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images, uint8 (n, C, H, W), and the labels at these indices, int64 (n,)."""
-        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
-
-
-@dataclass(frozen=True)
-class LazyImageSet:
-    """Images too many for memory: each batch is decoded by the threads of its source when it is asked for."""
-
-    source: Source
-    color: Color
-    image_size: tuple[int, int]
-    fit: Fit = "stretch"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def labels(self) -> Tensor:
-        """Class of each image, int64 (N,)."""
-        return self.source.labels
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Name of each class."""
-        return self.source.classes
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Name of each image, where it is a file."""
-        return self.source.names()
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images, uint8 (n, C, H, W), and the labels at these indices, int64 (n,).
-
-        Raises:
-            InputError: A file cannot be read.
-        """
-        return self.source.read(indices, self.color, self.image_size, self.fit), self.labels.index_select(0, indices)
+Images = ImageSet | LazyImageSet | MaskSet
 
 
 @dataclass(frozen=True)
@@ -91,15 +43,15 @@ class DataSplits:
     input, and notes on what was left out or held out.
     """
 
-    train: ImageSet | LazyImageSet
-    test: ImageSet | LazyImageSet
+    train: Images
+    test: Images
     preprocess: Preprocess
     classes: tuple[str, ...]
-    validation: ImageSet | LazyImageSet | None = None
+    validation: Images | None = None
     notes: tuple[str, ...] = ()
 
     @property
-    def deciding(self) -> ImageSet | LazyImageSet:
+    def deciding(self) -> Images:
         """The images that epochs are compared on: those held out for it, or else the test images."""
         return self.test if self.validation is None else self.validation
 
@@ -173,7 +125,7 @@ def load_data(
 
 def load_test_images(
     name: str, *, root: str | Path, preprocess: Preprocess, test_images: int | None = None, download: bool = False
-) -> tuple[ImageSet | LazyImageSet, tuple[str, ...]]:
+) -> tuple[Images, tuple[str, ...]]:
     """Load the test images alone, in the colour and size that a trained model wants, and notes on them.
 
     Raises:
@@ -185,9 +137,9 @@ def load_test_images(
     return _image_set(test, preprocess.color, preprocess.image_size, preprocess.resize), opened.notes
 
 
-def prefetch(images: ImageSet | LazyImageSet, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def prefetch(images: Images, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batch at each of the given indices, decoding those that follow while the caller works on this one."""
-    if isinstance(images, ImageSet):
+    if not isinstance(images, LazyImageSet):
         yield from map(images.batch, batches)
         return
     # As many batches at once as keep the threads of the source busy: a small one has work for one thread.
@@ -237,6 +189,8 @@ def _open(name: str, root: Path, *, download: bool) -> Opened:
         return open_image_folder(root) if place is None else Opened(*open_torchvision(*place, download=False))
     if name == "npz":
         return Opened(*open_npz(root))
+    if name in MASK_DATA:
+        raise RecipeError(f"data.name is {name}, which has masks, but task is classification", "Set task=segmentation.")
     if name in NAMES:
         return Opened(*open_torchvision(name, root, download=download))
     known = {allowed.lower(): allowed for allowed in (*OWN_DATA, *NAMES)}

@@ -15,9 +15,9 @@ from bkn_core.convert import convert
 from bkn_core.data.batches import normalize
 from bkn_core.data.preprocess import Preprocess
 from bkn_core.data.sources import choose
-from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet, load_data
+from bkn_core.data.splits import DataSplits, Images
 from bkn_core.engine.models import build_network, check_network, example_images, is_builtin, pretrained_colours
-from bkn_core.engine.objective import Objective
+from bkn_core.engine.tasks.named import task_of
 from bkn_core.errors import RecipeError, StatisticsError
 from bkn_core.kinds import GROUPLESS, check_statistics
 from bkn_core.layers.rivals.reference import REFERENCE_IMAGES
@@ -36,28 +36,19 @@ def load_splits(recipe: Recipe) -> DataSplits:
         InputError, RecipeError: see `load_data`.
         RecipeError: keys that do not fit each other or the data.
     """
-    data, name = check_recipe(recipe).data, recipe.model.name
+    name = check_recipe(recipe).model.name
     check_statistics(recipe.norm.kind, recipe.eval.stats, asked="eval.stats")
-    splits = load_data(
-        data.name,
-        root=data.root,
-        image_size=data.image_size,
-        resize=data.resize,
-        train_images=data.train_images,
-        test_images=data.test_images,
-        validation=data.validation,
-        color=None if is_builtin(name) else "RGB",
-        download=data.download,
-        workers=recipe.train.workers,
-        together=max(recipe.batch.per_device, recipe.eval.batch_size),
-    )
+    task = task_of(recipe)
+    splits = task.load(recipe, None if is_builtin(name) else "RGB")
     if recipe.train.patience is not None and splits.validation is None:
         raise RecipeError(
             f"train.patience is {recipe.train.patience}, but there are no validation images to judge epochs by",
             "Hold some out, such as data.validation=0.1: on the test images the end would be chosen by what it is "
             "measured on.",
         )
-    Objective(recipe, splits, recipe.batch.per_device, torch.device("cpu"))  # refused here, also by those who only look
+    task.objective(
+        recipe, splits, recipe.batch.per_device, torch.device("cpu")
+    )  # refused here, also by those who only look
     splits = dataclasses.replace(splits, notes=(*splits.notes, *_batch_notes(recipe, len(splits.train))))
     colours = pretrained_colours(name) if recipe.model.pretrained and not is_builtin(name) else None
     if colours is None:
@@ -99,7 +90,7 @@ def build_model(
     preprocess: Preprocess,
     classes: int,
     *,
-    images: ImageSet | LazyImageSet | None = None,
+    images: Images | None = None,
     pretrained: bool = True,
 ) -> nn.Module:
     """Build the recipe's model on the CPU; the priors of pretrained weights begin at their population statistics.
@@ -121,7 +112,7 @@ def build_model(
     network = _network(recipe, preprocess, classes, pretrained=pretrained)
     _set_constants_(network, norm)
     example = example_images(len(preprocess.mean), preprocess.image_size)
-    check_network(network, recipe.model.name, example, classes)
+    check_network(network, recipe.model.name, example, *task_of(recipe).output(example, classes))
     model = convert(network, example, **_norm_options(recipe, preprocess, images, example))
     if pretrained and norm.kind == "bkn" and norm.transition == "network" and (norm.innovation or norm.correction):
         calibrate_priors_(model)
@@ -177,9 +168,7 @@ def _set_constants_(network: nn.Module, norm: NormConfig) -> None:
             layer.momentum = layer.momentum if norm.momentum is None else norm.momentum
 
 
-def _norm_options(
-    recipe: Recipe, preprocess: Preprocess, images: ImageSet | LazyImageSet | None, example: Tensor
-) -> dict[str, Any]:
+def _norm_options(recipe: Recipe, preprocess: Preprocess, images: Images | None, example: Tensor) -> dict[str, Any]:
     norm = recipe.norm
     options: dict[str, Any] = {"kind": norm.kind, "statistics_batch_size": recipe.batch.statistics}
     if norm.kind in ("reference", "fixed"):
@@ -201,16 +190,16 @@ def _norm_options(
     }
 
 
-def _reference(images: ImageSet | LazyImageSet | None, preprocess: Preprocess, example: Tensor) -> Tensor:
+def _reference(images: Images | None, preprocess: Preprocess, example: Tensor) -> Tensor:
     """Return as many training images as a reference has, some twice where there are fewer; without any, their room."""
     if images is None:
         return example.new_zeros(REFERENCE_IMAGES, *example.shape[1:])
     chosen = choose(images.labels, min(REFERENCE_IMAGES, len(images)))
-    return normalize(images.batch(chosen[torch.arange(REFERENCE_IMAGES) % len(chosen)])[0], preprocess)
+    return normalize(images.sample(chosen[torch.arange(REFERENCE_IMAGES) % len(chosen)]), preprocess)
 
 
-def _prior_batches(images: ImageSet | LazyImageSet, preprocess: Preprocess) -> Iterator[Tensor]:
+def _prior_batches(images: Images, preprocess: Preprocess) -> Iterator[Tensor]:
     chosen = choose(images.labels, min(_PRIOR_IMAGES, len(images)))
     size = 4 * len(preprocess.mean) * math.prod(preprocess.image_size)
     for part in torch.split(chosen, max(1, min(_PRIOR_BATCH, _PRIOR_BYTES // size))):
-        yield normalize(images.batch(part)[0], preprocess)
+        yield normalize(images.sample(part), preprocess)

@@ -40,6 +40,7 @@ _KEYS = ("schema", "recipe", "classes", "preprocess", "digest")
 _FREE: Any = {
     "version": True,
     "name": True,
+    "task": True,
     "eval": True,
     "log": True,
     "compare": True,

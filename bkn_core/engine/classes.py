@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bkn_core.engine.evaluation import Metrics
+from bkn_core.data.splits import Images
 from bkn_core.engine.files import replacing, write_with
 from bkn_core.engine.plots import new_figure, plain
+from bkn_core.engine.tasks.task import Measured
 
 _NAMED = 40  # classes whose names fit beside the picture
 _NUMBERED = 20  # and whose numbers fit into its fields
@@ -44,28 +43,29 @@ class ClassReport:
         confusion: images by class (row) and predicted class (column); those without a finite loss are in no column.
         rows: one for each class.
         files: the table ("classes"), the matrix ("confusion") and the picture ("confusion_plot").
+        unit: what is counted.
     """
 
     statistics: str
     confusion: NDArray[np.int64] = dataclasses.field(repr=False)
     rows: tuple[ClassRow, ...]
     files: dict[str, Path]
+    unit: str = "images"
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the rows as JSON takes them."""
         return [dataclasses.asdict(row) for row in self.rows]
 
 
-def report_classes(
-    statistics: str, metrics: Metrics, labels: Tensor, classes: Sequence[str], files: dict[str, Path]
-) -> ClassReport:
+def report_classes(statistics: str, measured: Measured, images: Images, files: dict[str, Path]) -> ClassReport:
     """Count what each class was taken for and write it as two tables and a picture.
 
     Raises:
         OutputError: a file could not be written.
     """
-    counts = _count(metrics, labels, len(classes))
-    support = labels.bincount(minlength=len(classes)).tolist()
+    classes = images.classes
+    counted, held = measured.confusion(images)
+    counts, support = counted.numpy(), held.tolist()
     predicted = counts.sum(0).tolist()
     right = counts.diagonal().tolist()
     rows = tuple(
@@ -78,14 +78,7 @@ def report_classes(
     matrix = [[name, *line] for name, line in zip(classes, counts.tolist(), strict=True)]
     _write_csv(files["confusion"], [["class \\ predicted", *classes], *matrix])
     _draw(files["confusion_plot"], f"Confusion matrix by {statistics} statistics", counts, classes, support)
-    return ClassReport(statistics, counts, rows, files)
-
-
-def _count(metrics: Metrics, labels: Tensor, classes: int) -> NDArray[np.int64]:
-    known = metrics.losses.isfinite()
-    pairs = labels[known] * classes + metrics.predictions[known]
-    counts: NDArray[np.int64] = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).numpy()
-    return counts
+    return ClassReport(statistics, counts, rows, files, measured.unit)
 
 
 def _write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:

@@ -37,13 +37,17 @@ class Stepped:
 
 @dataclasses.dataclass(frozen=True)
 class EpochEnded:
-    """An epoch is done and measured on "test" or "validation" images: top-1 and loss by kind of statistics."""
+    """An epoch is done and measured on "test" or "validation" images.
+
+    `figures` are those that decide, called `word`, and `loss` the losses, by kind of statistics.
+    """
 
     epoch: int
     epochs: int
     step: int
     train_loss: float
-    top1: dict[str, float]
+    word: str
+    figures: dict[str, float]
     loss: dict[str, float]
     images_per_second: float
     images: Literal["test", "validation"]

@@ -10,8 +10,9 @@ import PIL
 import torch
 import torchvision
 
+from bkn_core.data.mask_sets import MaskSet
 from bkn_core.data.sources import composed, tensor_digest
-from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet
+from bkn_core.data.splits import DataSplits, Images, LazyImageSet
 from bkn_core.errors import InputError
 
 _NAMES = 5  # classes that a message names
@@ -49,14 +50,20 @@ def check_data(saved: dict[str, Any], found: dict[str, Any]) -> None:
         )
 
 
-def _describe(images: ImageSet | LazyImageSet) -> dict[str, Any]:
+def _describe(images: Images) -> dict[str, Any]:
+    if isinstance(images, MaskSet):
+        masks, pictures = images.digests()
+        return {"images": len(images), "labels": masks, f"pixels by {_decoder()}": pictures}
     facts = {"images": len(images), "labels": tensor_digest(images.labels)}
     if isinstance(images, LazyImageSet):
         return {**facts, "files": images.source.digest()}
+    return {**facts, f"pixels by {_decoder()}": tensor_digest(images.images)}
+
+
+def _decoder() -> str:
     # Other decoders may round otherwise: under another name, what they give is not compared.
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    decoder = f"Pillow {PIL.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, {machine}"
-    return {**facts, f"pixels by {decoder}": tensor_digest(images.images)}
+    return f"Pillow {PIL.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, {machine}"
 
 
 def _class_changes(before: list[str], now: list[str]) -> Iterator[str]:

@@ -145,7 +145,7 @@ def _images(weights: Weights, *, trusted: bool) -> Tensor | None:
     count = min(groups * size, len(images) // size * size)
     chosen = choose(images.labels, count)
     mixed = chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))]  # groups of all classes
-    return normalize(images.batch(mixed)[0], weights.preprocess) if count else None
+    return normalize(images.sample(mixed), weights.preprocess) if count else None
 
 
 def _look(weights: Weights, images: Tensor | None) -> Insides:

@@ -14,11 +14,11 @@ from bkn_core.engine.build import check_recipe
 from bkn_core.engine.checkpoint import check_recipe as check_resumed
 from bkn_core.engine.checkpoint import deciding_keys, largest_file, load_state
 from bkn_core.engine.distributed import World, join_world
-from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import Event, Notice
 from bkn_core.engine.locks import alone_in
 from bkn_core.engine.records import Records
 from bkn_core.engine.run_folder import RunFolder, numbered_folder, run_name
+from bkn_core.engine.tasks.task import Measured
 from bkn_core.engine.tensorboard import check_tensorboard
 from bkn_core.engine.training import Training
 from bkn_core.errors import InterruptedRun
@@ -38,19 +38,24 @@ class TrainResult:
         seconds: time spent in training steps, over all its parts.
         images_per_second: training images per second.
         metrics: the last epoch's measures on the test images, by kind of statistics.
-        best_top1: top-1 of the best epoch on the validation images, by the first kind; without any, of the last epoch.
+        best: the figure that decides, of the best epoch on the validation images, by the first kind; without any, of
+            the last epoch.
         best_epoch: which one that was, from 1.
         validated: whether there were validation images.
+        figure: the name of the figure that decides.
+        word: what people call it.
     """
 
     run: Path
     steps: int
     seconds: float
     images_per_second: float
-    metrics: dict[str, Metrics]
-    best_top1: float
+    metrics: dict[str, Measured]
+    best: float
     best_epoch: int
     validated: bool = False
+    figure: str = "top1"
+    word: str = "top-1"
 
 
 def train(
@@ -138,7 +143,7 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
         if world.size == 1:  # processes that measure on their own cannot agree on a moment to stop
             watch(training)
 
-    metrics: dict[str, Metrics] = {}
+    metrics: dict[str, Measured] = {}
     while training.measured < training.recipe.train.epochs and not training.is_stalled:
         epoch = training.measured
         for passes in training.epoch(epoch):
@@ -159,9 +164,11 @@ def _run(training: Training, records: Records, should_stop: Callable[[], bool]) 
         training.seconds,
         training.images_per_second,
         metrics,
-        training.best["top1"],
+        training.best[training.task.figure],
         training.best["epoch"],
         splits.validation is not None,
+        training.task.figure,
+        training.task.word,
     )
 
 

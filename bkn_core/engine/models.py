@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from bkn_core.engine.cifar_networks import CifarPlain, CifarResNet
 from bkn_core.engine.inception import InceptionV2
+from bkn_core.engine.unet import UNet
 from bkn_core.errors import BknError, InputError, RecipeError
 from bkn_core.layers.surgery import copied
 
 _RESIDUAL = re.compile(r"cifar_(preact_)?resnet([0-9]{1,9})")
 _DEEPEST = 1202  # of arXiv 1512.03385
-_BUILTIN: dict[str, type[nn.Module]] = {"cifar_plain": CifarPlain, "inception_v2": InceptionV2}
+_BUILTIN: dict[str, type[nn.Module]] = {"cifar_plain": CifarPlain, "inception_v2": InceptionV2, "unet": UNet}
 
 
 def is_builtin(name: str) -> bool:
@@ -31,8 +32,8 @@ def build_network(
     """Build a classifier by name, with its `nn.BatchNorm*` layers.
 
     Args:
-        name: `cifar_plain`, `cifar_resnet{6n+2}`, `cifar_preact_resnet{6n+2}`, `inception_v2`, a torchvision name, or
-            `timm:NAME`.
+        name: `cifar_plain`, `cifar_resnet{6n+2}`, `cifar_preact_resnet{6n+2}`, `inception_v2`, `unet`, a
+            torchvision name, or `timm:NAME`.
         classes: number of logits.
         channels: colours of the images.
         pretrained: start from the library's weights (the head only where the number of classes agrees).
@@ -60,11 +61,13 @@ def build_network(
         raise RecipeError(f"model.args {arguments} do not fit model.name {name!r}: {_said(error)}") from error
 
 
-def check_network(network: nn.Module, name: str, example: Tensor, classes: int) -> None:
+def check_network(
+    network: nn.Module, name: str, example: Tensor, shape: tuple[int, ...], wanted: str, advice: str
+) -> None:
     """Run a copy of a network once as in training, so that what it cannot take is refused before anything begins.
 
     Raises:
-        RecipeError: it fails, or gives something else than logits.
+        RecipeError: it fails, or gives something else than logits of that shape.
     """
     given = f"images of {example.shape[2]} x {example.shape[3]}"
     try:
@@ -78,11 +81,11 @@ def check_network(network: nn.Module, name: str, example: Tensor, classes: int) 
             f"model.name {name!r} cannot take {given}: {_said(error)}",
             "Give data.image_size a value that it can take, or another model.",
         ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (len(example), classes):
+    if not isinstance(logits, Tensor) or logits.shape != shape:
         what = f"the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise RecipeError(
-            f"model.name {name!r} makes of {given} {what}, not one logit for each of {classes} classes",
-            "Choose a classifier, without auxiliary heads.",
+            f"model.name {name!r} makes of {given} {what}, not {wanted}",
+            advice,
         )
 
 
@@ -111,7 +114,7 @@ def _torchvision(name: str, pretrained: bool, classes: int, arguments: dict[str,
         raise RecipeError(
             f"model.name is {name!r}{suggestion}",
             "Choose cifar_plain, cifar_resnet{8,14,20,...}, cifar_preact_resnet{8,14,20,...}, inception_v2, "
-            "a torchvision classification model such as resnet18, or timm:NAME.",
+            "unet, a torchvision classification model such as resnet18, or timm:NAME.",
         )
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads return tuples in training and their own initialization takes a minute.

@@ -34,7 +34,7 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
             own.set_state(before)
 
 
-class Objective:
+class ClassificationObjective:
     """The images and the loss of a training as its recipe asks.
 
     loss = -Σ_c w_c p_c log softmax(logits)_c, summed over the images, where p is the label, with a share moved to all

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bkn_core.engine.files import replacing
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.tasks.named import task_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,11 +109,12 @@ def count_percent(axis: Any) -> None:
 
 
 def plot_curves(folder: RunFolder) -> None:
-    """Draw loss, top-1 and gain into plots/curves.png, in the colour of the run's norm.
+    """Draw loss, the figure that decides and gain into plots/curves.png, in the colour of the run's norm.
 
     Raises:
         OutputError: the file could not be written.
     """
+    task = task_of(folder.recipe)
     rows, color = folder.records(), NORM_COLORS[folder.recipe.norm.kind]
     steps = [row for row in rows if row["kind"] == "step"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -124,9 +126,9 @@ def plot_curves(folder: RunFolder) -> None:
         style: dict[str, Any] = {"linestyle": line, "color": color}
         _line(axes[0], epochs, f"{prefix}{kind}_loss", f"{images} loss, {kind} statistics", **style)
         words = f"{images}, {kind} statistics"
-        _line(axes[1], epochs, f"{prefix}{kind}_top1", words, over="epoch", factor=100, **style)
+        _line(axes[1], epochs, f"{prefix}{kind}_{task.figure}", words, over="epoch", factor=100, **style)
     axes[0].set(xlabel="step", ylabel="cross entropy", title="Loss")
-    axes[1].set(ylabel="top-1 in %", title="Accuracy")
+    axes[1].set(ylabel=f"{task.word} in %", title="Accuracy")
     count_epochs(axes[1])
     count_percent(axes[1])
     if has_gain:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bkn_core.data.batches import normalize
 from bkn_core.data.preprocess import Preprocess
 from bkn_core.data.sources import choose
-from bkn_core.data.splits import DataSplits, ImageSet, LazyImageSet, prefetch
+from bkn_core.data.splits import DataSplits, Images, ImageSet, prefetch
 from bkn_core.engine.build import build_model
 from bkn_core.engine.files import replacing, write_json
 from bkn_core.engine.plots import new_figure, plain
@@ -58,7 +58,7 @@ class PriorReport:
 
 def report_priors(
     model: nn.Module,
-    images: ImageSet | LazyImageSet,
+    images: Images,
     preprocess: Preprocess,
     *,
     kind: str,
@@ -93,7 +93,7 @@ def initial_priors(recipe: Recipe, splits: DataSplits) -> list[PriorQuality]:
     height, width = splits.preprocess.image_size
     count = min(max(_INITIAL_PIXELS // (height * width), 2 * recipe.batch.statistics), _INITIAL_IMAGES)
     chosen = choose(splits.train.labels, min(count, len(splits.train)))
-    sample = ImageSet(*splits.train.batch(chosen), splits.classes)
+    sample = ImageSet(splits.train.sample(chosen), splits.train.labels[chosen], splits.classes)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, splits.preprocess, len(splits.classes), images=sample)

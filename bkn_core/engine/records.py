@@ -11,13 +11,14 @@ import torch
 
 from bkn_core.engine.checkpoint import save_state, save_weights
 from bkn_core.engine.environment import command
-from bkn_core.engine.evaluation import Metrics, save_predictions
+from bkn_core.engine.evaluation import save_predictions
 from bkn_core.engine.events import EpochEnded, Event, Notice, Started, Stepped
 from bkn_core.engine.memory import PeakMemory
 from bkn_core.engine.metrics_log import MetricsLog
 from bkn_core.engine.models import count_parameters
 from bkn_core.engine.run_folder import RunFolder
 from bkn_core.engine.steps import Step
+from bkn_core.engine.tasks.task import Measured
 from bkn_core.engine.training import Training
 from bkn_core.errors import BknError, DivergedError, InterruptedRun, OutputError
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
@@ -93,10 +94,10 @@ class Records:
             self.log.add({**row, "learning_rate": step.learning_rate, "gain": training.mean_gain})
         self.on_event(Stepped(training.step, epoch + 1, step.images, shown, step.learning_rate))
 
-    def epoch_ended(self, training: Training, metrics: dict[str, Metrics]) -> None:
+    def epoch_ended(self, training: Training, metrics: dict[str, Measured]) -> None:
         """An epoch is done and measured on the images that epochs are compared on: keep the best weights, save."""
         train_loss = (training.epoch_loss / training.plan.images).item()
-        is_best = training.end_epoch(next(iter(metrics.values())).top1)
+        is_best = training.end_epoch(next(iter(metrics.values())).figure)
         if self.log is None:
             return
         epoch, speed = training.measured, training.images_per_second
@@ -104,7 +105,7 @@ class Records:
         is_test = training.splits.validation is None
         for kind, measured in metrics.items():
             name = kind if is_test else f"validation_{kind}"
-            row |= {f"{name}_{key}": value for key, value in measured.summary().items() if key != "images"}
+            row |= {f"{name}_{key}": value for key, value in measured.summary().items() if isinstance(value, float)}
         self.log.add({**row, "images_per_second": speed, "seconds": training.seconds})
         if is_test:
             self.results = {kind: measured.summary() for kind, measured in metrics.items()}
@@ -114,11 +115,12 @@ class Records:
         self.save(training)
         self.log.publish(is_last=False)
         self._summarize("running", "")
-        top1 = {kind: m.top1 for kind, m in metrics.items()}
+        figures = {kind: m.figure for kind, m in metrics.items()}
         loss = {kind: m.loss for kind, m in metrics.items()}
         epochs = training.recipe.train.epochs
         images: Literal["test", "validation"] = "test" if is_test else "validation"
-        self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, top1, loss, speed, images))
+        word = training.task.word
+        self.on_event(EpochEnded(epoch, epochs, training.step, train_loss, word, figures, loss, speed, images))
 
     def save(self, training: Training) -> None:
         """Save the weights of this step, then the whole state: a run that it calls finished has its weights."""
@@ -132,15 +134,15 @@ class Records:
         splits = training.splits
         save_weights(path, training.evaluated, training.recipe, splits.classes, splits.preprocess)
 
-    def finished(self, training: Training, metrics: dict[str, Metrics]) -> None:
+    def finished(self, training: Training, metrics: dict[str, Measured]) -> None:
         """Write what a finished run, measured on the test images, has beside its checkpoints."""
         if self.log is None:
             return
         text = "finished"
         if training.measured < training.recipe.train.epochs:
-            best, share = training.best["epoch"], 100 * training.best["top1"]
+            best, share = training.best["epoch"], 100 * training.best[training.task.figure]
             text = f"stopped early after epoch {training.measured}: none since epoch {best} had a better validation "
-            text += f"top-1 than its {share:.2f} %"
+            text += f"{training.task.word} than its {share:.2f} %"
             self.on_event(Notice(text))
         self.results = {kind: measured.summary() for kind, measured in metrics.items()}
         if training.splits.validation is not None:  # without, the last epoch wrote them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from bkn_core.engine.checkpoint import check_recipe, tensor_faults
@@ -32,7 +32,7 @@ class _Data(_Part):
 
 
 class _Best(_Part):
-    top1: Annotated[float, Field(ge=-1, le=1)]
+    figure: Annotated[float, Field(ge=-1, le=1, validation_alias=AliasChoices("top1", "mean_iou"))]
     epoch: Count
 
 
@@ -119,8 +119,8 @@ def _counter_faults(state: _State, training: Training) -> list[str]:
     faults = [f"{name}: {value} is above {limit}" for name, (value, limit) in limits.items() if value > limit]
     if state.measured not in measured:
         faults.append(f"measured: {state.measured} epochs do not fit {state.step} steps")
-    if (state.best.epoch == 0) != (state.best.top1 < 0):
-        faults.append(f"best: {state.best.top1} is no top-1 of epoch {state.best.epoch}")
+    if (state.best.epoch == 0) != (state.best.figure < 0):
+        faults.append(f"best: {state.best.figure} is no {training.task.word} of epoch {state.best.epoch}")
     return faults
 
 

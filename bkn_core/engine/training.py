@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from bkn_core.centred_weights import CentredWeights, centred_weights
 from bkn_core.data.batches import BatchPlan, epoch_order, generator_at
-from bkn_core.data.splits import ImageSet, LazyImageSet, prefetch
+from bkn_core.data.splits import Images, prefetch
 from bkn_core.engine.build import build_model, load_splits
 from bkn_core.engine.checkpoint import deciding_keys, load_strictly_
 from bkn_core.engine.device import autocast, mixed_precision
 from bkn_core.engine.distributed import World
-from bkn_core.engine.evaluation import Metrics, measure_model, modes
+from bkn_core.engine.evaluation import measure_model, modes
 from bkn_core.engine.fingerprint import check_data, fingerprint
 from bkn_core.engine.finite import BufferSnapshot, all_finite, check_weights, first_not_finite
 from bkn_core.engine.models import example_images
-from bkn_core.engine.objective import RANDOM_STATE, Objective
+from bkn_core.engine.objective import RANDOM_STATE
 from bkn_core.engine.optimization import average_weights, build_optimizer, set_step_
 from bkn_core.engine.state import checked_state
 from bkn_core.engine.steps import Pass, Step
+from bkn_core.engine.tasks.named import task_of
+from bkn_core.engine.tasks.task import Measured
 from bkn_core.errors import DivergedError
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 from bkn_core.layers.rivals.build import WEIGHTS
@@ -46,7 +48,7 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        self.recipe, self.world = recipe, world
+        self.recipe, self.world, self.task = recipe, world, task_of(recipe)
         self.splits = load_splits(recipe)
         self.data = fingerprint(self.splits)
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
@@ -68,7 +70,7 @@ class Training:
         self.shared = [b for name, b in self.model.named_buffers() if name.endswith(_SHARED)]
         size = world.images_per_pass(recipe.batch)
         self.plan = BatchPlan(len(self.splits.train), size, world.rank, world.size)
-        self.objective = Objective(recipe, self.splits, size, world.device)
+        self.objective = self.task.objective(recipe, self.splits, size, world.device)
         self.accumulated = recipe.batch.gradient // self.plan.joint
         self.epoch_steps = -(-len(self.plan) // self.accumulated)
         self.steps = self.epoch_steps * recipe.train.epochs
@@ -77,7 +79,7 @@ class Training:
         self.seconds = 0.0
         self.losses: list[Tensor] = []
         self.epoch_loss = torch.zeros((), device=world.device)
-        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.best: dict[str, Any] = {self.task.figure: -1.0, "epoch": 0}
 
     def _weights_to_centre(self) -> Iterator[nn.Parameter]:
         if self.recipe.norm.weights == "centred" and self.recipe.norm.kind not in WEIGHTS:  # which have their own
@@ -205,7 +207,7 @@ class Training:
             raise DivergedError(text, "Lower optim.lr, set train.clip_norm, or train.nonfinite=skip.")
         return f"{text}; the step is skipped"
 
-    def measure(self, images: ImageSet | LazyImageSet, stop: Callable[[], None]) -> dict[str, Metrics]:
+    def measure(self, images: Images, stop: Callable[[], None]) -> dict[str, Measured]:
         """Measure the model on images by the recipe's kinds of statistics.
 
         Args:
@@ -222,6 +224,7 @@ class Training:
                 self.evaluated,
                 images,
                 self.splits.preprocess,
+                task=self.task,
                 kind=kind,
                 device=self.world.device,
                 batch_size=self.recipe.eval.batch_size,
@@ -232,13 +235,13 @@ class Training:
             for kind in modes(self.recipe.eval_stats)
         }
 
-    def end_epoch(self, top1: float) -> bool:
+    def end_epoch(self, figure: float) -> bool:
         """Count an epoch as measured and return whether it is the best so far: without validation images, the last."""
         self.measured += 1
         self.epoch_loss.zero_()
-        if self.splits.validation is not None and top1 <= self.best["top1"]:
+        if self.splits.validation is not None and figure <= self.best[self.task.figure]:
             return False
-        self.best = {"top1": top1, "epoch": self.measured}
+        self.best = {self.task.figure: figure, "epoch": self.measured}
         return True
 
     def state(self) -> dict[str, Any]:

@@ -55,6 +55,10 @@ def export_onnx(
         raise RecipeError(f"{output} does not end in .onnx", "Give the name of a file, such as model.onnx.")
     weights = load_weights(weights_path(newest_run() if run is None else Path(run)))
     preprocess, recipe = weights.preprocess, weights.recipe
+    if recipe.task != "classification":
+        raise RecipeError(
+            f"the task is {recipe.task}: files are of classifiers only", "Load the run with bkn.load_run."
+        )
     check_statistics(recipe.norm.kind, stats, asked="stats")
     data = recipe.data
     try:

@@ -40,7 +40,8 @@ def test_every_key_has_a_meaning_a_default_and_what_is_allowed() -> None:
     keys = recipe_keys()
     assert [key.name for key in keys] == [
         "name",
-        *(f"{s}.{k}" for s, part in resolved.items() if s not in ("version", "name") for k in part),
+        "task",
+        *(f"{s}.{k}" for s, part in resolved.items() if s not in ("version", "name", "task") for k in part),
     ]
     assert [key.name for key in keys if not (key.meaning and key.allowed and key.default)] == []
 

@@ -12,9 +12,14 @@ from PIL import Image
 
 from bkn_core.data.splits import ImageSet, LazyImageSet, load_data
 from bkn_core.engine.classes import report_classes
-from bkn_core.engine.evaluation import Metrics, measure, save_predictions
+from bkn_core.engine.evaluation import save_predictions
+from bkn_core.engine.tasks.classification import Metrics, measure
 
 FILES = {"classes": "classes.csv", "confusion": "confusion.csv", "confusion_plot": "confusion.png"}
+
+
+def named(labels: torch.Tensor, *classes: str) -> ImageSet:
+    return ImageSet(torch.zeros(len(labels), 1, 1, 1), labels, classes)
 
 
 def measured(logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
@@ -29,7 +34,7 @@ def test_matrix_precision_and_recall_are_those_of_scikit_learn(tmp_path: Path) -
     logits[:, 1] = -9  # nothing is taken for class 1
     files = {name: tmp_path / file for name, file in FILES.items()}
     metrics = measured(logits, labels)
-    found = report_classes("population", metrics, labels, ("a", "b", "c, or $x", "d"), files)
+    found = report_classes("population", metrics, named(labels, "a", "b", "c, or $x", "d"), files)
     truth, taken = labels.numpy(), logits.argmax(1).numpy()
     np.testing.assert_array_equal(found.confusion, confusion_matrix(truth, taken, labels=range(4)))
     precision, recall, _, support = precision_recall_fscore_support(truth, taken, labels=range(4), zero_division=np.nan)
@@ -50,7 +55,12 @@ def test_an_image_without_a_finite_loss_is_found_in_no_class(tmp_path: Path) -> 
     logits, labels = 9 * torch.eye(3), torch.arange(3)
     logits[0] = math.nan
     files = {name: tmp_path / file for name, file in FILES.items()}
-    found = report_classes("population", measured(logits, labels), labels, ("a", "b", "c"), files)
+    found = report_classes(
+        "population",
+        measured(logits, labels),
+        ImageSet(torch.zeros(len(labels), 1, 1, 1), labels, ("a", "b", "c")),
+        files,
+    )
     assert found.confusion.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert [row.recall for row in found.rows] == [0, 1, 1]
 

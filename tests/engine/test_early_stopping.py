@@ -25,7 +25,7 @@ def test_a_run_ends_after_so_many_epochs_without_a_better_one(tmp_path: Path, pa
     result = train(tiny(*STALLED, f"train.patience={patience}"), out=tmp_path / "run", on_event=events.append)
     assert [e.epoch for e in events if isinstance(e, EpochEnded)] == list(range(1, patience + 2))
     assert (result.best_epoch, result.steps) == (1, (patience + 1) * EPOCH_STEPS)
-    share = f"{100 * result.best_top1:.2f} %"
+    share = f"{100 * result.best:.2f} %"
     text = (
         f"stopped early after epoch {patience + 1}: none since epoch 1 had a better validation top-1 than its {share}"
     )

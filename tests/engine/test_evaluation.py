@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from bkn_core.data.batches import epoch_order
 from bkn_core.data.preprocess import Preprocess
 from bkn_core.data.splits import ImageSet
-from bkn_core.engine.evaluation import MIXTURES, Metrics, measure, measure_model, modes, save_predictions
+from bkn_core.engine.evaluation import MIXTURES, measure_model, modes, save_predictions
+from bkn_core.engine.tasks.classification import Classification, Metrics, measure
 from bkn_core.layers.batch_kalman import BatchKalmanNorm2d
 from bkn_core.population import statistics
 
+TASK = Classification()
 CPU = torch.device("cpu")
+HOW: dict[str, Any] = {"task": TASK, "kind": "population", "device": CPU}
 CLASSES, IMAGES = 7, 53
 
 
@@ -92,7 +96,7 @@ def test_a_model_is_measured_as_it_answers_and_left_as_it_was() -> None:
     flags = [module.training for module in run.model.modules()]
     state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     preprocess = run.splits.preprocess
-    found = measure_model(run.model, run.splits.test, preprocess, kind="population", device=CPU, batch_size=7)
+    found = measure_model(run.model, run.splits.test, preprocess, **HOW, batch_size=7)
     assert [module.training for module in run.model.modules()] == flags
     assert all(torch.equal(tensor, state[name]) for name, tensor in run.model.state_dict().items())
     images = (run.splits.test.batch(torch.arange(40))[0].float() / 255 - preprocess.mean[0]) / preprocess.std[0]
@@ -102,7 +106,7 @@ def test_a_model_is_measured_as_it_answers_and_left_as_it_was() -> None:
 
 def test_batch_statistics_measure_each_image_by_itself() -> None:
     run = training()
-    options = {"kind": "batch", "device": CPU}
+    options = {"task": TASK, "kind": "batch", "device": CPU}
     alone, together = (
         measure_model(run.model, run.splits.test, run.splits.preprocess, batch_size=n, **options) for n in (1, 40)
     )
@@ -119,7 +123,7 @@ def test_groups_of_mixtures_are_drawn_and_every_image_keeps_its_place() -> None:
     norm.running_mean, norm.running_var = torch.tensor([0.4]), torch.tensor([0.2])
     model = nn.Sequential(norm, nn.Flatten(), nn.Linear(9, CLASSES)).eval()
     preprocess = Preprocess("L", (3, 3), (0.0,), (1.0,))
-    options = {"device": CPU, "batch_size": 10, "statistics_batch_size": 4}
+    options = {"task": TASK, "device": CPU, "batch_size": 10, "statistics_batch_size": 4}
     found = {kind: measure_model(model, images, preprocess, kind=kind, **options) for kind in ("population", *MIXTURES)}
     weight, bias = (p.detach().double().numpy() for p in model[2].parameters())
     pixels, order = images.images.double().numpy() / 255, epoch_order(IMAGES, 0, 0).numpy()
@@ -147,7 +151,14 @@ def test_a_measure_that_is_broken_off_leaves_the_model_as_it_was(error: type[Bas
 
     with pytest.raises(error):
         measure_model(
-            run.model, run.splits.test, run.splits.preprocess, kind="batch", device=CPU, batch_size=9, stop=stop
+            run.model,
+            run.splits.test,
+            run.splits.preprocess,
+            task=TASK,
+            kind="batch",
+            device=CPU,
+            batch_size=9,
+            stop=stop,
         )
     assert run.model.training and not torch.is_inference_mode_enabled()
     layers = [module for module in run.model.modules() if hasattr(module, "statistics")]
@@ -177,5 +188,5 @@ def test_a_measure_reads_bytes_and_not_what_the_model_sees() -> None:
     images = ImageSet(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a", "b"))
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     model.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
-    measure_model(model, images, Preprocess("L", (2, 2), (0.0,), (1.0,)), kind="population", device=CPU)
+    measure_model(model, images, Preprocess("L", (2, 2), (0.0,), (1.0,)), task=TASK, kind="population", device=CPU)
     assert seen == [torch.float32]

@@ -24,10 +24,11 @@ from bkn_core.data.preprocess import Preprocess
 from bkn_core.data.splits import ImageSet
 from bkn_core.engine import files
 from bkn_core.engine.checkpoint import load_state, load_weights, save_state, save_weights
-from bkn_core.engine.evaluation import Metrics, save_predictions
+from bkn_core.engine.evaluation import save_predictions
 from bkn_core.engine.files import replacing, write_json, write_text
 from bkn_core.engine.plots import plot_curves
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.tasks.classification import Metrics
 from bkn_core.errors import OutputError
 from bkn_core.recipe import dump_recipe, load_recipe
 

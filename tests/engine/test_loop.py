@@ -24,10 +24,10 @@ from tiny_runs import (
 
 from bkn_core.engine import loop, records
 from bkn_core.engine.checkpoint import load_state, load_weights
-from bkn_core.engine.evaluation import Metrics
 from bkn_core.engine.events import EpochEnded, Event, Started, Stepped
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.tasks.classification import Metrics
 from bkn_core.engine.training import Training
 from bkn_core.errors import InputError, InterruptedRun, RecipeError
 
@@ -134,7 +134,7 @@ def test_what_a_run_leaves_and_tells(tmp_path: Path) -> None:
     assert [row["step"] for row in rows if row["kind"] == "step"] == [2, 4, 6]
     assert RunFolder.open(tmp_path / "run").recipe == tiny("log.plots=true")
     last = [event for event in events if isinstance(event, EpochEnded)][-1]
-    assert (result.best_epoch, result.best_top1) == (last.epoch, last.top1["population"])
+    assert (result.best_epoch, result.best) == (last.epoch, last.figures["population"])
 
 
 def test_the_test_images_choose_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_the_test_images_choose_no_epoch(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Training, "measure", measured)
     result = train(tiny(), out=tmp_path / "run")
-    assert (result.best_epoch, result.best_top1) == (2, 0.1)
+    assert (result.best_epoch, result.best) == (2, 0.1)
     run = RunFolder.open(tmp_path / "run")
     assert load_weights(run.best).digest == load_weights(run.weights).digest
 

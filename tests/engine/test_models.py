@@ -23,11 +23,13 @@ from bkn_core.engine.models import (
     example_images,
     is_builtin,
 )
+from bkn_core.engine.tasks.classification import Classification
 from bkn_core.errors import RecipeError
 from bkn_core.kinds import KINDS
 from bkn_core.layers.batch_kalman import BatchKalmanNorm
 
 NAMES = ["cifar_plain", "cifar_resnet8", "cifar_preact_resnet8", "cifar_resnet20", "cifar_preact_resnet14"]
+OUTPUT = Classification().output(torch.zeros(2), 5)
 
 
 def layers(network: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[nn.Module]:
@@ -175,14 +177,19 @@ def test_images_that_a_network_cannot_take_are_refused(words: dict[str, Any], ma
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     torch.set_rng_state(before)
     with pytest.raises(RecipeError, match=match):
-        check_network(network, words["name"], example_images(3, (32, 32)), 5)
+        check_network(network, words["name"], example_images(3, (32, 32)), *OUTPUT)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_network_without_logits_for_each_class_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"makes of images of 8 x 8 the shape \(2, 4\), not one logit for each of 5"):
-        check_network(build_network("cifar_plain", classes=4), "cifar_plain", example_images(3, (8, 8)), 5)
+        check_network(
+            build_network("cifar_plain", classes=4),
+            "cifar_plain",
+            example_images(3, (8, 8)),
+            *Classification().output(torch.zeros(2), 5),
+        )
 
 
 def test_the_input_is_measured_in_as_small_parts_as_its_images_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,22 @@ SMALL = (
     "log.every=1",
     "log.plots=false",
 )
+# What those keys need that only masks know.
+MASKS = (
+    "task=segmentation",
+    "data.name=scenes",
+    "data.train_images=8",
+    "data.test_images=2",
+    "model.name=unet",
+    "model.args={width: 2, depth: 2}",
+)
 # The word that changes each key, and those without which it would have nothing to do.
 CASES: dict[str, tuple[str, ...]] = {
     "name": ("other",),
+    "task": ("segmentation",),
+    "data.scale": ("[0.5, 2]", *MASKS),
+    "data.jitter": ("0.5", *MASKS),
+    "train.loss": ("dice", *MASKS),
     "norm.kind": ("gn",),
     "norm.transition": ("learned",),
     "norm.message": ("raw",),

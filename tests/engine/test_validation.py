@@ -22,6 +22,7 @@ from bkn_core.engine.evaluation import measure_model
 from bkn_core.engine.events import EpochEnded, Event, Started
 from bkn_core.engine.loop import train
 from bkn_core.engine.run_folder import RunFolder
+from bkn_core.engine.tasks.classification import Classification
 from bkn_core.engine.training import Training
 from bkn_core.errors import InputError, InterruptedRun, RecipeError
 
@@ -173,9 +174,8 @@ def test_best_is_best_on_the_validation_images(held_out: Path) -> None:
     assert splits.validation is not None
     rows = [row for row in RunFolder.open(held_out).records() if row["kind"] == "epoch"]
     best = max(rows, key=lambda row: row["validation_population_top1"])
-    found = measure_model(
-        weights.model(), splits.validation, weights.preprocess, kind="population", device=torch.device("cpu")
-    )
+    how = {"task": Classification(), "kind": "population", "device": torch.device("cpu")}
+    found = measure_model(weights.model(), splits.validation, weights.preprocess, **how)
     assert found.top1 == best["validation_population_top1"]
     assert status(held_out)["best"] == {"top1": found.top1, "epoch": best["epoch"]}
 
