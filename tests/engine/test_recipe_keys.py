@@ -70,6 +70,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "norm.input_prior": ("false",),
     "norm.eps": ("0.1",),
     "norm.momentum": ("0.5",),
+    "norm.weights": ("centred",),
     "batch.gradient": ("4",),
     "batch.statistics": ("4",),
     "batch.per_device": ("2",),
