@@ -109,7 +109,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_of_classes_are_shown_as_they_are() -> None:
     row = SimpleNamespace(name="[bold]x[/]", precision=0.5, recall=1.0, support=3)
-    table = eval_verb._classes(SimpleNamespace(rows=[row], statistics="population", files={}))
+    table = eval_verb._classes(SimpleNamespace(rows=[row], statistics="population", unit="images", files={}))
     with (console := Console(width=80, file=io.StringIO())).capture() as shown:
         console.print(table)
     assert "[bold]x[/]" in shown.get()
